@@ -1,0 +1,64 @@
+"""Element-wise work as data: a small SSA program over lanes, composed into kernels as an epilogue or run by itself.
+
+A chain is hashable, so kernels with equal chains are shared between layers and found again in the tuning database.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+InputKind = Literal["accumulator", "full", "column", "row", "scalar"]
+
+OPS: dict[str, int] = {  # name -> number of operands
+    "add": 2, "sub": 2, "mul": 2, "div": 2, "max": 2, "min": 2, "pow": 2,
+    "neg": 1, "abs": 1, "square": 1, "sqrt": 1, "rsqrt": 1, "reciprocal": 1, "exp": 1, "log": 1, "floor": 1,
+    "cos": 1, "sin": 1, "tanh": 1, "erf": 1, "sigmoid": 1, "gelu_erf": 1, "gelu_tanh": 1, "silu": 1, "relu": 1,
+    "where": 3, "cast": 1, "eq": 2, "ne": 2, "lt": 2, "le": 2, "gt": 2, "ge": 2,
+    "logical_and": 2, "logical_or": 2, "logical_not": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Const:
+    """A Python constant as an operand of a step."""
+
+    value: float | int | bool
+
+
+@dataclass(frozen=True)
+class ChainInput:
+    """One value that enters the chain.
+
+    kind: "accumulator" (in registers already), "full" ([..., N], like the output), "column" ([N]),
+    "row" ([..., 1]) or "scalar" (shape ()).
+    """
+
+    kind: InputKind
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Step:
+    """``op(*args)``; an int argument is the index of an earlier value. ``dtype`` is the target of a cast."""
+
+    op: str
+    args: tuple[int | Const, ...]
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if OPS.get(self.op) != len(self.args):
+            raise ValueError(f"chain step {self.op!r} with {len(self.args)} operands")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Values are numbered: the inputs first, then one per step; ``outputs`` names those that leave the chain."""
+
+    inputs: tuple[ChainInput, ...]
+    steps: tuple[Step, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    def label(self) -> str:
+        """The steps' names for a kernel's symbol, for example ``add_gelu_erf``."""
+        return "_".join(step.op for step in self.steps)
