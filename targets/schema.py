@@ -1,0 +1,169 @@
+"""What a target is: a description of a CPU and its memory, as plain data that can be kept in TOML."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import TargetError
+
+NUMBERS = ("cores", "l1d", "l2", "l3", "memory")
+"""Fields that hold a measured or assumed quantity; each one present needs an entry in `sources`."""
+
+REQUIRED = ("name", "arch")
+LISTS = ("mattr", "features")
+TEXTS = ("name", "arch", "mcpu", "os")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to compile for. Unknown quantities are None, never guessed.
+
+    `features` are Tersor's names for what kernels ask about (`avx2`, `fma`, `avx512`, `vnni`, ...); `mcpu` and
+    `mattr` are LLVM's names for the same machine, complete enough to generate code from.
+    Sizes are in bytes: `l1d` and `l2` per core, `l3` shared by all cores, `memory` what a process may use.
+    `sources` says for every number where it comes from; a guess starts with "assumed".
+    Two targets are equal when they describe the same machine, whatever their sources say.
+
+    Raises TargetError for a field of the wrong kind, a quantity not above 0, or a number without a source.
+    """
+
+    name: str
+    arch: str
+    mcpu: str | None = None
+    mattr: tuple[str, ...] = ()
+    features: frozenset[str] = frozenset()
+    cores: int | None = None
+    l1d: int | None = None
+    l2: int | None = None
+    l3: int | None = None
+    memory: int | None = None
+    os: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for key in TEXTS:
+            value = getattr(self, key)
+            if not (isinstance(value, str) and value or value is None and key not in REQUIRED):
+                problems.append(f"{key} must be a non-empty text, got {value!r}")
+        for key in NUMBERS:
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                problems.append(f"{key} must be a whole number above 0, got {value!r}")
+            if not self.sources.get(key):
+                problems.append(
+                    f"{key} has no entry in sources; name where it comes from, or say 'assumed: ...'"
+                )
+        for attribute in self.mattr:
+            if not re.fullmatch(r"[+-][a-z0-9._-]+", attribute):
+                problems.append(
+                    f"mattr entry {attribute!r} is not an LLVM feature such as '+avx2' or '-avx512fp16'"
+                )
+        if problems:
+            raise TargetError(f"target {self.name!r} is not described correctly", why="; ".join(problems))
+
+    @property
+    def llvm_triple(self) -> str:
+        """LLVM's name of architecture and system, e.g. `x86_64-linux-gnu`."""
+        return f"{self.arch}-linux-gnu" if self.os in (None, "linux") else f"{self.arch}-{self.os}"
+
+    @property
+    def vector_bits(self) -> int:
+        """Width of a vector register in bits: 512 with AVX-512, 256 with AVX2. TargetError without either."""
+        if "avx512" in self.features:
+            return 512
+        if "avx2" in self.features:
+            return 256
+        raise TargetError(
+            f"target {self.name!r} has no vector unit that Tersor generates code for",
+            why=f"its features are {', '.join(sorted(self.features)) or 'none'}",
+            fix="choose a target with avx2 or avx512; `tersor targets` lists them",
+        )
+
+    @property
+    def vector_registers(self) -> int:
+        """How many vector registers there are: 32 with AVX-512, 16 with AVX2."""
+        return {512: 32, 256: 16}[self.vector_bits]
+
+    def lanes(self, dtype: str) -> int:
+        """How many values of `dtype` ("float32", "int8", "bool", ...) fill one vector register."""
+        if dtype == "bool":
+            return self.vector_bits // 8
+        bits = re.search(r"\d+$", dtype)
+        if bits is None:
+            raise TargetError(
+                f"{dtype!r} is not a dtype with a width in bits", fix="use names like 'float32' or 'int8'"
+            )
+        return self.vector_bits // int(bits.group())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON, TOML); absent values are left out. `Target.from_dict` is the inverse."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["mattr"], values["features"] = list(self.mattr), sorted(self.features)
+        values["sources"] = dict(self.sources)
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str | None = None) -> Target:
+        """Build a target from plain data; errors name `where`. TargetError for unknown or missing keys."""
+        known = {f.name for f in fields(cls)}
+        unknown, missing = sorted(set(values) - known), [key for key in REQUIRED if key not in values]
+        wrong = [key for key in LISTS if not _is_text_list(values.get(key, []))]
+        if not isinstance(values.get("sources", {}), Mapping):
+            wrong.append("sources")
+        problems = [
+            f"{label}: {', '.join(keys)}"
+            for label, keys in (
+                ("unknown keys", unknown),
+                ("missing keys", missing),
+                ("not the right kind", wrong),
+            )
+            if keys
+        ]
+        if problems:
+            raise TargetError(
+                "a target description cannot be read",
+                where=where,
+                why="; ".join(problems),
+                fix=f"the keys are {', '.join(f.name for f in fields(cls))}",
+            )
+        data = dict(values)
+        data["mattr"], data["features"] = tuple(data.get("mattr", ())), frozenset(data.get("features", ()))
+        return cls(**data)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Target:
+        """Read a target from a TOML file. TargetError when the file is missing or malformed."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise TargetError("a target file cannot be read", where=str(path), why=str(error)) from error
+        return cls.from_dict(values, where=str(path))
+
+    def to_toml(self) -> str:
+        """The target as TOML text that `from_toml` reads back."""
+        values = self.to_dict()
+        sources = values.pop("sources")
+        lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines += ["", "[sources]"] + [f"{_toml(key)} = {_toml(value)}" for key, value in sources.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _is_text_list(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset) and all(isinstance(item, str) for item in value)
+
+
+def _toml(value: str | int | list[str]) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, int):
+        return str(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
