@@ -1,0 +1,232 @@
+"""Element-wise operations, with numpy's broadcasting and torch's type promotion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tersor.ir.dialect import Op, ops
+from tersor.ir.opset.rules import broadcast, operand_shapes, promote
+from tersor.ir.value import DTYPES, Value
+
+
+def _infer(*operands: Any, **_: Any) -> Value:
+    return Value(promote(*operands), broadcast(*operand_shapes(*operands)))
+
+
+def _infer_float(*operands: Any, **_: Any) -> Value:
+    dtype = promote(*operands)
+    return Value(dtype if DTYPES[dtype].is_floating_point else "float32", broadcast(*operand_shapes(*operands)))
+
+
+def _infer_bool(*operands: Any, **_: Any) -> Value:
+    return Value("bool", broadcast(*operand_shapes(*operands)))
+
+
+def _infer_where(condition: Value, x: Any, y: Any) -> Value:
+    return Value(promote(x, y), broadcast(*operand_shapes(condition, x, y)))
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    return x if isinstance(x, torch.Tensor) else torch.tensor(x)
+
+
+def _like(x: Any, other: Any) -> torch.Tensor:
+    """A Python number as a 0-d tensor that does not change the other operand's type."""
+    return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=other.dtype)
+
+
+def add(x, y):
+    """x + y."""
+    return torch.add(x, y)
+
+
+def sub(x, y):
+    """x - y."""
+    return torch.sub(_tensor(x), y)
+
+
+def mul(x, y):
+    """x * y."""
+    return torch.mul(x, y)
+
+
+def div(x, y):
+    """x / y in floating point."""
+    return torch.div(_tensor(x), y)
+
+
+def pow(x, y):
+    """x ** y."""
+    return torch.pow(x, y)
+
+
+def maximum(x, y):
+    """The larger of x and y; NaN wins."""
+    return torch.maximum(x, _like(y, x))
+
+
+def minimum(x, y):
+    """The smaller of x and y; NaN wins."""
+    return torch.minimum(x, _like(y, x))
+
+
+def neg(x):
+    """-x."""
+    return torch.neg(x)
+
+
+def abs(x):
+    """|x|."""
+    return torch.abs(x)
+
+
+def sqrt(x):
+    """Square root."""
+    return torch.sqrt(x)
+
+
+def rsqrt(x):
+    """1 / sqrt(x)."""
+    return torch.rsqrt(x)
+
+
+def reciprocal(x):
+    """1 / x."""
+    return torch.reciprocal(x)
+
+
+def exp(x):
+    """e ** x."""
+    return torch.exp(x)
+
+
+def log(x):
+    """Natural logarithm."""
+    return torch.log(x)
+
+
+def floor(x):
+    """The largest whole number not above x."""
+    return torch.floor(x)
+
+
+def cos(x):
+    """Cosine of x radians."""
+    return torch.cos(x)
+
+
+def sin(x):
+    """Sine of x radians."""
+    return torch.sin(x)
+
+
+def tanh(x):
+    """Hyperbolic tangent."""
+    return torch.tanh(x)
+
+
+def erf(x):
+    """Gauss error function."""
+    return torch.erf(x)
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return torch.sigmoid(x)
+
+
+def silu(x):
+    """x * sigmoid(x), also called Swish (Elfwing et al. 2017)."""
+    return F.silu(x)
+
+
+def relu(x):
+    """max(x, 0)."""
+    return torch.relu(x)
+
+
+def gelu(x):
+    """x * Phi(x) with the exact normal distribution (Hendrycks & Gimpel 2016, eq. 1)."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x):
+    """The tanh form of GELU: x/2 * (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return F.gelu(x, approximate="tanh")
+
+
+def where(condition, x, y):
+    """x where the boolean condition holds, y elsewhere."""
+    return torch.where(condition, x, y)
+
+
+def cast(x, *, dtype: str):
+    """x converted to ``dtype``."""
+    return x.to(DTYPES[dtype])
+
+
+def eq(x, y):
+    """x == y."""
+    return torch.eq(x, y)
+
+
+def ne(x, y):
+    """x != y."""
+    return torch.ne(x, y)
+
+
+def lt(x, y):
+    """x < y."""
+    return torch.lt(x, y)
+
+
+def le(x, y):
+    """x <= y."""
+    return torch.le(x, y)
+
+
+def gt(x, y):
+    """x > y."""
+    return torch.gt(x, y)
+
+
+def ge(x, y):
+    """x >= y."""
+    return torch.ge(x, y)
+
+
+def logical_and(x, y):
+    """Both are true."""
+    return torch.logical_and(x, y)
+
+
+def logical_or(x, y):
+    """At least one is true."""
+    return torch.logical_or(x, y)
+
+
+def logical_not(x):
+    """x is false."""
+    return torch.logical_not(x)
+
+
+def _register(function: Callable[..., Any], infer: Callable[..., Value], chain: str | None = None) -> Op:
+    name = function.__name__
+    return ops.register(Op(name, function, infer, elementwise=chain or name))
+
+
+for _function in (add, sub, mul, pow, neg, abs, floor, relu):
+    _register(_function, _infer)
+_register(maximum, _infer, "max")
+_register(minimum, _infer, "min")
+for _function in (div, sqrt, rsqrt, reciprocal, exp, log, cos, sin, tanh, erf, sigmoid, silu, gelu_tanh):
+    _register(_function, _infer_float)
+_register(gelu, _infer_float, "gelu_erf")
+for _function in (eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not):
+    _register(_function, _infer_bool)
+_register(where, _infer_where)
+_register(cast, lambda x, *, dtype: Value(dtype, x.shape))

@@ -1,0 +1,149 @@
+"""Operations that move or make data without arithmetic on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tersor.errors import ProgramError
+from tersor.ir.dialect import Op, ops
+from tersor.ir.dims import Dim, Shape, product
+from tersor.ir.opset.rules import axis, broadcast, show
+from tersor.ir.value import DTYPES, Value
+
+
+def reshape(x, *, shape: Shape):
+    """The same elements in order, in another shape."""
+    return x.reshape(shape)
+
+
+def _infer_reshape(x: Value, *, shape: Shape) -> Value:
+    if product(x.shape) != product(shape):
+        raise ProgramError(f"cannot reshape {show(x.shape)} to {show(shape)}")
+    return Value(x.dtype, tuple(shape))
+
+
+def permute(x, *, dims: tuple[int, ...]):
+    """Dimension i of the result is dimension ``dims[i]`` of x."""
+    return x.permute(dims)
+
+
+def _infer_permute(x: Value, *, dims: tuple[int, ...]) -> Value:
+    if sorted(dims) != list(range(x.rank)):
+        raise ProgramError(f"{dims} is not a permutation of the dimensions of {show(x.shape)}")
+    return Value(x.dtype, tuple(x.shape[d] for d in dims))
+
+
+def expand(x, *, shape: Shape):
+    """x broadcast to ``shape``."""
+    return x.expand(shape)
+
+
+def _infer_expand(x: Value, *, shape: Shape) -> Value:
+    if broadcast(x.shape, shape) != tuple(shape):
+        raise ProgramError(f"cannot expand {show(x.shape)} to {show(shape)}")
+    return Value(x.dtype, tuple(shape))
+
+
+def slice(x, *, dim: int, start: int | Dim = 0, end: int | Dim | None = None, step: int = 1):
+    """Elements start, start+step, ... before ``end`` along ``dim``; 0 <= start <= end <= size, step >= 1."""
+    return torch.ops.aten.slice.Tensor(x, dim, start, x.shape[dim] if end is None else end, step)
+
+
+def _infer_slice(x: Value, *, dim: int, start: int | Dim = 0, end: int | Dim | None = None, step: int = 1) -> Value:
+    dim = axis(dim, x.rank)
+    stop = x.shape[dim] if end is None else end
+    length = stop - start
+    if step != 1:
+        if isinstance(length, Dim):
+            raise ProgramError(f"a slice with step {step} needs a static length, got {length}")
+        length = -(-length // step)
+    if isinstance(length, int) and length < 0:
+        raise ProgramError(f"slice [{start}:{stop}] is empty or reversed")
+    return Value(x.dtype, (*x.shape[:dim], length, *x.shape[dim + 1 :]))
+
+
+def concat(tensors, *, dim: int):
+    """The tensors one after the other along ``dim``."""
+    return torch.cat(list(tensors), dim)
+
+
+def _infer_concat(tensors: tuple[Value, ...], *, dim: int) -> Value:
+    first = tensors[0]
+    dim = axis(dim, first.rank)
+    total: int | Dim = 0
+    for t in tensors:
+        if t.rank != first.rank or t.dtype != first.dtype or any(
+            a != b for i, (a, b) in enumerate(zip(t.shape, first.shape, strict=True)) if i != dim
+        ):
+            raise ProgramError(f"cannot concatenate {t} and {first} along dimension {dim}")
+        total = total + t.shape[dim]
+    return Value(first.dtype, (*first.shape[:dim], total, *first.shape[dim + 1 :]))
+
+
+def pad(x, *, pads: tuple[int, ...], value: float = 0.0):
+    """Constant padding; ``pads`` is (before, after) per dimension, from the last dimension backwards (torch's order)."""
+    return F.pad(x, pads, value=value)
+
+
+def _infer_pad(x: Value, *, pads: tuple[int, ...], value: float = 0.0) -> Value:
+    shape = list(x.shape)
+    for i in range(len(pads) // 2):
+        shape[-1 - i] = shape[-1 - i] + pads[2 * i] + pads[2 * i + 1]
+    return Value(x.dtype, tuple(shape))
+
+
+def index_select(x, index, *, dim: int):
+    """Slices of x along ``dim`` at the int64 positions ``index`` (any shape, which replaces the dimension)."""
+    dim = dim % x.ndim
+    taken = torch.index_select(x, dim, index.reshape(-1))
+    return taken.reshape(*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
+
+
+def _infer_index_select(x: Value, index: Value, *, dim: int) -> Value:
+    dim = axis(dim, x.rank)
+    return Value(x.dtype, (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :]))
+
+
+def gather(x, index, *, dim: int):
+    """out[i][j] = x[i][index[i][j]] along ``dim`` (torch.gather)."""
+    return torch.gather(x, dim, index)
+
+
+def arange(*, end: int | Dim, dtype: str = "int64"):
+    """0, 1, ..., end - 1."""
+    return torch.arange(end, dtype=DTYPES[dtype])
+
+
+def full(*, shape: Shape, value: float | int | bool, dtype: str):
+    """A tensor with one value everywhere."""
+    return torch.full(shape, value, dtype=DTYPES[dtype])
+
+
+def cumsum(x, *, dim: int):
+    """Running sum along ``dim``; integers and booleans give int64."""
+    return torch.cumsum(x, dim)
+
+
+def _infer_cumsum(x: Value, *, dim: int) -> Value:
+    axis(dim, x.rank)
+    return Value(x.dtype if x.is_float else "int64", x.shape)
+
+
+def _op(function: Any, infer: Any) -> None:
+    ops.register(Op(function.__name__, function, infer))
+
+
+_op(reshape, _infer_reshape)
+_op(permute, _infer_permute)
+_op(expand, _infer_expand)
+_op(slice, _infer_slice)
+_op(concat, _infer_concat)
+_op(pad, _infer_pad)
+_op(index_select, _infer_index_select)
+_op(gather, lambda x, index, *, dim: Value(x.dtype, index.shape))
+_op(arange, lambda *, end, dtype="int64": Value(dtype, (end,)))
+_op(full, lambda *, shape, value, dtype: Value(dtype, tuple(shape)))
+_op(cumsum, _infer_cumsum)

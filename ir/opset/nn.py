@@ -1,0 +1,177 @@
+"""The operations a Transformer is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tersor.errors import ProgramError
+from tersor.ir.dialect import Op, ops
+from tersor.ir.dims import Dim
+from tersor.ir.opset.rules import broadcast, promote, same, show
+from tersor.ir.value import Value
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias: x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    return F.linear(x, weight, bias)
+
+
+def _infer_linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
+    if weight.rank != 2 or x.shape[-1] != weight.shape[1] or (bias and bias.shape != weight.shape[:1]):
+        raise ProgramError(f"linear: x {x}, weight {weight}, bias {bias} do not fit")
+    return Value(x.dtype, (*x.shape[:-1], weight.shape[0]))
+
+
+def matmul(x, y):
+    """Matrix product of the last two dimensions, the leading ones broadcast: [..., M, K] @ [..., K, N]."""
+    return torch.matmul(x, y)
+
+
+def _infer_matmul(x: Value, y: Value) -> Value:
+    if x.rank < 2 or y.rank < 2 or x.shape[-1] != y.shape[-2]:
+        raise ProgramError(f"matmul: {x} and {y} do not fit")
+    lead = broadcast(x.shape[:-2], y.shape[:-2]) if x.rank > 2 or y.rank > 2 else ()
+    return Value(promote(x, y), (*lead, x.shape[-2], y.shape[-1]))
+
+
+def layer_norm(x, weight=None, bias=None, *, eps: float = 1e-5):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rms_norm(x, weight=None, *, eps: float = 1e-6):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def embedding(ids, table):
+    """Rows of table [V, D] at ids [...] (int64) -> [..., D]."""
+    return F.embedding(ids, table)
+
+
+def attention(
+    q, k, v, mask=None, *, heads: int, kv_heads: int, scale: float, causal: bool = False, window: int | None = None
+):
+    """softmax(q k^T * scale + mask) v on merged heads (Vaswani et al. 2017, eq. 1).
+
+    q [B, Tq, heads*D], k [B, Tk, kv_heads*D], v [B, Tk, kv_heads*Dv] -> [B, Tq, heads*Dv]. Each of the ``kv_heads``
+    groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to [B, heads, Tq, Tk]:
+    boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i + Tk - Tq. ``window``: of
+    those only j > i + Tk - Tq - window.
+    """
+    batch, tq, tk = q.shape[0], q.shape[1], k.shape[1]
+    q = q.reshape(batch, tq, heads, -1).transpose(1, 2)
+    k = k.reshape(batch, tk, kv_heads, -1).transpose(1, 2)
+    v = v.reshape(batch, tk, kv_heads, -1).transpose(1, 2)
+    if causal or window is not None:
+        rows = torch.arange(tq).unsqueeze(1) + (tk - tq)
+        columns = torch.arange(tk).unsqueeze(0)
+        seen = columns <= rows if causal else torch.ones(tq, tk, dtype=torch.bool)
+        if window is not None:
+            seen = seen & (columns > rows - window)
+        if mask is None:
+            mask = seen
+        elif mask.dtype == torch.bool:
+            mask = mask & seen
+        else:
+            mask = mask.masked_fill(~seen, float("-inf"))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads)
+    return out.transpose(1, 2).reshape(batch, tq, -1)
+
+
+def _infer_attention(
+    q: Value, k: Value, v: Value, mask: Value | None = None, *, heads: int, kv_heads: int, scale: float,
+    causal: bool = False, window: int | None = None,
+) -> Value:  # fmt: skip
+    if not q.rank == k.rank == v.rank == 3 or k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0]:
+        raise ProgramError(f"attention: q {q}, k {k}, v {v} do not fit")
+    if heads % kv_heads or q.shape[2] % heads or k.shape[2] % kv_heads or v.shape[2] % kv_heads:
+        raise ProgramError(f"attention: {heads} heads and {kv_heads} key heads do not divide q {q}, k {k}, v {v}")
+    if q.shape[2] // heads != k.shape[2] // kv_heads:
+        raise ProgramError(f"attention: head size of q {q} ({heads} heads) and k {k} ({kv_heads} heads) differ")
+    scores = (q.shape[0], heads, q.shape[1], k.shape[1])
+    if mask is not None and (mask.rank != 4 or broadcast(mask.shape, scores) != scores):
+        raise ProgramError(f"attention: mask {mask} does not broadcast to {show(scores)}")
+    return Value(q.dtype, (*q.shape[:2], v.shape[2] // kv_heads * heads))
+
+
+def rotary_embedding(x, cos, sin, *, heads: int, interleaved: bool = False):
+    """Rotates pairs of channels of each head by position (Su et al. 2021).
+
+    x [B, T, heads*D]; cos, sin [B or 1, T, R] with R <= D (the rest of the head passes unchanged). Pairs are
+    (i, i + R/2), or (2i, 2i + 1) when interleaved; cos and sin hold the angle of channel i at position i.
+    """
+    batch, length, width = x.shape
+    size, rotated = width // heads, cos.shape[-1]
+    x = x.reshape(batch, length, heads, size)
+    turned, rest = x[..., :rotated], x[..., rotated:]
+    if interleaved:
+        pairs = turned.unflatten(-1, (-1, 2))
+        half = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        half = torch.cat((-second, first), -1)
+    turned = turned * cos.unsqueeze(2) + half * sin.unsqueeze(2)
+    return torch.cat((turned, rest), -1).reshape(batch, length, width)
+
+
+def conv1d(x, weight, bias=None, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1):
+    """x [B, C, T], weight [N, C/groups, k] -> [B, N, T']."""
+    return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d(
+    x, weight, bias=None, *, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1), groups: int = 1,
+):  # fmt: skip
+    """x [B, C, H, W], weight [N, C/groups, kh, kw] -> [B, N, H', W']."""
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _window_positions(size: int | Dim, kernel: int, stride: int, padding: int, dilation: int) -> int | Dim:
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    if isinstance(span, Dim) and not span.divisible(stride):
+        raise ProgramError(f"a convolution of stride {stride} over the dimension {size} has no exact size", fix="make it static")
+    return span // stride + 1
+
+
+def _infer_conv1d(x: Value, weight: Value, bias: Value | None = None, *, stride: int = 1, padding: int = 0,
+                  dilation: int = 1, groups: int = 1) -> Value:  # fmt: skip
+    length = _window_positions(x.shape[2], weight.shape[2], stride, padding, dilation)
+    return Value(x.dtype, (x.shape[0], weight.shape[0], length))
+
+
+def _infer_conv2d(x: Value, weight: Value, bias: Value | None = None, *, stride=(1, 1), padding=(0, 0),
+                  dilation=(1, 1), groups: int = 1) -> Value:  # fmt: skip
+    sizes = [
+        _window_positions(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)
+    ]
+    return Value(x.dtype, (x.shape[0], weight.shape[0], *sizes))
+
+
+def _attention_macs(result: Value, q: Value, k: Value, v: Value, mask: Any = None, *, heads: int, kv_heads: int,
+                    **_: Any) -> int | Dim:  # fmt: skip
+    pairs = q.shape[0] * q.shape[1] * k.shape[1] * heads
+    return pairs * (q.shape[2] // heads) + pairs * (v.shape[2] // kv_heads)
+
+
+def _weight_macs(result: Value, x: Value, weight: Value, *_: Any, **__: Any) -> int | Dim:
+    # each output element meets one row of the weight
+    per_output: int | Dim = 1
+    for size in weight.shape[1:]:
+        per_output = per_output * size
+    return result.elements * per_output
+
+
+ops.register(Op("linear", linear, _infer_linear, macs=_weight_macs))
+ops.register(Op("matmul", matmul, _infer_matmul, macs=lambda result, x, y: result.elements * x.shape[-1]))
+ops.register(Op("layer_norm", layer_norm, same))
+ops.register(Op("rms_norm", rms_norm, same))
+ops.register(Op("embedding", embedding, lambda ids, table: Value(table.dtype, (*ids.shape, table.shape[1]))))
+ops.register(Op("attention", attention, _infer_attention, macs=_attention_macs))
+ops.register(Op("rotary_embedding", rotary_embedding, same))
+ops.register(Op("conv1d", conv1d, _infer_conv1d, macs=_weight_macs))
+ops.register(Op("conv2d", conv2d, _infer_conv2d, macs=_weight_macs))

@@ -1,0 +1,65 @@
+"""Shape and dtype rules shared by the operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tersor.errors import ProgramError
+from tersor.ir.dims import Dim, Shape
+from tersor.ir.value import DTYPE_NAMES, Value
+
+
+def axis(dim: int, rank: int) -> int:
+    """A dimension index in 0..rank-1; negative ones count from the end."""
+    if not -rank <= dim < rank:
+        raise ProgramError(f"dimension {dim} is out of range for rank {rank}")
+    return dim % rank
+
+
+def broadcast(*shapes: Shape) -> Shape:
+    """Numpy's broadcasting; two symbolic dimensions go together only when they are equal."""
+    rank = max(map(len, shapes))
+    result: list[int | Dim] = []
+    for i in range(rank):
+        size: int | Dim = 1
+        for shape in shapes:
+            j = i - rank + len(shape)
+            dim = shape[j] if j >= 0 else 1
+            if dim == 1 or dim == size:
+                continue
+            if size != 1:
+                raise ProgramError(f"shapes {' and '.join(map(show, shapes))} do not broadcast")
+            size = dim
+        result.append(size)
+    return tuple(result)
+
+
+def show(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def promote(*operands: Any) -> str:
+    """torch's type promotion of `Value`s and Python numbers."""
+    probes = [
+        torch.empty((1,) if v.rank else (), dtype=v.torch_dtype) if isinstance(v, Value) else v for v in operands
+    ]
+    dtype = probes[0].dtype if isinstance(probes[0], torch.Tensor) else torch.result_type(torch.empty(()), probes[0])
+    if len(probes) > 1:
+        tensor = probes[0]
+        for probe in probes[1:]:
+            dtype = torch.result_type(tensor, probe)
+            ranked = any(isinstance(p, torch.Tensor) and p.ndim for p in (tensor, probe))
+            tensor = torch.empty((1,) if ranked else (), dtype=dtype)
+    return DTYPE_NAMES[dtype]
+
+
+def operand_shapes(*operands: Any) -> list[Shape]:
+    """The shapes of operands; numbers are scalars."""
+    return [v.shape if isinstance(v, Value) else () for v in operands]
+
+
+def same(x: Value, *_: Any, **__: Any) -> Value:
+    """The result looks like the first operand."""
+    return x

@@ -1,0 +1,298 @@
+"""The program: named functions over one shared store of parameters.
+
+A function is a functional ``torch.fx`` graph whose nodes are
+
+* ``placeholder``: an input of the signature, in order;
+* ``get_attr``: a parameter, by its name in the store;
+* ``call_function``: a dialect operation (`tersor.ir.dialect`): operands in ``args``, attributes in ``kwargs``;
+* ``output``: the tuple of results, in the order of ``Function.outputs``.
+
+``node.meta`` holds ``value`` (`Value`, always), and provenance where known: ``site`` (stable name of the place),
+``module`` (module path), ``source`` (file and line in the user's model), ``made_by`` (pass that made the node).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from tersor.errors import ProgramError
+from tersor.ir.dialect import Op, ops
+from tersor.ir.dims import Dim
+from tersor.ir.parameters import Parameter, ParameterStore
+from tersor.ir.value import Value
+
+PROVENANCE = ("site", "module", "source", "made_by")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The sizes that a named dimension may take, both ends included."""
+
+    min: int
+    max: int
+
+
+class Function:
+    """One function of a program: a graph and its signature.
+
+    Attributes:
+        name: unique in the program.
+        graph: the ``fx.Graph`` (see the module's docstring).
+        dims: ranges of the named dimensions.
+        outputs: a name for each result, in order; nested results of the source model are named with dots.
+    """
+
+    def __init__(self, name: str, dims: Mapping[str, Range] | None = None, parameters: ParameterStore | None = None):
+        self.name = name
+        self.graph = fx.Graph()
+        self.dims: dict[str, Range] = dict(dims or {})
+        self.outputs: tuple[str, ...] = ()
+        self.parameters = parameters if parameters is not None else ParameterStore()
+
+    # -- reading
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.graph.nodes)
+
+    @property
+    def inputs(self) -> dict[str, Value]:
+        """The signature: input names with their values, in order."""
+        return {n.target: n.meta["value"] for n in self.graph.find_nodes(op="placeholder")}
+
+    @property
+    def output_node(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """The result nodes, in the order of ``outputs``."""
+        return tuple(self.output_node.args[0])
+
+    def calls(self, *names: str) -> list[fx.Node]:
+        """Operation nodes in order; only those of the named operations where names are given."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and (not names or n.target.name in names)]
+
+    def parameter(self, node: Any) -> torch.Tensor | None:
+        """The tensor behind a ``get_attr`` node; None for anything else."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return self.parameters[node.target].tensor
+        return None
+
+    # -- writing
+
+    def add_input(self, name: str, value: Value) -> fx.Node:
+        node = self.graph.create_node("placeholder", name, name=name)
+        node.meta["value"] = value
+        return node
+
+    def set_outputs(self, results: Mapping[str, fx.Node]) -> None:
+        """Ends the function with these named results (replacing earlier ones)."""
+        if self.graph.nodes and self.output_node.op == "output":
+            self.graph.erase_node(self.output_node)
+        node = self.graph.output(tuple(results.values()))
+        node.meta["value"] = tuple(r.meta["value"] for r in results.values())
+        self.outputs = tuple(results)
+
+    def builder(self, *, before: fx.Node | None = None, like: fx.Node | None = None, made_by: str | None = None) -> Builder:
+        """Emits nodes at the end, or before a node; provenance is taken from ``like`` (default: ``before``)."""
+        return Builder(self, before, like or before, made_by)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Every user of ``old`` reads ``new`` instead; the site moves along if ``new`` has none; dead nodes go."""
+        if "site" in old.meta and "site" not in new.meta:
+            new.meta["site"] = old.meta["site"]
+        old.replace_all_uses_with(new)
+        self.erase_dead(old)
+
+    def erase_dead(self, *candidates: fx.Node) -> int:
+        """Removes nodes without users, and what they alone kept alive; returns how many."""
+        stack, gone = list(candidates), 0
+        while stack:
+            node = stack.pop()
+            if node.users or node.op in ("placeholder", "output") or node._erased:
+                continue
+            operands = node.all_input_nodes
+            self.graph.erase_node(node)
+            gone += 1
+            stack.extend(operands)
+        return gone
+
+    def copy(self, parameters: ParameterStore) -> Function:
+        other = Function(self.name, self.dims, parameters)
+        other.outputs = self.outputs
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copied = other.graph.node_copy(node, lambda n: mapping[n])
+            copied.meta = dict(node.meta)
+            mapping[node] = copied
+        return other
+
+    def digest(self) -> str:
+        """Structural hash: signature, operations, attributes and parameter contents; names and provenance are free."""
+        sha = hashlib.sha256()
+        number: dict[fx.Node, int] = {}
+
+        def encode(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                return {"node": number[arg]}
+            if isinstance(arg, list | tuple):
+                return [encode(a) for a in arg]
+            if isinstance(arg, Dim):
+                return {"dim": str(arg)}
+            return arg if arg is None or isinstance(arg, bool | int | str) else repr(arg)
+
+        dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
+        sha.update(json.dumps([self.name, dims, self.outputs]).encode())
+        for index, node in enumerate(self.graph.nodes):
+            number[node] = index
+            if node.op == "placeholder":
+                line: Any = ["input", node.target, str(node.meta["value"])]
+            elif node.op == "get_attr":
+                line = ["parameter", self.parameters[node.target].digest]
+            elif node.op == "output":
+                line = ["output", encode(node.args)]
+            else:
+                line = [node.target.name, encode(node.args), sorted((k, encode(v)) for k, v in node.kwargs.items())]
+            sha.update(json.dumps(line).encode())
+        return sha.hexdigest()
+
+
+class Program:
+    """Functions over one parameter store; calling it runs ``main`` in torch.
+
+    Copies share parameters, so keeping versions of a program is cheap.
+    """
+
+    def __init__(self, parameters: ParameterStore | None = None):
+        self.functions: dict[str, Function] = {}
+        self.parameters = parameters if parameters is not None else ParameterStore()
+
+    @property
+    def main(self) -> Function:
+        """The function called ``main``, or the only one.
+
+        Raises:
+            ProgramError: there are several and none is called ``main``.
+        """
+        if "main" in self.functions:
+            return self.functions["main"]
+        if len(self.functions) == 1:
+            return next(iter(self.functions.values()))
+        raise ProgramError("the program has no function called 'main'", why=f"it has {', '.join(self.functions)}")
+
+    def add_function(self, name: str, dims: Mapping[str, Range] | None = None) -> Function:
+        if name in self.functions:
+            raise ProgramError(f"the program has a function called {name!r} already")
+        self.functions[name] = Function(name, dims, self.parameters)
+        return self.functions[name]
+
+    def copy(self) -> Program:
+        other = Program(self.parameters.copy())
+        for name, function in self.functions.items():
+            other.functions[name] = function.copy(other.parameters)
+        return other
+
+    def digest(self) -> str:
+        """Structural hash of all functions (see `Function.digest`)."""
+        return hashlib.sha256("".join(f.digest() for _, f in sorted(self.functions.items())).encode()).hexdigest()
+
+    def nodes(self) -> Iterator[tuple[Function, fx.Node]]:
+        for function in self.functions.values():
+            for node in function.nodes:
+                yield function, node
+
+    def drop_unused_parameters(self) -> list[str]:
+        """Removes parameters that no function reads; returns their names."""
+        used = {n.target for _, n in self.nodes() if n.op == "get_attr"}
+        unused = [name for name in self.parameters if name not in used]
+        for name in unused:
+            del self.parameters[name]
+        return unused
+
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Runs ``main`` in torch: tensors by input name -> tensors by output name."""
+        from tersor.ir.interpreter import run
+
+        return run(self.main, inputs)
+
+
+class Builder:
+    """Emits nodes into a function: ``build.linear(x, w, b)``, ``build.parameter("name", tensor)``.
+
+    Shape metadata is inferred as a node is made; provenance is inherited.
+    """
+
+    def __init__(self, function: Function, before: fx.Node | None, like: fx.Node | None, made_by: str | None):
+        self.function, self._before, self.made_by = function, before, made_by
+        self._provenance = {k: like.meta[k] for k in PROVENANCE if k != "site" and k in like.meta} if like else {}
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._before is None:
+            yield
+        else:
+            with self.function.graph.inserting_before(self._before):
+                yield
+
+    def emit(self, op: Op | str, *operands: Any, site: str | None = None, **attributes: Any) -> fx.Node:
+        """One operation node.
+
+        Raises:
+            ProgramError: the operands do not fit the operation.
+        """
+        op = ops.get(op) if isinstance(op, str) else op
+        value = infer(op, operands, attributes)
+        with self._place():
+            node = self.function.graph.create_node("call_function", op, tuple(operands), attributes, name=op.name.replace(".", "_"))
+        node.meta.update(self._provenance, value=value)
+        if self.made_by:
+            node.meta["made_by"] = self.made_by
+        if site:
+            node.meta["site"] = site
+        return node
+
+    def parameter(self, name: str, tensor: torch.Tensor | Parameter) -> fx.Node:
+        """A new parameter (its name made unique) and the node that reads it."""
+        store = self.function.parameters
+        if isinstance(tensor, Parameter):
+            tensor = tensor.tensor
+        return self.read(store.add(name, tensor))
+
+    def read(self, name: str) -> fx.Node:
+        """A node that reads the stored parameter ``name``."""
+        with self._place():
+            node = self.function.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        node.meta["value"] = self.function.parameters[name].value
+        return node
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in ops:
+            raise AttributeError(name)
+        return lambda *operands, **attributes: self.emit(name, *operands, **attributes)
+
+
+def infer(op: Op, operands: Iterable[Any], attributes: Mapping[str, Any]) -> Value:
+    """The result's value of an operation on nodes, numbers and None."""
+
+    def value(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            return x.meta["value"]
+        return tuple(value(y) for y in x) if isinstance(x, list | tuple) else x
+
+    missing = [n for n, d in op.attributes.items() if d is inspect.Parameter.empty and n not in attributes]
+    unknown = [n for n in attributes if n not in op.attributes]
+    if missing or unknown:
+        raise ProgramError(f"{op.name}: missing attributes {missing}, unknown attributes {unknown}")
+    return op.infer(*(value(x) for x in operands), **attributes)
+
+

@@ -1,0 +1,78 @@
+"""The rules of a well-formed program; the pass manager checks them after every pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from tersor.errors import ProgramError, TersorError
+from tersor.ir.dialect import Op
+from tersor.ir.dims import shape_symbols
+from tersor.ir.program import Function, Program, infer
+from tersor.ir.value import Value
+
+
+def verify(program: Program) -> None:
+    """Checks structure, metadata and parameters of every function.
+
+    Raises:
+        ProgramError: listing every violation found, each with its node and where that came from.
+    """
+    problems = [p for function in program.functions.values() for p in _problems(program, function)]
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ProgramError(f"the program is not well formed ({len(problems)} violations):\n{listed}{more}")
+
+
+def describe(node: fx.Node) -> str:
+    """A node's name with its provenance, for messages."""
+    origin = [f"{k} {node.meta[k]}" for k in ("site", "module", "source", "made_by") if node.meta.get(k)]
+    return f"%{node.name}" + (f" ({', '.join(origin)})" if origin else "")
+
+
+def _problems(program: Program, function: Function) -> list[str]:
+    where, found = f"function {function.name!r}", []
+    if function.parameters is not program.parameters:
+        found.append(f"{where} reads another program's parameters")
+    nodes = function.nodes
+    if not nodes or nodes[-1].op != "output":
+        return [*found, f"{where} has no output node at its end"]
+    if len(function.outputs) != len(function.results) or len(set(function.outputs)) != len(function.outputs):
+        found.append(f"{where}: {len(function.results)} results, output names {list(function.outputs)}")
+    seen: set[fx.Node] = set()
+    for node in nodes:
+        if any(operand not in seen for operand in node.all_input_nodes):
+            found.append(f"{describe(node)} reads a value that is defined later")
+        seen.add(node)
+        if problem := _node_problem(function, node):
+            found.append(f"{describe(node)}: {problem}")
+    sites = Counter(n.meta["site"] for n in nodes if n.meta.get("site"))
+    found += [f"site {site!r} names {count} nodes" for site, count in sites.items() if count > 1]
+    return found
+
+
+def _node_problem(function: Function, node: fx.Node) -> str | None:
+    value: Any = node.meta.get("value")
+    if node.op == "output":
+        return None
+    if not isinstance(value, Value):
+        return "has no value metadata"
+    if undeclared := shape_symbols(value.shape) - function.dims.keys():
+        return f"uses dimensions without a range: {', '.join(sorted(undeclared))}"
+    if node.op == "placeholder":
+        return None
+    if node.op == "get_attr":
+        if node.target not in function.parameters:
+            return f"reads the parameter {node.target!r}, which does not exist"
+        actual = function.parameters[node.target].value
+        return None if actual == value else f"says {value}, the parameter is {actual}"
+    if node.op != "call_function" or not isinstance(node.target, Op):
+        return f"{node.op} of {node.target} is not a dialect operation"
+    try:
+        inferred = infer(node.target, node.args, node.kwargs)
+    except TersorError as error:
+        return error.what
+    return None if inferred == value else f"says {value}, its operands give {inferred}"
