@@ -64,8 +64,8 @@ def required_features(target: Target) -> frozenset[str]:
 def missing_on_host(target: Target) -> list[str]:
     """What the CPU of this machine lacks to run code compiled for `target`; empty when it can run it."""
     host = host_llvm_features()
-    if not host:
-        return [f"a Linux machine with an {target.arch} CPU"]
+    if target.arch != "x86_64" or not host:
+        return [f"a CPU of architecture {target.arch}"]
     return sorted(required_features(target) - host)
 
 

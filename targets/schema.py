@@ -23,7 +23,7 @@ TEXTS = ("name", "arch", "mcpu", "os")
 class Target:
     """A machine to compile for. Unknown quantities are None, never guessed.
 
-    `features` are Tersor's names for what kernels ask about (`avx2`, `fma`, `avx512`, `vnni`, ...); `mcpu` and
+    `features` are Tersor's names for what kernels ask about (`avx2`, `avx512`, `vnni`, ...); `mcpu` and
     `mattr` are LLVM's names for the same machine, complete enough to generate code from.
     Sizes are in bytes: `l1d` and `l2` per core, `l3` shared by all cores, `memory` what a process may use.
     `sources` says for every number where it comes from; a guess starts with "assumed".

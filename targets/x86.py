@@ -1,7 +1,7 @@
 """Facts about x86-64 CPUs: how Linux, LLVM and Tersor name instruction sets; LLVM's names for CPU families.
 
-Sources: LLVM 22 `TargetParser/Host.cpp` (families and models), `TargetParser/X86TargetParser.cpp` (features of a
-CPU name); Linux `arch/x86/include/asm/cpufeatures.h` (flags of /proc/cpuinfo); the x86-64 psABI (levels).
+Sources: LLVM 22 `Host.cpp` (families and models) and `X86TargetParser.cpp` (features of a CPU name);
+Linux `arch/x86/include/asm/cpufeatures.h` (flags of /proc/cpuinfo); the x86-64 psABI (levels).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def feature_names(llvm_features: Collection[str]) -> frozenset[str]:
     return frozenset(name for name, needed in _FEATURES.items() if needed <= present)
 
 
-_INTEL_MODELS: dict[str, tuple[int, ...]] = {
+INTEL_MODELS: dict[str, tuple[int, ...]] = {
     "haswell": (0x3C, 0x3F, 0x45, 0x46),
     "broadwell": (0x3D, 0x47, 0x4F, 0x56),
     "skylake": (0x4E, 0x5E, 0x8E, 0x9E, 0xA5, 0xA6),
@@ -78,6 +78,7 @@ _INTEL_MODELS: dict[str, tuple[int, ...]] = {
     "emeraldrapids": (0xCF,),
     "graniterapids": (0xAD,),
 }
+"""LLVM's CPU name -> Intel's model numbers of family 6."""
 
 
 def cpu_name(vendor: str, family: int, model: int, llvm_features: Collection[str]) -> str:
@@ -96,7 +97,7 @@ def cpu_name(vendor: str, family: int, model: int, llvm_features: Collection[str
         if family == 0x1A:
             return "znver5"
     if vendor == "GenuineIntel" and family == 6:
-        name = next((name for name, models in _INTEL_MODELS.items() if model in models), level)
+        name = next((name for name, models in INTEL_MODELS.items() if model in models), level)
         if name == "skylake-avx512":
             # One model number, three generations: Cascade Lake added VNNI and Cooper Lake bf16.
             if "avx512bf16" in present:
