@@ -1,0 +1,1 @@
+"""Tersor beside its peers: `make bench`, or `python -m benchmarks.run --help`."""

@@ -1,0 +1,137 @@
+"""What a run found, as JSON and as Markdown tables."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+US = "tersor"
+
+
+@dataclass
+class Measurement:
+    """One engine on one entry. `error` is the largest difference to torch eager, relative to the output's scale."""
+
+    engine: str
+    load_seconds: float | None = None
+    milliseconds: list[float] = field(default_factory=list)
+    error: float | None = None
+    idle_load: float = 0.0
+    failure: str | None = None
+
+    @property
+    def minimum(self) -> float | None:
+        return min(self.milliseconds, default=None)
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.milliseconds) if self.milliseconds else None
+
+
+@dataclass
+class Entry:
+    """One model at one shape on a number of threads, with what every engine did."""
+
+    model: str
+    shape: str
+    threads: int
+    measurements: list[Measurement]
+
+    def ratio(self, peer: str) -> float | None:
+        """Peer's median / our median: above 1 we are faster."""
+        medians = {m.engine: m.median for m in self.measurements}
+        ours, theirs = medians.get(US), medians.get(peer)
+        return theirs / ours if ours and theirs else None
+
+
+@dataclass
+class Report:
+    """A whole run."""
+
+    date: str
+    command: str
+    machine: dict[str, object]
+    versions: dict[str, str]
+    entries: list[Entry] = field(default_factory=list)
+
+    def write(self, folder: Path, name: str) -> tuple[Path, Path]:
+        """Write `name`.json and `name`.md into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        data = asdict(self)
+        for entry, plain in zip(self.entries, data["entries"], strict=True):
+            for measurement, row in zip(entry.measurements, plain["measurements"], strict=True):
+                row |= {
+                    "milliseconds": [round(value, 4) for value in measurement.milliseconds],
+                    "minimum": measurement.minimum,
+                    "median": measurement.median,
+                    "ratio": entry.ratio(measurement.engine),
+                }
+        (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        return folder / f"{name}.json", folder / f"{name}.md"
+
+    def markdown(self) -> str:
+        """Tables of median (minimum) latency and ratio, one per number of threads, and what went wrong."""
+        engines = list(dict.fromkeys(m.engine for entry in self.entries for m in entry.measurements))
+        lines = [
+            f"# Latency, {self.date}",
+            "",
+            "; ".join(f"{key}: {value}" for key, value in self.machine.items()),
+            "",
+            ", ".join(self.versions[engine] for engine in engines if engine in self.versions),
+            "",
+            f"`{self.command}`",
+            "",
+            "Milliseconds: median (minimum); in brackets the peer's median / ours, above 1 where we are faster.",
+            "`!` marks an output further than 1e-4 of its scale from torch eager.",
+        ]
+        for threads in sorted({entry.threads for entry in self.entries}):
+            lines += ["", f"## {threads} thread{'s' * (threads > 1)}", ""]
+            lines += [f"| model | input | {' | '.join(engines)} |", "|---" * (len(engines) + 2) + "|"]
+            for entry in self.entries:
+                if entry.threads == threads:
+                    cells = {m.engine: self._cell(entry, m) for m in entry.measurements}
+                    row = " | ".join(cells.get(engine, "") for engine in engines)
+                    lines.append(f"| {entry.model} | {entry.shape} | {row} |")
+        notes = [
+            f"* {m.engine} on {entry.model} {entry.shape}, {entry.threads} threads: {m.failure}"
+            for entry in self.entries
+            for m in entry.measurements
+            if m.failure
+        ]
+        notes += [
+            f"* {m.engine} on {entry.model} {entry.shape}, {entry.threads} threads: used {m.idle_load:.0%} of a core "
+            "between its turns, which slows the others"
+            for entry in self.entries
+            for m in entry.measurements
+            if m.idle_load > 0.05
+        ]
+        return "\n".join(lines + ["", *notes] if notes else lines) + "\n"
+
+    @staticmethod
+    def _cell(entry: Entry, measurement: Measurement) -> str:
+        if measurement.median is None:
+            return "failed" if measurement.failure else ""
+        wrong = "!" if measurement.error is not None and measurement.error > 1e-4 else ""
+        ratio = entry.ratio(measurement.engine) if measurement.engine != US else None
+        text = f"{measurement.median:.4g} ({measurement.minimum:.4g}){wrong}"
+        return f"{text} [{ratio:.2f}]" if ratio else text
+
+
+def machine() -> dict[str, object]:
+    """CPU, cores, memory and system, for the record."""
+    from tersor import targets
+
+    native = targets.resolve("native")
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown")
+    return {
+        "cpu": f"{model} ({native.mcpu})",
+        "cores": native.cores,
+        "memory": f"{(native.memory or 0) / 2**30:.1f} GiB",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,1 @@
+"""The command line: `tersor compile`, `run`, `bench`, ... (`tersor --help`)."""
