@@ -1,0 +1,62 @@
+"""How GEMM is cut for a target: an analytic choice from registers, vector width and caches.
+
+The register tile is ``rows`` rows of the left matrix by one panel of packed weights, two vectors wide; its
+accumulators, one row of the panel and one broadcast element must fit in the vector registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tersor.targets import Target
+
+PANEL_VECTORS = 2
+"""Vectors across a register tile: two weight vectors feed all rows, so loads stay below half of the multiply-adds."""
+
+CACHE_LINE = 64
+"""Bytes."""
+
+STREAM_AHEAD = 8192
+"""Bytes between the weights in use and those being fetched, when every weight is used only once."""
+
+PARALLEL_FLOPS = 2e6
+PARALLEL_BYTES = 400e3
+"""Work below both (about 10 us on one core) is not worth waking other threads for."""
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """How one GEMM is cut.
+
+    rows: rows of a register tile when there are several tiles; streams: tile heights for few rows, ascending: up to
+    the last of them all rows fit one tile, and the kernel streams the weights.
+    """
+
+    rows: int
+    streams: tuple[int, ...]
+
+
+def panel_width(target: Target) -> int:
+    """Columns of a packed f32 panel: 32 with AVX-512, 16 with AVX2."""
+    return PANEL_VECTORS * target.lanes("float32")
+
+
+def most_rows(target: Target) -> int:
+    """Height of the tallest register tile: what the weight vectors leave of the registers, less a spare for LLVM."""
+    spare = PANEL_VECTORS + 2 if target.vector_registers <= 16 else PANEL_VECTORS + 6
+    return (target.vector_registers - spare) // PANEL_VECTORS
+
+
+def choose(target: Target) -> GemmTile:
+    """The analytic tile: 8x32 with AVX-512, 6x16 with AVX2."""
+    most = most_rows(target)
+    rows = min(8, most)
+    return GemmTile(rows, tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most})))
+
+
+def partition(m: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """(count, height) of as few tiles of at most ``rows`` rows as cover ``m`` exactly, heights differing by one."""
+    tiles = -(-m // rows)
+    height = -(-m // tiles)
+    short = height * tiles - m
+    return ((tiles - short, height), (short, height - 1)) if short else ((tiles, height),)
