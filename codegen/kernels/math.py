@@ -1,0 +1,386 @@
+"""Element-wise functions as TIR expressions, right for scalars and vectors of f32, with polynomials instead of libm.
+
+LLVM would call libm once per lane for ``exp`` or ``erf``; these are straight-line vector code. Call them while a
+PrimFunc is being built (in a TVMScript body or under an ``IRBuilder``): a value that is used more than once is bound
+to a variable there, so an expression never grows exponentially.
+
+Errors are against exact arithmetic, measured by tests/codegen/test_math.py. Coefficients come from weighted least
+squares on 4000 Chebyshev nodes, reweighted towards the minimax fit (Lawson's iteration), in f64, rounded to f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from tersor.codegen.kernels.chain import Chain, Const
+
+ROUND = 12582912.0
+"""1.5 * 2**23: adding it rounds an f32 below 2**22 to an integer (half to even), left in the low mantissa bits."""
+
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+
+EXP = (1.0000001192092896, 0.9999997019767761, 0.49998894333839417,
+       0.16667574644088745, 0.04191543161869049, 0.008297644555568695)  # fmt: skip
+"""e**r on |r| <= ln(2)/2, lowest power first; relative error 7.5e-8."""
+
+NORMAL_CDF_BOUND = 5.3
+NORMAL_CDF = (0.13339252769947052, -0.06651699542999268, 0.04926713928580284, -0.0396355465054512,
+              0.03204883635044098, -0.02489127218723297, 0.019008183851838112, -0.014697996899485588,
+              0.00888399314135313, -0.003133646911010146, 0.002625663997605443, -0.003424719674512744,
+              0.001413525897078216)  # fmt: skip
+"""(Phi(x) - 1/2) / x on |x| <= 5.3 in t = 2 (x/5.3)**2 - 1; x times its error is 4.2e-7. At -5.3 Phi comes out below 0."""
+
+ERF_BOUND = 3.8
+ERF = (0.37210747599601746, -0.18563584983348846, 0.13774962723255157, -0.11135030537843704, 0.09073028713464737,
+       -0.07107798755168915, 0.055314239114522934, -0.04427871108055115, 0.026977883651852608, -0.008750580251216888,
+       0.008032528683543205, -0.011513122357428074, 0.004852671176195145)  # fmt: skip
+"""erf(x) / x on |x| <= 3.8 in t = 2 (x/3.8)**2 - 1; x times its error is 1.1e-6."""
+
+TANH_BOUND = 8.0
+TANH_NUMERATOR = (0.9999997615814209, 0.12712311744689941, 0.0026964102871716022, 7.162507699831622e-06,
+                  -6.142313324630777e-09)  # fmt: skip
+TANH_DENOMINATOR = (1.0, 0.4604547321796417, 0.02285030297935009, 0.00019674529903568327)
+"""tanh(x) / x on |x| <= 8 as a quotient of polynomials in x**2; relative error 2.2e-7."""
+
+SQRT_HALF_BITS, ONE_BITS = 0x3F3504F3, 0x3F800000
+LOG1P = (0.3333333134651184, -0.250008225440979, 0.20001226663589478, -0.16623355448246002, 0.1420176774263382,
+         -0.13160210847854614, 0.12761515378952026, -0.07634343951940536)  # fmt: skip
+"""(log(1+f) - f + f**2/2) / f**3 on [sqrt(1/2) - 1, sqrt(2) - 1]; relative error of the logarithm 5.8e-9."""
+
+SIN = (-0.16666659712791443, 0.00833306647837162, -0.00019809589139185846, 2.605749841677607e-06)
+"""(sin(r) - r) / r**3 on |r| <= pi/2 in r**2; relative error of the sine 6.1e-9."""
+PI_PARTS = (3.140625, 0.0009675025939941406, 1.5099580252808664e-07)
+"""Their sum is pi to 3.4e-15; the first two have so few bits that multiples up to 2**12 are exact in f32."""
+
+Operand = Expr | Const
+
+
+def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
+    """The chain's outputs for the given values of its inputs (scalars, or vectors with one number of lanes).
+
+    Scalars beside vectors are broadcast. Every step is bound to a variable of the PrimFunc under construction.
+    """
+    lanes = max((_lanes(value) for value in values), default=1)
+    known = [bind(broadcast(value, lanes)) for value in values]
+    for step in chain.steps:
+        operands = [a if isinstance(a, Const) else known[a] for a in step.args]
+        if step.op == "cast":
+            result = cast(_materialize(operands[0], "float32", lanes), step.dtype or "float32")
+        elif step.op == "pow":
+            result = power(_materialize(operands[0], "float32", lanes), operands[1])
+        else:
+            result = FUNCTIONS[step.op](*_promote(operands, lanes))
+        known.append(bind(result))
+    return [known[index] for index in chain.outputs]
+
+
+def bind(value: Expr) -> Expr:
+    """A variable that holds the value, so that it is computed once; variables and constants are returned as they are."""
+    if isinstance(value, tirx.Var | tirx.IntImm | tirx.FloatImm):
+        return value
+    if isinstance(value, tirx.Broadcast) and isinstance(value.value, tirx.IntImm | tirx.FloatImm):
+        return value
+    return T.Bind(value)
+
+
+def broadcast(value: Expr, lanes: int) -> Expr:
+    """A scalar as a vector of so many lanes; a vector unchanged."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 and _lanes(value) == 1 else value
+
+
+def constant(value: float | int | bool, like: Expr) -> Expr:
+    """The constant in the dtype and lanes of ``like``."""
+    return tirx.const(value, like.ty.dtype)
+
+
+def exp(x: Expr) -> Expr:
+    """e**x; relative error 6e-7 up to 88.3 and 1e-4 from there to overflow; 0 below -87.7, inf above 88.73, NaN kept."""
+    x = bind(x)
+    low = bind(tirx.Select(x < -88.0, constant(-88.0, x), x))
+    shifted = bind(low * LOG2_E + ROUND)
+    # 2**127 is the largest power that is finite: beyond it the remainder grows until the product overflows
+    shifted = bind(tirx.Select(shifted > ROUND + 127, constant(ROUND + 127, x), shifted))
+    return _exp_of_parts(low, shifted)
+
+
+def exp_nonpositive(x: Expr) -> Expr:
+    """e**x for x <= 0 (one operation fewer than ``exp``); 0 below -87.7, -inf included."""
+    x = bind(x)
+    low = bind(tirx.Select(x < -88.0, constant(-88.0, x), x))
+    return _exp_of_parts(low, bind(low * LOG2_E + ROUND))
+
+
+def log(x: Expr) -> Expr:
+    """Natural logarithm; relative error 3e-7, denormals included; -inf at 0, NaN below, inf at inf."""
+    x = bind(x)
+    tiny = bind(x < 1.1754943508222875e-38)
+    normal = bind(tirx.Select(tiny, x * 8388608.0, x))
+    bits = bind(tirx.reinterpret(_dtype("int32", x), normal))
+    exponent = bind(tirx.shift_right(bits - SQRT_HALF_BITS, constant(23, bits)))
+    f = bind(tirx.reinterpret(x.ty.dtype, bits - tirx.shift_left(exponent, constant(23, bits))) - 1.0)
+    n = bind(cast(exponent, "float32") - tirx.Select(tiny, constant(23.0, x), constant(0.0, x)))
+    square_ = bind(f * f)
+    tail = f * square_ * _polynomial(LOG1P, f) - 0.5 * square_
+    # n * LN_2 in two parts, the first exact: otherwise logarithms near 0 lose digits
+    result = bind(n * 0.693145751953125 + (f + (n * 1.42860682030941723e-06 + tail)))
+    infinite = constant(float("inf"), x)
+    result = tirx.Select(x < float("inf"), result, x)  # inf and NaN
+    result = tirx.Select(x > 0.0, result, tirx.Select(tirx.EQ(x, constant(0.0, x)), -infinite, x * float("nan")))
+    return result
+
+
+def sin(x: Expr) -> Expr:
+    """Sine; absolute error 3e-7 for |x| <= 1e4, growing in proportion beyond."""
+    x = bind(x)
+    shifted = bind(x * 0.3183098861837907 + ROUND)
+    return _sin_reduced(x, bind(shifted - ROUND), shifted)
+
+
+def cos(x: Expr) -> Expr:
+    """Cosine; absolute error 3e-7 for |x| <= 1e4, growing in proportion beyond."""
+    # cos(x) = +-sin(x - (n - 1/2) pi), n the integer nearest to x/pi + 1/2
+    x = bind(x)
+    shifted = bind((x * 0.3183098861837907 + 0.5) + ROUND)
+    return _sin_reduced(x, bind((shifted - ROUND) - 0.5), shifted)
+
+
+def tanh(x: Expr) -> Expr:
+    """Hyperbolic tangent; relative error 6e-7."""
+    x = bind(clamp(x, TANH_BOUND))
+    square_ = bind(x * x)
+    return x * _polynomial(TANH_NUMERATOR, square_) / _polynomial(TANH_DENOMINATOR, square_)
+
+
+def erf(x: Expr) -> Expr:
+    """Error function; absolute error 1.3e-6."""
+    x = bind(clamp(x, ERF_BOUND))
+    return x * _polynomial(ERF, bind(x * x * (2 / ERF_BOUND**2) - 1.0))
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + e**-x); relative error 8e-7."""
+    return 1.0 / (1.0 + exp(0.0 - x))
+
+
+def silu(x: Expr) -> Expr:
+    """x sigmoid(x); relative error 8e-7."""
+    x = bind(x)
+    return x / (1.0 + exp(0.0 - x))
+
+
+def gelu_erf(x: Expr) -> Expr:
+    """x Phi(x), the GELU; error at most 6e-7 of max(1, |x|), exactly 0 below -5.3."""
+    x = bind(x)
+    bounded = bind(clamp(x, NORMAL_CDF_BOUND))
+    phi = bind(0.5 + bounded * _polynomial(NORMAL_CDF, bind(bounded * bounded * (2 / NORMAL_CDF_BOUND**2) - 1.0)))
+    return x * relu(phi)
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """The GELU's approximation x (1 + tanh(u)) / 2 = x sigmoid(2u); relative error 2e-6 where |x| <= 5."""
+    x = bind(x)
+    return x / (1.0 + exp(x * (-1.5957691216057308 - 0.07135481282553536 * (x * x))))
+
+
+def relu(x: Expr) -> Expr:
+    """max(x, 0), NaN kept."""
+    x = bind(x)
+    return tirx.Select(x < constant(0, x), constant(0, x), x)
+
+
+def clamp(x: Expr, bound: float) -> Expr:
+    """x limited to [-bound, bound], NaN kept."""
+    x = bind(x)
+    x = bind(tirx.Select(x < -bound, constant(-bound, x), x))
+    return tirx.Select(x > bound, constant(bound, x), x)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """The larger one; NaN if either is, like torch.maximum."""
+    a, b = bind(a), bind(b)
+    return tirx.Select(a > b, a, _nan_first(a, b))
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    """The smaller one; NaN if either is, like torch.minimum."""
+    a, b = bind(a), bind(b)
+    return tirx.Select(a < b, a, _nan_first(a, b))
+
+
+def power(x: Expr, exponent: Operand) -> Expr:
+    """x**exponent. Small integers multiply, 1/2 and -1/2 take roots, other constants are e**(exponent log x),
+    with a relative error of 3e-7 (1 + |exponent log x|) and NaN for x < 0."""
+    x = bind(x)
+    if not isinstance(exponent, Const):
+        if not _is_float(x):
+            raise ValueError("pow of integers needs a constant exponent")
+        return exp(cast(exponent, "float32") * log(x))
+    e = exponent.value
+    if float(e).is_integer() and abs(e) <= 32 and (e >= 0 or _is_float(x)):
+        result, factor, bits = constant(1, x), x, abs(int(e))
+        while bits:
+            if bits & 1:
+                result = bind(result * factor)
+            factor, bits = bind(factor * factor) if bits > 1 else factor, bits >> 1
+        return result if e >= 0 else 1.0 / result
+    x = cast(x, "float32")
+    if abs(e) == 0.5:
+        return tirx.sqrt(x) if e > 0 else 1.0 / tirx.sqrt(x)
+    return exp(float(e) * log(x))
+
+
+def divide(a: Expr, b: Expr) -> Expr:
+    """True division; integers are divided as f32."""
+    return cast(a, "float32") / cast(b, "float32")
+
+
+def absolute(x: Expr) -> Expr:
+    """|x|."""
+    x = bind(x)
+    return tirx.abs(x) if _is_float(x) else tirx.Select(x < constant(0, x), constant(0, x) - x, x)
+
+
+def floor(x: Expr) -> Expr:
+    """The largest integer not above x, in the dtype of x."""
+    return tirx.floor(x) if _is_float(x) else x
+
+
+def where(condition: Expr, a: Expr, b: Expr) -> Expr:
+    """a where the condition holds, b elsewhere; both are computed."""
+    return tirx.Select(cast(condition, "bool"), a, b)
+
+
+def cast(x: Expr, dtype: str) -> Expr:
+    """The value in another dtype: floats are cut towards zero, a bool is ``x != 0``."""
+    if _element(x) == dtype:
+        return x
+    if dtype == "bool":
+        return tirx.NE(x, constant(0, x))
+    return tirx.Cast(_dtype(dtype, x), x)
+
+
+def _logical(operation: Callable[..., Expr]) -> Callable[..., Expr]:
+    return lambda *operands: operation(*(cast(o, "bool") for o in operands))
+
+
+def _integer_or_float(float_function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
+    return lambda x: float_function(cast(x, "float32"))
+
+
+FUNCTIONS: dict[str, Callable[..., Expr]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": divide,
+    "max": maximum,
+    "min": minimum,
+    "neg": lambda x: constant(0, x) - x if not _is_float(x) else x * -1.0,
+    "abs": absolute,
+    "square": lambda x: (lambda v: v * v)(bind(x)),
+    "floor": floor,
+    "relu": relu,
+    "where": where,
+    "eq": tirx.EQ,
+    "ne": tirx.NE,
+    "lt": tirx.LT,
+    "le": tirx.LE,
+    "gt": tirx.GT,
+    "ge": tirx.GE,
+    "logical_and": _logical(tirx.And),
+    "logical_or": _logical(tirx.Or),
+    "logical_not": _logical(tirx.Not),
+    "sqrt": _integer_or_float(tirx.sqrt),
+    "rsqrt": _integer_or_float(lambda x: 1.0 / tirx.sqrt(x)),
+    "reciprocal": _integer_or_float(lambda x: 1.0 / x),
+    "exp": _integer_or_float(exp),
+    "log": _integer_or_float(log),
+    "sin": _integer_or_float(sin),
+    "cos": _integer_or_float(cos),
+    "tanh": _integer_or_float(tanh),
+    "erf": _integer_or_float(erf),
+    "sigmoid": _integer_or_float(sigmoid),
+    "gelu_erf": _integer_or_float(gelu_erf),
+    "gelu_tanh": _integer_or_float(gelu_tanh),
+    "silu": _integer_or_float(silu),
+}
+"""Every op of ``chain.OPS`` but ``cast`` and ``pow``, whose second argument is not a value."""
+
+
+def _exp_of_parts(x: Expr, shifted: Expr) -> Expr:
+    """2**n e**(x - n ln 2), where ``shifted`` is n + ROUND and n >= -127; 2**-127 becomes 0."""
+    r = bind(x - (shifted - ROUND) * LN_2)
+    bits = tirx.reinterpret(_dtype("int32", x), shifted)
+    # the shift drops ROUND's own bits and leaves n where the exponent belongs
+    scale = tirx.shift_left(bits, tirx.const(23, _dtype("int32", x))) + ONE_BITS
+    return _polynomial(EXP, r) * tirx.reinterpret(x.ty.dtype, scale)
+
+
+def _sin_reduced(x: Expr, multiple: Expr, shifted: Expr) -> Expr:
+    """sin(x - multiple * pi) with the sign of (-1)**n, n being the low bits of ``shifted``."""
+    r = x
+    for part in PI_PARTS:
+        r = bind(r - multiple * part)
+    square_ = bind(r * r)
+    value = bind(r + r * square_ * _polynomial(SIN, square_))
+    bits = tirx.reinterpret(_dtype("int32", x), shifted)
+    sign = tirx.shift_left(bits, tirx.const(31, _dtype("int32", x)))
+    return tirx.reinterpret(x.ty.dtype, tirx.bitwise_xor(tirx.reinterpret(_dtype("int32", x), value), sign))
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
+    """Horner's rule, lowest power first."""
+    result = constant(coefficients[-1], x)
+    for coefficient in reversed(coefficients[:-1]):
+        result = result * x + coefficient
+    return bind(result)
+
+
+def _nan_first(a: Expr, b: Expr) -> Expr:
+    """``b``, or ``a`` where that is NaN (a constant or an integer never is)."""
+    if not _is_float(a) or not isinstance(a, tirx.Var):
+        return b
+    return tirx.Select(tirx.NE(a, a), a, b)
+
+
+def _promote(operands: list[Operand], lanes: int) -> list[Expr]:
+    """Operands of one step in a common dtype: f32 before integers before bool; a ``where`` condition keeps its own."""
+    condition = operands[:1] if len(operands) == 3 else []
+    rest = operands[len(condition):]
+    kinds = {_element(o) for o in rest if not isinstance(o, Const)}
+    constants = {type(o.value) for o in rest if isinstance(o, Const)}
+    if "float32" in kinds or float in constants or not (kinds or constants):
+        dtype = "float32"
+    elif kinds - {"bool"}:
+        dtype = max(kinds - {"bool"}, key=lambda name: int(name.lstrip("uint")))
+    else:
+        dtype = "int64" if int in constants else "bool"
+    return [_materialize(o, "bool", lanes) for o in condition] + [
+        cast(_materialize(o, dtype, lanes), dtype) for o in rest
+    ]
+
+
+def _materialize(operand: Operand, dtype: str, lanes: int) -> Expr:
+    if isinstance(operand, Const):
+        return tirx.const(operand.value, dtype if lanes == 1 else f"{dtype}x{lanes}")
+    return operand
+
+
+def _lanes(x: Expr) -> int:
+    return x.ty.dtype.lanes
+
+
+def _element(x: Expr) -> str:
+    return str(x.ty.dtype).partition("x")[0]
+
+
+def _is_float(x: Expr) -> bool:
+    return _element(x).startswith("float")
+
+
+def _dtype(element: str, like: Expr) -> str:
+    lanes = _lanes(like)
+    return element if lanes == 1 else f"{element}x{lanes}"
