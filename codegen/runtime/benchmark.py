@@ -1,0 +1,101 @@
+"""Timing of a compiled function."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    from tersor.codegen.runtime.model import CompiledFunction
+
+_SECONDS, _LEAST, _MOST = 1.0, 10, 10_000
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Times of one call in milliseconds over `calls` calls on `threads` threads; `inputs` says of what."""
+
+    min: float
+    median: float
+    p90: float
+    calls: int
+    threads: int
+    inputs: str
+
+    def __str__(self) -> str:
+        count = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return (
+            f"{self.median:.3f} ms median, {self.min:.3f} ms min, {self.p90:.3f} ms p90"
+            f" ({self.calls} calls, {count}; {self.inputs})"
+        )
+
+
+def measure(
+    function: CompiledFunction,
+    inputs: Mapping[str, Any] | None,
+    dims: Mapping[str, int],
+    calls: int | None,
+    threads: int | None,
+) -> BenchmarkResult:
+    """See `CompiledFunction.benchmark`. Raises InputError for unusable inputs, sizes or numbers."""
+    if calls is not None and (not isinstance(calls, int) or calls < 1):
+        raise InputError(f"calls={calls!r} cannot be timed", fix="give a whole number above 0, or None")
+    if inputs is not None and dims:
+        raise InputError("inputs and dims were both given", fix="dims are for inputs made from the signature")
+    if inputs is None:
+        inputs = make_inputs(function, dims)
+    model = function.model
+    before = model.threads
+    try:
+        if threads is not None:
+            model.threads = threads
+        used = model.threads
+        times = _times(lambda: function(**inputs), calls)
+    finally:
+        model.threads = before
+    low, median, p90 = np.percentile(times, (0, 50, 90)) / 1e6
+    shapes = ", ".join(
+        f"{name} {'x'.join(map(str, np.shape(value))) or 'scalar'}" for name, value in inputs.items()
+    )
+    return BenchmarkResult(float(low), float(median), float(p90), len(times), used, shapes)
+
+
+def make_inputs(function: CompiledFunction, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Inputs that fit the signature: floats standard normal (always the same), integers and booleans 1."""
+    signature = function.signature
+    if unknown := sorted(set(dims) - set(signature.dims)):
+        raise InputError(
+            f"there is no dimension {unknown[0]!r}", why=f"the dimensions are {sorted(signature.dims)}"
+        )
+    sizes = {name: high for name, (_, high) in signature.dims.items()} | dict(signature.example) | dict(dims)
+    shapes = function.arguments.shapes(sizes)
+    function.arguments.dimensions(shapes)
+    random = np.random.default_rng(0)
+    made = {}
+    for tensor, shape in zip(signature.inputs, shapes, strict=True):
+        floating = np.dtype(tensor.dtype).kind == "f"
+        made[tensor.name] = (random.standard_normal(shape) if floating else np.ones(shape)).astype(
+            tensor.dtype
+        )
+    return made
+
+
+def _times(call: Any, calls: int | None) -> list[int]:
+    """Nanoseconds of each call, after three that are not counted."""
+    for _ in range(3):
+        call()
+    times: list[int] = []
+    start = time.perf_counter()
+    while len(times) < (calls or _MOST):
+        if calls is None and len(times) >= _LEAST and time.perf_counter() - start > _SECONDS:
+            break
+        begin = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - begin)
+    return times

@@ -1,0 +1,190 @@
+"""Artifact folders: written beside their final place and renamed, read with every byte checked."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from tersor.codegen.runtime.manifest import FILES, MANIFEST, PIECE, FileRecord, Manifest
+from tersor.errors import ArtifactError
+
+
+@contextmanager
+def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    `size` is the number of bytes that will be written, checked against the free space first. An existing
+    artifact is replaced (`overwrite`), anything else at `path` is left alone. Raises ArtifactError for
+    whatever the file system refuses.
+    """
+    path = Path(os.path.realpath(path))
+    _check_place(path, overwrite)
+    try:
+        free = shutil.disk_usage(path.parent).free
+        if free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path, size, error) from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _sync(temporary)
+        _replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, size, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json with the sizes and hashes of the files that lie in `folder`."""
+    text = manifest.with_files({name: file_record(folder / name) for name in FILES}).to_json()
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`; ArtifactError when there is none."""
+    if not (folder / MANIFEST).is_file():
+        why = "there is no manifest.json in it" if folder.is_dir() else "there is no such folder"
+        raise ArtifactError(
+            f"{str(folder)!r} is not an artifact", why=why, fix="pass a folder written by compiled.save()"
+        )
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            "this artifact's manifest cannot be read", where=str(folder / MANIFEST), why=str(error)
+        ) from error
+    return Manifest.from_json(text, str(folder / MANIFEST))
+
+
+def map_files(folder: Path, manifest: Manifest) -> dict[str, mmap.mmap]:
+    """The files of an artifact mapped into memory; ArtifactError when a byte differs from the manifest.
+
+    Maps are private and writable (copy on write), because DLPack cannot express read-only memory.
+    """
+    maps: dict[str, mmap.mmap] = {}
+    pieces = []
+    for name in FILES:
+        record = manifest.files.get(name)
+        if record is None:
+            raise _damaged(folder / name, "the manifest does not list it")
+        maps[name] = _map(folder / name, record.size)
+        offsets = range(0, record.size, PIECE)
+        if len(offsets) != len(record.sha256):
+            raise _damaged(folder / name, "the manifest does not hold a hash for each piece of it")
+        pieces += [(name, offset, digest) for offset, digest in zip(offsets, record.sha256, strict=True)]
+
+    def check(piece: tuple[str, int, str]) -> None:
+        name, offset, digest = piece
+        with memoryview(maps[name]) as view:
+            if hashlib.sha256(view[offset : offset + PIECE]).hexdigest() != digest:
+                raise _damaged(
+                    folder / name, f"its contents changed within bytes {offset} to {offset + PIECE}"
+                )
+
+    # Hashing runs without the interpreter lock, at 0.5 to 2 GB/s a core.
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        list(pool.map(check, pieces))
+    return maps
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hashes of a file."""
+    hashes = []
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            hashes.append(hashlib.sha256(piece).hexdigest())
+        return FileRecord(file.tell(), tuple(hashes))
+
+
+def _map(path: Path, size: int) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise _damaged(path, f"it has {found} bytes, the manifest says {size}")
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=protection)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        "this artifact is damaged", where=str(path), why=why, fix="copy it again, or compile the model again"
+    )
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    if not path.parent.is_dir():
+        raise ArtifactError(
+            f"cannot write {str(path)!r}",
+            why=f"the folder {str(path.parent)!r} does not exist",
+            fix="create it, or choose another place",
+        )
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
+        raise ArtifactError(
+            f"will not overwrite {str(path)!r}",
+            why="it exists and is not a Tersor artifact",
+            fix="choose another name, or remove it yourself",
+        )
+    if not overwrite:
+        raise ArtifactError(
+            f"{str(path)!r} exists already", fix="choose another name, or allow it to be overwritten"
+        )
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Put `temporary` at `path`; what was there comes back if that fails."""
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, size: int, error: OSError) -> ArtifactError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = f"make {size / 1e6:,.0f} MB free there, or save to another disk"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "choose a folder you may write to"
+    else:
+        fix = "check the disk, or save to another one"
+    return ArtifactError(
+        f"cannot write {str(path)!r}; nothing was left there",
+        where=error.filename,
+        why=error.strerror,
+        fix=fix,
+    )

@@ -1,0 +1,333 @@
+"""Loads an artifact and calls it.
+
+What lowering must produce
+    A Relax VM executable, exported as a shared library, with one Relax function per program function and of
+    the same name (`main` is what calling the model runs).
+    * Parameters: the inputs in the order of the signature, then the weights in the order of
+      `FunctionSignature.weights`; all are tensors, on the CPU.
+    * Result: a tuple of tensors in the order of `FunctionSignature.outputs`; also a single one is in a tuple.
+    * Symbolic dimensions of the parameters are those of the signature. The function's attribute
+      `tir_var_upper_bound` should give their upper bounds: memory is then planned once, and does not depend
+      on the sizes that happen to come.
+    * Buffers may be assumed to be aligned to 64 bytes and contiguous.
+    * `relax.build(..., exec_mode="compiled")` nearly halves the VM's own time per call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tersor.codegen.runtime import library, threads, weights
+from tersor.codegen.runtime.arguments import Arguments
+from tersor.codegen.runtime.folder import map_files, new_folder, read_manifest
+from tersor.codegen.runtime.manifest import (
+    FILES,
+    MANIFEST,
+    MODULE,
+    REPORT,
+    WEIGHTS,
+    FunctionSignature,
+    Manifest,
+    read_version,
+)
+from tersor.codegen.runtime.outputs import Outputs
+from tersor.errors import ArtifactError, TargetError
+from tersor.targets import Target, missing_on_host
+
+if TYPE_CHECKING:
+    from tersor.codegen.runtime.benchmark import BenchmarkResult
+
+_CPU, _POOLED = 1, 2
+"""DLPack's device type of the CPU, and the VM's allocator that keeps freed buffers for the next call."""
+
+
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, temporary: bool = False
+) -> CompiledModel:
+    """The compiled model in the artifact folder `path`.
+
+    Every byte is compared with the manifest's hashes; weights are mapped, not copied. An artifact is native
+    code: hashes detect damage, not malice, so load only what you trust.
+
+    threads     as `CompiledModel.threads`
+    temporary   the folder is removed when the model is no longer used
+
+    Raises ArtifactError (missing, damaged, written by another version), TargetError (compiled for another
+    CPU), InputError (threads).
+    """
+    folder = Path(path).resolve()
+    manifest = read_manifest(folder)
+    _check_versions(manifest, folder)
+    _check_target(manifest, folder)
+    return CompiledModel(folder, manifest, threads, temporary)
+
+
+class CompiledModel:
+    """A compiled model; made by `load`. Call it with the model's inputs, by name or in order.
+
+    Inputs are numpy arrays or torch CPU tensors; the result is an `Outputs` of the same kind. Any number of
+    Python threads may call one model at the same time: each gets a VM and workers of its own, and they share
+    the weights.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None, temporary: bool):
+        self.path = folder
+        self.manifest = manifest
+        self.threads = threads
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        maps = map_files(folder, manifest)
+        self._report = bytes(maps[REPORT])
+        self._tensors = weights.read(maps[WEIGHTS], str(folder / WEIGHTS))
+        self._module = _load_module(folder / MODULE)
+        self._lock = threading.Lock()
+        self.functions: Mapping[str, CompiledFunction] = {
+            name: CompiledFunction(self, name, signature) for name, signature in manifest.functions.items()
+        }
+
+    @property
+    def threads(self) -> int:
+        """Threads that one call uses.
+
+        What was set, else TERSOR_NUM_THREADS, else the artifact's default, else the physical cores this process
+        may use. Setting None returns to the default. InputError for a number above the CPUs in the process's
+        affinity mask.
+        """
+        return self._threads
+
+    @threads.setter
+    def threads(self, number: int | None) -> None:
+        if number is None:
+            self._threads = threads.default(self.manifest.threads)
+        else:
+            self._threads = threads.check(number, "threads")
+
+    @property
+    def signature(self) -> FunctionSignature:
+        """Inputs, outputs and dimensions of the function `main`."""
+        return self.functions["main"].signature
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The report of the compilation."""
+        return json.loads(self._report)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Outputs:
+        """Run the model. Raises InputError when the inputs do not fit the signature."""
+        return self.functions["main"](*inputs, **named)
+
+    def benchmark(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        dims: Mapping[str, int] | None = None,
+        calls: int | None = None,
+        threads: int | None = None,
+    ) -> BenchmarkResult:
+        """Time the function `main`; see `CompiledFunction.benchmark`."""
+        return self.functions["main"].benchmark(inputs, dims=dims, calls=calls, threads=threads)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+        """Copy the artifact to the folder `path`, replacing an artifact there; nothing is left on failure.
+
+        Raises ArtifactError: full disk, no permission, `path` is something else than an artifact.
+        """
+        names = (*FILES, MANIFEST)
+        size = sum(record.size for record in self.manifest.files.values())
+        with new_folder(Path(path), size, overwrite) as folder:
+            for name in names:
+                with open(self.path / name, "rb") as source, open(folder / name, "wb") as copy:
+                    shutil.copyfileobj(source, copy, 16 << 20)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+        return Path(path)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"CompiledModel({str(self.path)!r}, target={self.manifest.target['name']!r},"
+            f" threads={self.threads})"
+        ]
+        for name, function in self.functions.items():
+            inputs = ", ".join(map(str, function.signature.inputs))
+            lines.append(f"  {name}({inputs}) -> {', '.join(map(str, function.signature.outputs))}")
+            lines += [f"    {d} from {low} to {high}" for d, (low, high) in function.signature.dims.items()]
+        return "\n".join(lines)
+
+
+class CompiledFunction:
+    """One function of a compiled model."""
+
+    def __init__(self, model: CompiledModel, name: str, signature: FunctionSignature):
+        self.model, self.name, self.signature = model, name, signature
+        self.arguments = Arguments(signature)
+        self._tree = signature.tree()
+        self._names = tuple(tensor.name for tensor in signature.outputs)
+        self._flat = list(self._tree.items()) == [(n, n) for n in self._names]
+        self._callers = threading.local()
+        missing = sorted(set(signature.weights) - set(model._tensors))
+        if missing:
+            raise ArtifactError(
+                "this artifact's weights are incomplete",
+                where=str(model.path / WEIGHTS),
+                why=f"function {name!r} needs {', '.join(missing[:8])}",
+                fix="compile the model again",
+            )
+
+    def __call__(self, *inputs: Any, **named: Any) -> Outputs:
+        """Run the function. Raises InputError when the inputs do not fit the signature."""
+        arrays, is_torch = self.arguments.bind(inputs, named)
+        values = threads.run(self.model.threads, self._invoke, arrays)
+        if is_torch:
+            from_numpy = sys.modules["torch"].from_numpy
+            values = [from_numpy(value) for value in values]
+        named_values = dict(zip(self._names, values, strict=True))
+        if self._flat:
+            return Outputs(named_values)
+        return Outputs({name: _nest(tree, named_values) for name, tree in self._tree.items()})
+
+    def benchmark(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        dims: Mapping[str, int] | None = None,
+        calls: int | None = None,
+        threads: int | None = None,
+    ) -> BenchmarkResult:
+        """Time repeated calls, everything from the Python call to its result.
+
+        inputs      by name; None makes them: floats are standard normal, integers and booleans 1
+        dims        sizes of symbolic dimensions for made inputs; by default the example's, else the largest
+        calls       how many calls are timed; None measures for about a second, at least 10
+        threads     for this measurement only
+        """
+        from tersor.codegen.runtime.benchmark import measure
+
+        return measure(self, inputs, dims or {}, calls, threads)
+
+    def _invoke(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        try:
+            vm = self._callers.vm
+        except AttributeError:
+            vm = self._callers.vm = _Machine(self)
+        return vm(arrays)
+
+
+class _Machine:
+    """A Relax VM with the weights bound; used by one thread."""
+
+    def __init__(self, function: CompiledFunction):
+        model, name = function.model, function.name
+        self.where = f"function {name!r} of {str(model.path)!r}"
+        self.from_dlpack = library.tvm_ffi().from_dlpack
+        tensors = [self.from_dlpack(model._tensors[weight]) for weight in function.signature.weights]
+        self.weights = frozenset(tensor.data_ptr() for tensor in tensors)
+        self.shared: frozenset[int] | None = None
+        try:
+            with model._lock:
+                machine = model._module["vm_load_executable"]()
+                machine["vm_initialization"](_CPU, 0, _POOLED)
+                # The VM appends the saved arguments to those of a call, so a call passes the inputs only.
+                machine["save_function"](name, f"{name} with weights", True, *tensors)
+                self.run: Callable[..., Any] = machine[f"{name} with weights"]
+        except Exception as error:  # whatever TVM raises, most of it RuntimeError and AttributeError
+            raise ArtifactError(
+                "the artifact's module cannot be started",
+                where=self.where,
+                why=str(error),
+                fix="compile it again",
+            ) from error
+
+    def __call__(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        inputs = [self._tensor(array) for array in arrays]
+        try:
+            results = self.run(*inputs)
+        except Exception as error:  # TVM raises many kinds; the inputs were right, so the artifact is not
+            raise ArtifactError(
+                "the compiled code failed",
+                where=self.where,
+                why=str(error),
+                fix="if memory ran out use smaller inputs; otherwise compile the model again and report this",
+            ) from error
+        if self.shared is None:
+            # An output that is an input or a weight itself would change under the caller's hands.
+            taken = self.weights | {tensor.data_ptr() for tensor in inputs}
+            self.shared = frozenset(i for i, tensor in enumerate(results) if tensor.data_ptr() in taken)
+        values = [np.from_dlpack(tensor) for tensor in results]
+        for index in self.shared:
+            values[index] = values[index].copy()
+        return values
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        """The array as TVM wants it; copied only if it is strided, read-only or not aligned to 64 bytes."""
+        if array.flags.carray:
+            tensor = self.from_dlpack(array)
+            if tensor.data_ptr() % weights.ALIGNMENT == 0:
+                return tensor
+        return self.from_dlpack(_aligned_copy(array))
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    raw = np.empty(array.nbytes + weights.ALIGNMENT, np.uint8)
+    offset = weights.padding(raw.ctypes.data)
+    copy = raw[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _nest(tree: Any, values: Mapping[str, Any]) -> Any:
+    if isinstance(tree, str):
+        return values[tree]
+    if isinstance(tree, Mapping):
+        return {name: _nest(branch, values) for name, branch in tree.items()}
+    if isinstance(tree, list | tuple):
+        return tuple(_nest(branch, values) for branch in tree)
+    return None
+
+
+def _load_module(path: Path) -> Any:
+    ffi = library.tvm_ffi()
+    try:
+        return ffi.load_module(str(path))
+    except Exception as error:  # the loader raises RuntimeError, AttributeError and others
+        raise ArtifactError(
+            "the artifact's module cannot be loaded",
+            where=str(path),
+            why=str(error),
+            fix="compile the model again",
+        ) from error
+
+
+def _check_versions(manifest: Manifest, folder: Path) -> None:
+    made, here = manifest.versions.get("tvm", "unknown"), library.tvm_version()
+    if read_version(made) != read_version(here):
+        raise ArtifactError(
+            "this artifact was made with another version of TVM",
+            where=str(folder),
+            why=f"it needs TVM {'.'.join(read_version(made))}, TVM {here} is installed",
+            fix=f"compile the model again, or pip install apache-tvm=={made}",
+        )
+
+
+def _check_target(manifest: Manifest, folder: Path) -> None:
+    target = Target.from_dict(manifest.target, str(folder / MANIFEST))
+    missing = missing_on_host(target)
+    if target.arch != platform.machine():
+        missing = [f"the architecture {target.arch}"]
+    if missing:
+        raise TargetError(
+            f"this artifact is for {target.name!r}, which this CPU ({platform.machine()}) cannot run",
+            where=str(folder),
+            why=f"the CPU lacks {', '.join(missing)}",
+            fix='compile the model here (target="native"), or for "x86-64-v3", which most CPUs run',
+        )
