@@ -1,0 +1,21 @@
+"""Other engines on the same model: for `tersor bench --against`, `tersor demo` and the benchmarks.
+
+Engines run in processes of their own (`worker`) and take turns (`race`). None is a dependency of Tersor.
+"""
+
+from tersor.peers.race import Measurement, race
+from tersor.peers.source import Folder, Source
+from tersor.peers.worker import EngineError, Worker
+
+ENGINES = {
+    "openvino": "tersor.peers.engines:Openvino",
+    "onnxruntime": "tersor.peers.engines:Onnxruntime",
+    "torch": "tersor.peers.engines:TorchEager",
+    "torch.compile": "tersor.peers.engines:TorchCompile",
+}
+"""Name of a peer -> where its class is; a worker process imports it, the asking process does not."""
+
+US = "tersor"
+OURS = "tersor.peers.engines:Tersor"
+
+__all__ = ["ENGINES", "OURS", "US", "EngineError", "Folder", "Measurement", "Source", "Worker", "race"]
