@@ -11,7 +11,7 @@ Every operation has one result.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ class Op:
         reference: the torch function that defines its meaning.
         infer: from operand `Value`s (numbers and None stay as they are) and attributes to the result's `Value`.
         macs: multiply-accumulates, called like ``infer`` with the result's `Value` first; 0 when absent.
+        bytes: bytes read and written when nothing is fused, called like ``macs``; every operand and the result
+            once when absent.
         decompose: ``decompose(build, *operands, **attributes) -> Node`` over other dialect ops; with it code
             generation needs to know nothing of the op.
         elementwise: name of the operation in a kernel's element-wise chain, when it is one.
@@ -53,16 +55,21 @@ class Op:
     reference: Callable[..., Any]
     infer: Infer
     macs: Callable[..., int | Dim] | None = None
+    bytes: Callable[..., int | Dim] | None = None
     decompose: Callable[..., Any] | None = None
     elementwise: str | None = None
     captures: tuple[Any, ...] = ()
+    signature: inspect.Signature = field(init=False)
     operands: tuple[str, ...] = field(init=False)
     attributes: dict[str, Any] = field(init=False)  # name -> default or inspect.Parameter.empty
 
     def __post_init__(self) -> None:
-        parameters = inspect.signature(self.reference).parameters.values()
+        object.__setattr__(self, "signature", inspect.signature(self.reference))
+        parameters = self.signature.parameters.values()
         object.__setattr__(
-            self, "operands", tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+            self,
+            "operands",
+            tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY),
         )
         object.__setattr__(
             self,
@@ -77,6 +84,25 @@ class Op:
     @property
     def doc(self) -> str:
         return inspect.getdoc(self.reference) or ""
+
+    def bind(self, operands: tuple[Any, ...], attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Every operand and attribute by name, defaults filled in.
+
+        Raises:
+            ProgramError: naming what is missing, unknown or too much.
+        """
+        if by_name := [name for name in self.operands if name in attributes]:
+            raise ProgramError(
+                f"{self.name}: operands are given by position, not by name: {', '.join(by_name)}"
+            )
+        try:
+            bound = self.signature.bind(*operands, **attributes)
+        except TypeError as error:
+            raise ProgramError(
+                f"{self.name}: {error}", fix=f"its form is {self.name}{self.signature}"
+            ) from None
+        bound.apply_defaults()
+        return bound.arguments
 
     def __call__(self, *operands: Any, **attributes: Any) -> Any:
         return self.reference(*operands, **attributes)
@@ -97,7 +123,14 @@ class Dialect:
 
     def register(self, op: Op) -> Op:
         if op.name in self._ops:
-            raise ProgramError(f"operation {op.name!r} is registered twice", fix="prefix it with your package's name")
+            raise ProgramError(
+                f"operation {op.name!r} is registered twice", fix="prefix it with your package's name"
+            )
+        for target in op.captures:
+            if target in self._captures:
+                raise ProgramError(
+                    f"{target} is captured by {self._captures[target].name!r} already, not by {op.name!r}"
+                )
         self._ops[op.name] = op
         for target in op.captures:
             self._captures[target] = op
@@ -139,6 +172,7 @@ def register_op(
     infer: Infer | None = None,
     decompose: Callable[..., Any] | None = None,
     macs: Callable[..., int | Dim] | None = None,
+    bytes: Callable[..., int | Dim] | None = None,
     elementwise: str | None = None,
     captures: tuple[Any, ...] = (),
 ) -> Op:
@@ -152,10 +186,13 @@ def register_op(
     """
     if infer is None:
         if decompose is None:
-            raise ProgramError(f"operation {name!r} has neither a shape rule nor a decomposition", fix="give one of them")
+            raise ProgramError(
+                f"operation {name!r} has neither a shape rule nor a decomposition", fix="give one of them"
+            )
         infer = _infer_by_decomposition(decompose)
-    op = Op(name, reference, infer, macs=macs, decompose=decompose, elementwise=elementwise, captures=tuple(captures))
-    return ops.register(op)
+    return ops.register(
+        Op(name, reference, infer, macs, bytes, decompose, elementwise=elementwise, captures=tuple(captures))
+    )
 
 
 def _infer_by_decomposition(decompose: Callable[..., Any]) -> Infer:
@@ -163,9 +200,12 @@ def _infer_by_decomposition(decompose: Callable[..., Any]) -> Infer:
         from tersor.ir.program import Function  # the builder needs the dialect first
 
         scratch = Function("scratch")
-        nodes = [
-            scratch.add_input(f"operand_{i}", x) if isinstance(x, Value) else x for i, x in enumerate(operands)
-        ]
-        return decompose(scratch.builder(), *nodes, **attributes).meta["value"]
+
+        def node(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(node, x))
+            return scratch.add_input(f"operand_{len(scratch.graph.nodes)}", x) if isinstance(x, Value) else x
+
+        return decompose(scratch.builder(), *map(node, operands), **attributes).meta["value"]
 
     return infer

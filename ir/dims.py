@@ -7,14 +7,20 @@ programs never meet a ``Dim``. Ranges of the names live in the function's signat
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tersor.errors import ProgramError
 
 Monomial = tuple[str, ...]  # sorted names, repeated for powers; () is the constant term
-DimLike = "int | Dim"
 Shape = tuple["int | Dim", ...]
+
+
+# A factor is a name or a number, perhaps to a power of at most two digits.
+_FACTOR = r"(\w+)(?:\s*\*\*\s*([0-9]{1,2})(?!\w))?"
+_TERM = rf"{_FACTOR}(?:\s*\*\s*{_FACTOR})*"
+_SUM = re.compile(rf"\s*[+-]?\s*{_TERM}(?:\s*[+-]\s*{_TERM})*\s*")
 
 
 class Dim:
@@ -32,18 +38,25 @@ class Dim:
     def symbol(name: str) -> Dim:
         """The dimension called ``name`` (a Python identifier)."""
         if not name.isidentifier():
-            raise ProgramError(f"dimension name {name!r} is not an identifier", fix="use letters, digits and _")
+            raise ProgramError(
+                f"dimension name {name!r} is not an identifier", fix="use letters, digits and _"
+            )
         return Dim({(name,): 1})
 
     @staticmethod
     def parse(text: str) -> int | Dim:
-        """The inverse of ``str``: sums of products of names and integers, with ``**`` for powers."""
+        """The inverse of ``str``: sums of products of names and integers, with ``**`` for powers.
+
+        Raises:
+            ProgramError: the text is not such a sum.
+        """
+        if not _SUM.fullmatch(text):
+            raise ProgramError(f"{text!r} is not a dimension", fix="write it like batch*length + 1")
         total: int | Dim = 0
-        for sign, term in re.findall(r"([+-]?)\s*([^+\-\s][^+\-]*)", text.strip()):
+        for sign, term in re.findall(r"([+-]?)([^+-]+)", re.sub(r"\s", "", text)):
             value: int | Dim = -1 if sign == "-" else 1
-            for factor in re.split(r"(?<!\*)\*(?!\*)", term.strip()):
-                base, _, power = factor.strip().partition("**")
-                one = int(base) if base.strip().isdigit() else Dim.symbol(base.strip())
+            for base, power in re.findall(_FACTOR, term):
+                one = int(base) if base.isdecimal() else Dim.symbol(base)
                 for _ in range(int(power or 1)):
                     value = value * one
             total = total + value
@@ -94,7 +107,9 @@ class Dim:
         """Exact division; ProgramError when the quotient is not a polynomial with integer coefficients."""
         quotient = self._divide(other)
         if quotient is None:
-            raise ProgramError(f"({self}) // ({other}) is not exact", why="dimension arithmetic keeps only exact division")
+            raise ProgramError(
+                f"({self}) // ({other}) is not exact", why="dimension arithmetic keeps only exact division"
+            )
         return quotient
 
     def divisible(self, other: int | Dim) -> bool:
@@ -102,20 +117,29 @@ class Dim:
         return self._divide(other) is not None
 
     def _divide(self, other: int | Dim) -> int | Dim | None:
-        divisor = _terms(other)
-        if len(divisor) != 1:
-            return 1 if self == other else None
-        (names, factor), terms = divisor[0], {}
-        for monomial, coefficient in self.terms:
-            rest = list(monomial)
-            for name in names:
-                if name not in rest:
-                    return None
-                rest.remove(name)
-            if coefficient % factor:
+        """Polynomial long division by leading terms; None when something is left over."""
+        divisor = [(m, c) for m, c in _terms(other) if c]
+        if not divisor:
+            return None
+        names, factor = max(divisor, key=_graded)
+        quotient: int | Dim = 0
+        rest: int | Dim = self
+        while rest != 0:
+            monomial, coefficient = max(_terms(rest), key=_graded)
+            if coefficient % factor or Counter(names) - Counter(monomial):
                 return None
-            terms[tuple(rest)] = coefficient // factor
-        return _simplify(terms)
+            left = tuple(sorted((Counter(monomial) - Counter(names)).elements()))
+            term = _simplify({left: coefficient // factor})
+            quotient = quotient + term
+            rest = rest - term * other
+        return quotient
+
+    def __rfloordiv__(self, other: int) -> int:
+        if other == 0:
+            return 0
+        raise ProgramError(
+            f"{other} // ({self}) is not exact", why="dimension arithmetic keeps only exact division"
+        )
 
     def __neg__(self) -> int | Dim:
         return self * -1
@@ -169,6 +193,12 @@ def evaluate_shape(shape: Shape, values: Mapping[str, Any]) -> tuple[Any, ...]:
 def shape_symbols(shape: Shape) -> frozenset[str]:
     """All names that occur in a shape."""
     return frozenset().union(*(d.symbols for d in shape if isinstance(d, Dim)))
+
+
+def _graded(term: tuple[Monomial, int]) -> tuple[int, Monomial]:
+    """Orders monomials by degree, then by fewest of the first names: an order that products respect."""
+    monomial, _ = term
+    return len(monomial), monomial
 
 
 def _terms(value: int | Dim) -> tuple[tuple[Monomial, int], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from tersor.errors import InputError
 from tersor.ir.dims import Dim
 from tersor.ir.program import Function
-from tersor.ir.value import Value
+from tersor.ir.value import DTYPE_NAMES, DTYPES, Value
 
 Observer = Callable[[fx.Node, torch.Tensor], None]
 
@@ -23,17 +23,29 @@ def bind_dims(values: Mapping[str, Value], inputs: Mapping[str, torch.Tensor]) -
         InputError: an input is missing, or its rank or size disagrees with the signature.
     """
     sizes: dict[str, int] = {}
+    pairs: list[tuple[str, int, Any]] = []  # input, actual size, declared size
     for name, value in values.items():
         if name not in inputs:
             raise InputError(f"input {name!r} is missing", fix=f"give {name}: {value}")
-        shape = tuple(inputs[name].shape)
-        if len(shape) != value.rank:
-            raise InputError(f"input {name!r} has shape {list(shape)}", why=f"the signature says {value}")
-        for actual, dim in zip(shape, value.shape, strict=True):
-            expected = sizes.setdefault(str(dim), actual) if isinstance(dim, Dim) and dim.is_symbol else dim
-            if isinstance(expected, int) and actual != expected:
-                raise InputError(f"input {name!r} has shape {list(shape)}", why=f"the signature says {value}")
+        if inputs[name].ndim != value.rank:
+            raise _misfit(name, values, inputs)
+        for actual, dim in zip(inputs[name].shape, value.shape, strict=True):
+            pairs.append((name, actual, dim))
+            if isinstance(dim, Dim) and dim.is_symbol:
+                sizes.setdefault(str(dim), actual)
+    for name, actual, dim in pairs:
+        if actual != resolve(dim, sizes):
+            raise _misfit(name, values, inputs)
     return sizes
+
+
+def _misfit(name: str, values: Mapping[str, Value], inputs: Mapping[str, torch.Tensor]) -> InputError:
+    given = {k: list(inputs[k].shape) for k in values if k in inputs}
+    return InputError(
+        f"input {name!r} has shape {given.pop(name)}",
+        why=f"the signature says {values[name]}"
+        + (f"; the other inputs have shapes {given}" if given else ""),
+    )
 
 
 def run(
@@ -47,38 +59,53 @@ def run(
 
     Args:
         observe: called with each operation node and its result, in order.
-        dtype: computes in this float type instead of the parameters' own (float64 for exact comparisons).
+        dtype: computes in this float type instead of the program's own ones (float64 for exact comparisons).
 
     Raises:
         InputError: the inputs do not fit the signature.
     """
     sizes = bind_dims(function.inputs, inputs)
-    values: dict[fx.Node, Any] = {}
-    last_use = {operand: node for node in function.graph.nodes for operand in node.all_input_nodes}
+    values = {n: inputs[n.target] for n in function.graph.find_nodes(op="placeholder")}
+    execute(
+        function, function.nodes[:-1], values, sizes, keep=set(function.results), observe=observe, dtype=dtype
+    )
+    return {name: values[node] for name, node in zip(function.outputs, function.results, strict=True)}
+
+
+def execute(
+    function: Function,
+    nodes: list[fx.Node],
+    values: dict[fx.Node, torch.Tensor],
+    sizes: Mapping[str, int],
+    *,
+    keep: Set[fx.Node],
+    observe: Observer | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Evaluates a run of nodes in place: ``values`` holds what they read from before, and at the end what is in
+    ``keep`` and was there or was made here; everything else is freed at its last use.
+    """
+    last_use = {operand: node for node in nodes for operand in (node, *node.all_input_nodes)}
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
-    for node in function.graph.nodes:
+    for node in nodes:
         if node.op == "placeholder":
-            values[node] = convert(inputs[node.target])
+            values[node] = convert(values[node])
         elif node.op == "get_attr":
             values[node] = convert(function.parameters[node.target].tensor)
-        elif node.op == "call_function":
+        else:
             operands = fx.map_arg(node.args, values.__getitem__)
             attributes = {k: resolve(v, sizes) for k, v in node.kwargs.items()}
-            if dtype is not None and attributes.get("dtype") == "float32":
-                attributes["dtype"] = str(dtype).removeprefix("torch.")
+            if dtype is not None and DTYPES.get(attributes.get("dtype"), torch.bool).is_floating_point:
+                attributes["dtype"] = DTYPE_NAMES[dtype]
             values[node] = node.target(*operands, **attributes)
             if observe is not None:
                 observe(node, values[node])
-        else:
-            results = fx.map_arg(node.args[0], values.__getitem__)
-            return dict(zip(function.outputs, results, strict=True))
-        for operand in node.all_input_nodes:
-            if last_use[operand] is node:
+        for operand in (node, *node.all_input_nodes):
+            if last_use[operand] is node and operand not in keep:
                 del values[operand]
-    raise AssertionError("a function ends with an output node")
 
 
 def resolve(attribute: Any, sizes: Mapping[str, int]) -> Any:

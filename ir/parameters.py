@@ -37,13 +37,13 @@ class ParameterStore(MutableMapping[str, Parameter]):
     def __init__(self, parameters: dict[str, Parameter] | None = None):
         self._parameters = dict(parameters or {})
 
-    def add(self, name: str, tensor: torch.Tensor) -> str:
+    def add(self, name: str, tensor: torch.Tensor | Parameter) -> str:
         """Stores a tensor under ``name``, or ``name_1``, ``name_2``, ... where that is taken; returns the name."""
         unique, count = name, 0
         while unique in self._parameters:
             count += 1
             unique = f"{name}_{count}"
-        self._parameters[unique] = Parameter(tensor)
+        self[unique] = tensor
         return unique
 
     def copy(self) -> ParameterStore:

@@ -7,14 +7,13 @@ A function is a functional ``torch.fx`` graph whose nodes are
 * ``call_function``: a dialect operation (`tersor.ir.dialect`): operands in ``args``, attributes in ``kwargs``;
 * ``output``: the tuple of results, in the order of ``Function.outputs``.
 
-``node.meta`` holds ``value`` (`Value`, always), and provenance where known: ``site`` (stable name of the place),
+``node.meta`` holds ``value`` (`Value`, on all but the output), and provenance where known: ``site`` (stable name of the place),
 ``module`` (module path), ``source`` (file and line in the user's model), ``made_by`` (pass that made the node).
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -51,7 +50,9 @@ class Function:
         outputs: a name for each result, in order; nested results of the source model are named with dots.
     """
 
-    def __init__(self, name: str, dims: Mapping[str, Range] | None = None, parameters: ParameterStore | None = None):
+    def __init__(
+        self, name: str, dims: Mapping[str, Range] | None = None, parameters: ParameterStore | None = None
+    ):
         self.name = name
         self.graph = fx.Graph()
         self.dims: dict[str, Range] = dict(dims or {})
@@ -80,7 +81,9 @@ class Function:
 
     def calls(self, *names: str) -> list[fx.Node]:
         """Operation nodes in order; only those of the named operations where names are given."""
-        return [n for n in self.graph.nodes if n.op == "call_function" and (not names or n.target.name in names)]
+        return [
+            n for n in self.graph.nodes if n.op == "call_function" and (not names or n.target.name in names)
+        ]
 
     def parameter(self, node: Any) -> torch.Tensor | None:
         """The tensor behind a ``get_attr`` node; None for anything else."""
@@ -99,20 +102,26 @@ class Function:
         """Ends the function with these named results (replacing earlier ones)."""
         if self.graph.nodes and self.output_node.op == "output":
             self.graph.erase_node(self.output_node)
-        node = self.graph.output(tuple(results.values()))
-        node.meta["value"] = tuple(r.meta["value"] for r in results.values())
+        self.graph.output(tuple(results.values()))
         self.outputs = tuple(results)
 
-    def builder(self, *, before: fx.Node | None = None, like: fx.Node | None = None, made_by: str | None = None) -> Builder:
-        """Emits nodes at the end, or before a node; provenance is taken from ``like`` (default: ``before``)."""
+    def builder(
+        self, *, before: fx.Node | None = None, like: fx.Node | None = None, made_by: str | None = None
+    ) -> Builder:
+        """Emits nodes at the end (before the output), or before a node; provenance is that of ``like`` or ``before``."""
         return Builder(self, before, like or before, made_by)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Every user of ``old`` reads ``new`` instead; the site moves along if ``new`` has none; dead nodes go."""
-        if "site" in old.meta and "site" not in new.meta:
-            new.meta["site"] = old.meta["site"]
-        old.replace_all_uses_with(new)
-        self.erase_dead(old)
+        """Every user of ``old`` reads ``new`` instead; dead nodes go, and the site of ``old`` moves along with them.
+
+        ``new`` may be computed from ``old`` (an operation put behind it): what lies between keeps reading ``old``.
+        """
+        between = _between(old, new)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in between)
+        if not between:
+            if "site" in old.meta and "site" not in new.meta:
+                new.meta["site"] = old.meta["site"]
+            self.erase_dead(old)
 
     def erase_dead(self, *candidates: fx.Node) -> int:
         """Removes nodes without users, and what they alone kept alive; returns how many."""
@@ -149,7 +158,7 @@ class Function:
                 return [encode(a) for a in arg]
             if isinstance(arg, Dim):
                 return {"dim": str(arg)}
-            return arg if arg is None or isinstance(arg, bool | int | str) else repr(arg)
+            return arg if arg is None or isinstance(arg, bool | int | str) else {"other": repr(arg)}
 
         dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
         sha.update(json.dumps([self.name, dims, self.outputs]).encode())
@@ -162,9 +171,29 @@ class Function:
             elif node.op == "output":
                 line = ["output", encode(node.args)]
             else:
-                line = [node.target.name, encode(node.args), sorted((k, encode(v)) for k, v in node.kwargs.items())]
+                arguments = node.target.bind(
+                    node.args, node.kwargs
+                )  # a default left out is the same as one given
+                line = [node.target.name, {name: encode(argument) for name, argument in arguments.items()}]
             sha.update(json.dumps(line).encode())
         return sha.hexdigest()
+
+
+def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
+    """The nodes on the paths from ``old`` to ``new``, with ``new``; empty when ``new`` does not depend on ``old``."""
+    reaches: dict[fx.Node, bool] = {old: True}
+    stack = [new]
+    while stack:
+        node = stack[-1]
+        if node < old:  # operands come first, so nothing above can depend on it
+            reaches[node] = False
+        waiting = [] if node in reaches else [o for o in node.all_input_nodes if o not in reaches]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        reaches.setdefault(node, any(reaches[o] for o in node.all_input_nodes))
+        stack.pop()
+    return {node for node, depends in reaches.items() if depends and node is not old}
 
 
 class Program:
@@ -188,7 +217,9 @@ class Program:
             return self.functions["main"]
         if len(self.functions) == 1:
             return next(iter(self.functions.values()))
-        raise ProgramError("the program has no function called 'main'", why=f"it has {', '.join(self.functions)}")
+        raise ProgramError(
+            "the program has no function called 'main'", why=f"it has {', '.join(self.functions)}"
+        )
 
     def add_function(self, name: str, dims: Mapping[str, Range] | None = None) -> Function:
         if name in self.functions:
@@ -204,7 +235,9 @@ class Program:
 
     def digest(self) -> str:
         """Structural hash of all functions (see `Function.digest`)."""
-        return hashlib.sha256("".join(f.digest() for _, f in sorted(self.functions.items())).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f.digest() for _, f in sorted(self.functions.items())).encode()
+        ).hexdigest()
 
     def nodes(self) -> Iterator[tuple[Function, fx.Node]]:
         for function in self.functions.values():
@@ -234,14 +267,20 @@ class Builder:
 
     def __init__(self, function: Function, before: fx.Node | None, like: fx.Node | None, made_by: str | None):
         self.function, self._before, self.made_by = function, before, made_by
-        self._provenance = {k: like.meta[k] for k in PROVENANCE if k != "site" and k in like.meta} if like else {}
+        self._provenance = (
+            {k: like.meta[k] for k in PROVENANCE if k != "site" and k in like.meta} if like else {}
+        )
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        if self._before is None:
+        graph = self.function.graph
+        before = self._before
+        if before is None and graph.nodes and self.function.output_node.op == "output":
+            before = self.function.output_node
+        if before is None:
             yield
         else:
-            with self.function.graph.inserting_before(self._before):
+            with graph.inserting_before(before):
                 yield
 
     def emit(self, op: Op | str, *operands: Any, site: str | None = None, **attributes: Any) -> fx.Node:
@@ -251,9 +290,12 @@ class Builder:
             ProgramError: the operands do not fit the operation.
         """
         op = ops.get(op) if isinstance(op, str) else op
+        attributes = {name: _frozen(a) for name, a in attributes.items()}
         value = infer(op, operands, attributes)
         with self._place():
-            node = self.function.graph.create_node("call_function", op, tuple(operands), attributes, name=op.name.replace(".", "_"))
+            node = self.function.graph.create_node(
+                "call_function", op, tuple(operands), attributes, name=op.name.replace(".", "_")
+            )
         node.meta.update(self._provenance, value=value)
         if self.made_by:
             node.meta["made_by"] = self.made_by
@@ -263,10 +305,7 @@ class Builder:
 
     def parameter(self, name: str, tensor: torch.Tensor | Parameter) -> fx.Node:
         """A new parameter (its name made unique) and the node that reads it."""
-        store = self.function.parameters
-        if isinstance(tensor, Parameter):
-            tensor = tensor.tensor
-        return self.read(store.add(name, tensor))
+        return self.read(self.function.parameters.add(name, tensor))
 
     def read(self, name: str) -> fx.Node:
         """A node that reads the stored parameter ``name``."""
@@ -282,17 +321,36 @@ class Builder:
 
 
 def infer(op: Op, operands: Iterable[Any], attributes: Mapping[str, Any]) -> Value:
-    """The result's value of an operation on nodes, numbers and None."""
+    """The result's value of an operation on nodes, numbers and None.
+
+    Raises:
+        ProgramError: operands or attributes are missing, unknown, or do not fit the operation.
+    """
 
     def value(x: Any) -> Any:
         if isinstance(x, fx.Node):
             return x.meta["value"]
         return tuple(value(y) for y in x) if isinstance(x, list | tuple) else x
 
-    missing = [n for n, d in op.attributes.items() if d is inspect.Parameter.empty and n not in attributes]
-    unknown = [n for n in attributes if n not in op.attributes]
-    if missing or unknown:
-        raise ProgramError(f"{op.name}: missing attributes {missing}, unknown attributes {unknown}")
-    return op.infer(*(value(x) for x in operands), **attributes)
+    operands = tuple(value(x) for x in operands)
+    op.bind(operands, attributes)
+    try:
+        return op.infer(*operands, **attributes)
+    except ProgramError:
+        raise
+    except (
+        Exception
+    ) as error:  # a number where a tensor belongs, a rank too low: rules need not foresee everything
+        given = ", ".join([*map(_shown, operands), *(f"{k}={_shown(v)}" for k, v in attributes.items())])
+        raise ProgramError(
+            f"{op.name}({given}) does not fit", why=f"{type(error).__name__}: {error}"
+        ) from error
 
 
+def _shown(x: Any) -> str:
+    return f"({', '.join(map(_shown, x))})" if isinstance(x, tuple) else str(x)
+
+
+def _frozen(attribute: Any) -> Any:
+    """Lists (torch's size arguments) as tuples, so that equal attributes compare equal."""
+    return tuple(map(_frozen, attribute)) if isinstance(attribute, list | tuple) else attribute

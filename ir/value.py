@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tersor.errors import ProgramError
 from tersor.ir.dims import Dim, Shape, product
 
 DTYPES: dict[str, torch.dtype] = {
@@ -32,6 +33,10 @@ class Value:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Value:
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ProgramError(
+                f"a tensor of {tensor.dtype} cannot be part of a program", fix=f"use {', '.join(DTYPES)}"
+            )
         return Value(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
     @property

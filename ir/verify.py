@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
 from tersor.errors import ProgramError, TersorError
 from tersor.ir.dialect import Op
-from tersor.ir.dims import shape_symbols
+from tersor.ir.dims import Dim, Shape, shape_symbols
 from tersor.ir.program import Function, Program, infer
 from tersor.ir.value import Value
 
@@ -38,10 +39,14 @@ def _problems(program: Program, function: Function) -> list[str]:
     if function.parameters is not program.parameters:
         found.append(f"{where} reads another program's parameters")
     nodes = function.nodes
-    if not nodes or nodes[-1].op != "output":
+    if not nodes or [n for n in nodes if n.op == "output"] != nodes[-1:]:
         return [*found, f"{where} has no output node at its end"]
+    if not all(isinstance(r, fx.Node) for r in function.results):
+        return [*found, f"{where}: the results are {function.results}, not a tuple of nodes"]
     if len(function.outputs) != len(function.results) or len(set(function.outputs)) != len(function.outputs):
         found.append(f"{where}: {len(function.results)} results, output names {list(function.outputs)}")
+    names = Counter(n.target for n in nodes if n.op == "placeholder")
+    found += [f"{where} has {count} inputs called {name!r}" for name, count in names.items() if count > 1]
     seen: set[fx.Node] = set()
     for node in nodes:
         if any(operand not in seen for operand in node.all_input_nodes):
@@ -49,9 +54,36 @@ def _problems(program: Program, function: Function) -> list[str]:
         seen.add(node)
         if problem := _node_problem(function, node):
             found.append(f"{describe(node)}: {problem}")
+    bound = {
+        str(d)
+        for n in nodes
+        if n.op == "placeholder"
+        for d in _shape(n)
+        if isinstance(d, Dim) and d.is_symbol
+    }
+    for name in sorted(frozenset().union(*map(_symbols, nodes)) & function.dims.keys() - bound):
+        found.append(f"{where}: {name!r} is alone in no input's shape, so its size cannot be known")
     sites = Counter(n.meta["site"] for n in nodes if n.meta.get("site"))
     found += [f"site {site!r} names {count} nodes" for site, count in sites.items() if count > 1]
     return found
+
+
+def _shape(node: fx.Node) -> Shape:
+    value = node.meta.get("value")
+    return value.shape if isinstance(value, Value) else ()
+
+
+def _symbols(node: fx.Node) -> frozenset[str]:
+    """The named dimensions in a node's shape and attributes."""
+
+    def dims(x: Any) -> Iterator[Dim]:
+        if isinstance(x, Dim):
+            yield x
+        elif isinstance(x, list | tuple):
+            for item in x:
+                yield from dims(item)
+
+    return shape_symbols((*_shape(node), *dims(tuple(node.kwargs.values()))))
 
 
 def _node_problem(function: Function, node: fx.Node) -> str | None:
@@ -60,7 +92,7 @@ def _node_problem(function: Function, node: fx.Node) -> str | None:
         return None
     if not isinstance(value, Value):
         return "has no value metadata"
-    if undeclared := shape_symbols(value.shape) - function.dims.keys():
+    if undeclared := _symbols(node) - function.dims.keys():
         return f"uses dimensions without a range: {', '.join(sorted(undeclared))}"
     if node.op == "placeholder":
         return None
@@ -74,5 +106,5 @@ def _node_problem(function: Function, node: fx.Node) -> str | None:
     try:
         inferred = infer(node.target, node.args, node.kwargs)
     except TersorError as error:
-        return error.what
+        return error.what + (f" ({error.why})" if error.why else "")
     return None if inferred == value else f"says {value}, its operands give {inferred}"

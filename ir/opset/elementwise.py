@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
-from tersor.ir.opset.rules import broadcast, operand_shapes, promote
+from tersor.ir.opset.rules import broadcast, operand_shapes, promote, same_float
 from tersor.ir.value import DTYPES, Value
 
 
@@ -19,24 +20,48 @@ def _infer(*operands: Any, **_: Any) -> Value:
 
 def _infer_float(*operands: Any, **_: Any) -> Value:
     dtype = promote(*operands)
-    return Value(dtype if DTYPES[dtype].is_floating_point else "float32", broadcast(*operand_shapes(*operands)))
+    return Value(
+        dtype if DTYPES[dtype].is_floating_point else "float32", broadcast(*operand_shapes(*operands))
+    )
 
 
 def _infer_bool(*operands: Any, **_: Any) -> Value:
     return Value("bool", broadcast(*operand_shapes(*operands)))
 
 
+def _infer_cast(x: Value, *, dtype: str) -> Value:
+    if dtype not in DTYPES:
+        raise ProgramError(f"cast to the unknown type {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+    return Value(dtype, x.shape)
+
+
 def _infer_where(condition: Value, x: Any, y: Any) -> Value:
+    if condition.dtype != "bool":
+        raise ProgramError(f"where: the condition is {condition}, not bool")
     return Value(promote(x, y), broadcast(*operand_shapes(condition, x, y)))
 
 
-def _tensor(x: Any) -> torch.Tensor:
-    return x if isinstance(x, torch.Tensor) else torch.tensor(x)
+def _infer_logical(*operands: Value) -> Value:
+    return Value("bool", broadcast(*(x.shape for x in operands)))
 
 
-def _like(x: Any, other: Any) -> torch.Tensor:
-    """A Python number as a 0-d tensor that does not change the other operand's type."""
-    return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=other.dtype)
+def _arithmetic(rule: Callable[..., Value]) -> Callable[..., Value]:
+    """The rule of an operation that torch does not define on booleans."""
+
+    def infer(*operands: Any) -> Value:
+        if any(isinstance(x, Value) and x.dtype == "bool" for x in operands):
+            raise ProgramError(
+                f"arithmetic on booleans: {', '.join(map(str, operands))}", fix="cast to int64 first"
+            )
+        return rule(*operands)
+
+    return infer
+
+
+def _tensors(x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two operands of which one may be a Python number, as tensors of the promoted type."""
+    dtype = torch.result_type(x, y)
+    return torch.as_tensor(x, dtype=dtype), torch.as_tensor(y, dtype=dtype)
 
 
 def add(x, y):
@@ -46,7 +71,7 @@ def add(x, y):
 
 def sub(x, y):
     """x - y."""
-    return torch.sub(_tensor(x), y)
+    return torch.sub(x, y)
 
 
 def mul(x, y):
@@ -56,7 +81,7 @@ def mul(x, y):
 
 def div(x, y):
     """x / y in floating point."""
-    return torch.div(_tensor(x), y)
+    return torch.div(x, y)
 
 
 def pow(x, y):
@@ -66,12 +91,12 @@ def pow(x, y):
 
 def maximum(x, y):
     """The larger of x and y; NaN wins."""
-    return torch.maximum(x, _like(y, x))
+    return torch.maximum(*_tensors(x, y))
 
 
 def minimum(x, y):
     """The smaller of x and y; NaN wins."""
-    return torch.minimum(x, _like(y, x))
+    return torch.minimum(*_tensors(x, y))
 
 
 def neg(x):
@@ -171,32 +196,32 @@ def cast(x, *, dtype: str):
 
 def eq(x, y):
     """x == y."""
-    return torch.eq(x, y)
+    return x == y
 
 
 def ne(x, y):
     """x != y."""
-    return torch.ne(x, y)
+    return x != y
 
 
 def lt(x, y):
     """x < y."""
-    return torch.lt(x, y)
+    return x < y
 
 
 def le(x, y):
     """x <= y."""
-    return torch.le(x, y)
+    return x <= y
 
 
 def gt(x, y):
     """x > y."""
-    return torch.gt(x, y)
+    return x > y
 
 
 def ge(x, y):
     """x >= y."""
-    return torch.ge(x, y)
+    return x >= y
 
 
 def logical_and(x, y):
@@ -219,14 +244,20 @@ def _register(function: Callable[..., Any], infer: Callable[..., Value], chain: 
     return ops.register(Op(name, function, infer, elementwise=chain or name))
 
 
-for _function in (add, sub, mul, pow, neg, abs, floor, relu):
+for _function in (add, mul, pow):
     _register(_function, _infer)
+for _function in (sub, neg, abs, floor, relu):
+    _register(_function, _arithmetic(_infer))
 _register(maximum, _infer, "max")
 _register(minimum, _infer, "min")
-for _function in (div, sqrt, rsqrt, reciprocal, exp, log, cos, sin, tanh, erf, sigmoid, silu, gelu_tanh):
+for _function in (div, sqrt, rsqrt, reciprocal, exp, log, cos, sin, tanh, erf, sigmoid):
     _register(_function, _infer_float)
-_register(gelu, _infer_float, "gelu_erf")
-for _function in (eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not):
+_register(silu, same_float)
+_register(gelu, same_float, "gelu_erf")
+_register(gelu_tanh, same_float)
+for _function in (eq, ne, lt, le, gt, ge):
     _register(_function, _infer_bool)
+for _function in (logical_and, logical_or, logical_not):
+    _register(_function, _infer_logical)
 _register(where, _infer_where)
-_register(cast, lambda x, *, dtype: Value(dtype, x.shape))
+_register(cast, _infer_cast)

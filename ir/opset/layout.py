@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim, Shape, product
-from tersor.ir.opset.rules import axis, broadcast, show
+from tersor.ir.opset.rules import axis, broadcast, require_dtype, show
 from tersor.ir.value import DTYPES, Value
 
 
@@ -20,9 +20,13 @@ def reshape(x, *, shape: Shape):
 
 
 def _infer_reshape(x: Value, *, shape: Shape) -> Value:
-    if product(x.shape) != product(shape):
+    if product(x.shape) != product(shape) or _negative(shape):
         raise ProgramError(f"cannot reshape {show(x.shape)} to {show(shape)}")
     return Value(x.dtype, tuple(shape))
+
+
+def _negative(shape: Shape) -> bool:
+    return any(isinstance(size, int) and size < 0 for size in shape)
 
 
 def permute(x, *, dims: tuple[int, ...]):
@@ -52,7 +56,9 @@ def slice(x, *, dim: int, start: int | Dim = 0, end: int | Dim | None = None, st
     return torch.ops.aten.slice.Tensor(x, dim, start, x.shape[dim] if end is None else end, step)
 
 
-def _infer_slice(x: Value, *, dim: int, start: int | Dim = 0, end: int | Dim | None = None, step: int = 1) -> Value:
+def _infer_slice(
+    x: Value, *, dim: int, start: int | Dim = 0, end: int | Dim | None = None, step: int = 1
+) -> Value:
     dim = axis(dim, x.rank)
     stop = x.shape[dim] if end is None else end
     length = stop - start
@@ -60,8 +66,8 @@ def _infer_slice(x: Value, *, dim: int, start: int | Dim = 0, end: int | Dim | N
         if isinstance(length, Dim):
             raise ProgramError(f"a slice with step {step} needs a static length, got {length}")
         length = -(-length // step)
-    if isinstance(length, int) and length < 0:
-        raise ProgramError(f"slice [{start}:{stop}] is empty or reversed")
+    if _negative((start, length)) or _negative((x.shape[dim] - stop,)) or step < 1:
+        raise ProgramError(f"slice [{start}:{stop}:{step}] is not inside dimension {dim} of {show(x.shape)}")
     return Value(x.dtype, (*x.shape[:dim], length, *x.shape[dim + 1 :]))
 
 
@@ -75,8 +81,10 @@ def _infer_concat(tensors: tuple[Value, ...], *, dim: int) -> Value:
     dim = axis(dim, first.rank)
     total: int | Dim = 0
     for t in tensors:
-        if t.rank != first.rank or t.dtype != first.dtype or any(
-            a != b for i, (a, b) in enumerate(zip(t.shape, first.shape, strict=True)) if i != dim
+        if (
+            t.rank != first.rank
+            or t.dtype != first.dtype
+            or any(a != b for i, (a, b) in enumerate(zip(t.shape, first.shape, strict=True)) if i != dim)
         ):
             raise ProgramError(f"cannot concatenate {t} and {first} along dimension {dim}")
         total = total + t.shape[dim]
@@ -92,6 +100,8 @@ def _infer_pad(x: Value, *, pads: tuple[int, ...], value: float = 0.0) -> Value:
     shape = list(x.shape)
     for i in range(len(pads) // 2):
         shape[-1 - i] = shape[-1 - i] + pads[2 * i] + pads[2 * i + 1]
+    if len(pads) % 2 or len(pads) > 2 * x.rank or _negative(tuple(shape)):
+        raise ProgramError(f"cannot pad {show(x.shape)} by {pads}")
     return Value(x.dtype, tuple(shape))
 
 
@@ -104,12 +114,25 @@ def index_select(x, index, *, dim: int):
 
 def _infer_index_select(x: Value, index: Value, *, dim: int) -> Value:
     dim = axis(dim, x.rank)
+    require_dtype("int64", index=index)
     return Value(x.dtype, (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :]))
 
 
 def gather(x, index, *, dim: int):
     """out[i][j] = x[i][index[i][j]] along ``dim`` (torch.gather)."""
     return torch.gather(x, dim, index)
+
+
+def _infer_gather(x: Value, index: Value, *, dim: int) -> Value:
+    dim = axis(dim, x.rank)
+    require_dtype("int64", index=index)
+    if index.rank != x.rank or any(
+        isinstance(a - b, int) and a - b > 0
+        for i, (a, b) in enumerate(zip(index.shape, x.shape, strict=True))
+        if i != dim
+    ):
+        raise ProgramError(f"cannot gather {index} from {x} along dimension {dim}")
+    return Value(x.dtype, index.shape)
 
 
 def arange(*, end: int | Dim, dtype: str = "int64"):
@@ -132,18 +155,33 @@ def _infer_cumsum(x: Value, *, dim: int) -> Value:
     return Value(x.dtype if x.is_float else "int64", x.shape)
 
 
-def _op(function: Any, infer: Any) -> None:
-    ops.register(Op(function.__name__, function, infer))
+def _infer_arange(*, end: int | Dim, dtype: str = "int64") -> Value:
+    return _infer_full(shape=(end,), value=0, dtype=dtype)
 
 
-_op(reshape, _infer_reshape)
+def _infer_full(*, shape: Shape, value: float | int | bool, dtype: str) -> Value:
+    if _negative(shape) or dtype not in DTYPES:
+        raise ProgramError(f"there is no tensor {dtype}{show(shape)}")
+    return Value(dtype, tuple(shape))
+
+
+def _moved(result: Value, *operands: Any, **_: Any) -> int | Dim:
+    """Bytes of an operation that reads, of its first operand, just the elements it writes."""
+    return 2 * result.bytes + sum(x.bytes for x in operands[1:])
+
+
+def _op(function: Any, infer: Any, bytes: Any = None) -> None:
+    ops.register(Op(function.__name__, function, infer, bytes=bytes))
+
+
+_op(reshape, _infer_reshape, lambda result, x, *, shape: 0)
 _op(permute, _infer_permute)
 _op(expand, _infer_expand)
-_op(slice, _infer_slice)
+_op(slice, _infer_slice, _moved)
 _op(concat, _infer_concat)
 _op(pad, _infer_pad)
-_op(index_select, _infer_index_select)
-_op(gather, lambda x, index, *, dim: Value(x.dtype, index.shape))
-_op(arange, lambda *, end, dtype="int64": Value(dtype, (end,)))
-_op(full, lambda *, shape, value, dtype: Value(dtype, tuple(shape)))
+_op(index_select, _infer_index_select, _moved)
+_op(gather, _infer_gather, _moved)
+_op(arange, _infer_arange)
+_op(full, _infer_full)
 _op(cumsum, _infer_cumsum)

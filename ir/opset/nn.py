@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
-from tersor.ir.opset.rules import broadcast, promote, same, show
+from tersor.ir.opset.rules import broadcast, require_dtype, require_float, show
 from tersor.ir.value import Value
 
 
@@ -22,6 +22,7 @@ def linear(x, weight, bias=None):
 def _infer_linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
     if weight.rank != 2 or x.shape[-1] != weight.shape[1] or (bias and bias.shape != weight.shape[:1]):
         raise ProgramError(f"linear: x {x}, weight {weight}, bias {bias} do not fit")
+    require_dtype(x.dtype, weight=weight, bias=bias)
     return Value(x.dtype, (*x.shape[:-1], weight.shape[0]))
 
 
@@ -33,13 +34,23 @@ def matmul(x, y):
 def _infer_matmul(x: Value, y: Value) -> Value:
     if x.rank < 2 or y.rank < 2 or x.shape[-1] != y.shape[-2]:
         raise ProgramError(f"matmul: {x} and {y} do not fit")
-    lead = broadcast(x.shape[:-2], y.shape[:-2]) if x.rank > 2 or y.rank > 2 else ()
-    return Value(promote(x, y), (*lead, x.shape[-2], y.shape[-1]))
+    require_dtype(x.dtype, y=y)
+    return Value(x.dtype, (*broadcast(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-1]))
 
 
 def layer_norm(x, weight=None, bias=None, *, eps: float = 1e-5):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _infer_norm(
+    x: Value, weight: Value | None = None, bias: Value | None = None, *, eps: float = 0.0
+) -> Value:
+    require_float("a norm of", x)
+    require_dtype(x.dtype, weight=weight, bias=bias)
+    if any(v is not None and v.shape != x.shape[-1:] for v in (weight, bias)):
+        raise ProgramError(f"norm: x {x}, weight {weight}, bias {bias} do not fit")
+    return x
 
 
 def rms_norm(x, weight=None, *, eps: float = 1e-6):
@@ -52,8 +63,23 @@ def embedding(ids, table):
     return F.embedding(ids, table)
 
 
+def _infer_embedding(ids: Value, table: Value) -> Value:
+    require_dtype("int64", ids=ids)
+    rows, width = table.shape
+    return Value(table.dtype, (*ids.shape, width))
+
+
 def attention(
-    q, k, v, mask=None, *, heads: int, kv_heads: int, scale: float, causal: bool = False, window: int | None = None
+    q,
+    k,
+    v,
+    mask=None,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
 ):
     """softmax(q k^T * scale + mask) v on merged heads (Vaswani et al. 2017, eq. 1).
 
@@ -89,9 +115,15 @@ def _infer_attention(
     if not q.rank == k.rank == v.rank == 3 or k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0]:
         raise ProgramError(f"attention: q {q}, k {k}, v {v} do not fit")
     if heads % kv_heads or q.shape[2] % heads or k.shape[2] % kv_heads or v.shape[2] % kv_heads:
-        raise ProgramError(f"attention: {heads} heads and {kv_heads} key heads do not divide q {q}, k {k}, v {v}")
+        raise ProgramError(
+            f"attention: {heads} heads and {kv_heads} key heads do not divide q {q}, k {k}, v {v}"
+        )
     if q.shape[2] // heads != k.shape[2] // kv_heads:
-        raise ProgramError(f"attention: head size of q {q} ({heads} heads) and k {k} ({kv_heads} heads) differ")
+        raise ProgramError(
+            f"attention: head size of q {q} ({heads} heads) and k {k} ({kv_heads} heads) differ"
+        )
+    require_float("attention over", q)
+    require_dtype(q.dtype, k=k, v=v, mask=mask if mask is None or mask.dtype != "bool" else None)
     scores = (q.shape[0], heads, q.shape[1], k.shape[1])
     if mask is not None and (mask.rank != 4 or broadcast(mask.shape, scores) != scores):
         raise ProgramError(f"attention: mask {mask} does not broadcast to {show(scores)}")
@@ -118,6 +150,24 @@ def rotary_embedding(x, cos, sin, *, heads: int, interleaved: bool = False):
     return torch.cat((turned, rest), -1).reshape(batch, length, width)
 
 
+def _infer_rotary_embedding(
+    x: Value, cos: Value, sin: Value, *, heads: int, interleaved: bool = False
+) -> Value:  # fmt: skip
+    require_float("a rotation of", x)
+    require_dtype(x.dtype, cos=cos, sin=sin)
+    batch, length, width = x.shape
+    rotated = cos.shape[-1]
+    if (
+        cos.shape != sin.shape
+        or cos.shape[:2] not in ((batch, length), (1, length))
+        or width % heads
+        or rotated % 2
+        or rotated > width // heads
+    ):
+        raise ProgramError(f"rotary_embedding: x {x} with {heads} heads, cos {cos}, sin {sin} do not fit")
+    return x
+
+
 def conv1d(x, weight, bias=None, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1):
     """x [B, C, T], weight [N, C/groups, k] -> [B, N, T']."""
     return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
@@ -134,20 +184,42 @@ def conv2d(
 def _window_positions(size: int | Dim, kernel: int, stride: int, padding: int, dilation: int) -> int | Dim:
     span = size + 2 * padding - dilation * (kernel - 1) - 1
     if isinstance(span, Dim) and not span.divisible(stride):
-        raise ProgramError(f"a convolution of stride {stride} over the dimension {size} has no exact size", fix="make it static")
+        raise ProgramError(
+            f"a convolution of stride {stride} over the dimension {size} has no exact size",
+            fix="make it static",
+        )
+    if isinstance(span, int) and span < 0:
+        raise ProgramError(
+            f"a convolution kernel of {kernel} (dilation {dilation}) is larger than its input of {size}"
+        )
     return span // stride + 1
+
+
+def _check_conv(x: Value, weight: Value, bias: Value | None, spatial: int, groups: int) -> None:
+    require_dtype(x.dtype, weight=weight, bias=bias)
+    if (
+        x.rank != spatial + 2
+        or weight.rank != spatial + 2
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        raise ProgramError(f"convolution: x {x}, weight {weight}, bias {bias}, {groups} groups do not fit")
 
 
 def _infer_conv1d(x: Value, weight: Value, bias: Value | None = None, *, stride: int = 1, padding: int = 0,
                   dilation: int = 1, groups: int = 1) -> Value:  # fmt: skip
+    _check_conv(x, weight, bias, 1, groups)
     length = _window_positions(x.shape[2], weight.shape[2], stride, padding, dilation)
     return Value(x.dtype, (x.shape[0], weight.shape[0], length))
 
 
 def _infer_conv2d(x: Value, weight: Value, bias: Value | None = None, *, stride=(1, 1), padding=(0, 0),
                   dilation=(1, 1), groups: int = 1) -> Value:  # fmt: skip
+    _check_conv(x, weight, bias, 2, groups)
     sizes = [
-        _window_positions(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)
+        _window_positions(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
+        for i in range(2)
     ]
     return Value(x.dtype, (x.shape[0], weight.shape[0], *sizes))
 
@@ -168,10 +240,17 @@ def _weight_macs(result: Value, x: Value, weight: Value, *_: Any, **__: Any) -> 
 
 ops.register(Op("linear", linear, _infer_linear, macs=_weight_macs))
 ops.register(Op("matmul", matmul, _infer_matmul, macs=lambda result, x, y: result.elements * x.shape[-1]))
-ops.register(Op("layer_norm", layer_norm, same))
-ops.register(Op("rms_norm", rms_norm, same))
-ops.register(Op("embedding", embedding, lambda ids, table: Value(table.dtype, (*ids.shape, table.shape[1]))))
+ops.register(Op("layer_norm", layer_norm, _infer_norm))
+ops.register(Op("rms_norm", rms_norm, _infer_norm))
+ops.register(
+    Op(
+        "embedding",
+        embedding,
+        _infer_embedding,
+        bytes=lambda result, ids, table: ids.bytes + 2 * result.bytes,
+    )
+)
 ops.register(Op("attention", attention, _infer_attention, macs=_attention_macs))
-ops.register(Op("rotary_embedding", rotary_embedding, same))
+ops.register(Op("rotary_embedding", rotary_embedding, _infer_rotary_embedding))
 ops.register(Op("conv1d", conv1d, _infer_conv1d, macs=_weight_macs))
 ops.register(Op("conv2d", conv2d, _infer_conv2d, macs=_weight_macs))

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
-from tersor.ir.opset.rules import axis, same
+from tersor.ir.opset.rules import axis, require_float, same_float
 from tersor.ir.value import Value
 
 Dims = tuple[int, ...]
@@ -15,6 +16,10 @@ Dims = tuple[int, ...]
 
 def _reduced(x: Value, dtype: str, dims: Dims, keepdim: bool) -> Value:
     gone = {axis(d, x.rank) for d in dims}
+    if not dims or len(gone) != len(dims):
+        raise ProgramError(
+            f"cannot reduce {x} over the dimensions {dims}", why="they are none, or one is there twice"
+        )
     if keepdim:
         return Value(dtype, tuple(1 if i in gone else d for i, d in enumerate(x.shape)))
     return Value(dtype, tuple(d for i, d in enumerate(x.shape) if i not in gone))
@@ -63,14 +68,24 @@ def _infer_same_dtype(x: Value, *, dims: Dims, keepdim: bool = False) -> Value:
     return _reduced(x, x.dtype, dims, keepdim)
 
 
+def _infer_mean(x: Value, *, dims: Dims, keepdim: bool = False) -> Value:
+    require_float("the mean of", x)
+    return _reduced(x, x.dtype, dims, keepdim)
+
+
+def _infer_softmax(x: Value, *, dim: int) -> Value:
+    axis(dim, x.rank)
+    return same_float(x)
+
+
 def _op(function: Any, infer: Any) -> None:
     ops.register(Op(function.__name__, function, infer))
 
 
 _op(sum, _infer_sum)
-_op(mean, _infer_same_dtype)
+_op(mean, _infer_mean)
 _op(amax, _infer_same_dtype)
 _op(amin, _infer_same_dtype)
 _op(argmax, lambda x, *, dim, keepdim=False: _reduced(x, "int64", (dim,), keepdim))
-_op(softmax, same)
-_op(log_softmax, same)
+_op(softmax, _infer_softmax)
+_op(log_softmax, _infer_softmax)

@@ -43,9 +43,14 @@ def show(shape: Shape) -> str:
 def promote(*operands: Any) -> str:
     """torch's type promotion of `Value`s and Python numbers."""
     probes = [
-        torch.empty((1,) if v.rank else (), dtype=v.torch_dtype) if isinstance(v, Value) else v for v in operands
+        torch.empty((1,) if v.rank else (), dtype=v.torch_dtype) if isinstance(v, Value) else v
+        for v in operands
     ]
-    dtype = probes[0].dtype if isinstance(probes[0], torch.Tensor) else torch.result_type(torch.empty(()), probes[0])
+    dtype = (
+        probes[0].dtype
+        if isinstance(probes[0], torch.Tensor)
+        else torch.result_type(torch.empty(()), probes[0])
+    )
     if len(probes) > 1:
         tensor = probes[0]
         for probe in probes[1:]:
@@ -60,6 +65,19 @@ def operand_shapes(*operands: Any) -> list[Shape]:
     return [v.shape if isinstance(v, Value) else () for v in operands]
 
 
-def same(x: Value, *_: Any, **__: Any) -> Value:
-    """The result looks like the first operand."""
+def same_float(x: Value) -> Value:
+    """The result looks like the operand, which is floating point."""
+    require_float("operand", x)
     return x
+
+
+def require_float(what: str, value: Value) -> None:
+    if not value.is_float:
+        raise ProgramError(f"{what} {value} is not floating point")
+
+
+def require_dtype(dtype: str, **operands: Value | None) -> None:
+    """Operands that torch does not promote: all that are there have this type."""
+    for name, value in operands.items():
+        if value is not None and value.dtype != dtype:
+            raise ProgramError(f"{name} is {value}, expected {dtype}")
