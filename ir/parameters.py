@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, MutableMapping
+from typing import Any
 
 import torch
 
@@ -19,6 +20,16 @@ class Parameter:
         self.tensor = tensor.detach().contiguous()
         self.value = Value.of(self.tensor)
         self._digest: str | None = None
+
+    @property
+    def storage(self) -> tuple[Any, ...]:
+        """Equal for parameters that are the same memory read the same way (tied weights)."""
+        pointer = self.tensor.data_ptr()
+        return (
+            pointer or id(self.tensor),
+            *self.value.shape,
+            self.value.dtype,
+        )  # no pointer: empty or on no device
 
     @property
     def digest(self) -> str:
@@ -51,8 +62,14 @@ class ParameterStore(MutableMapping[str, Parameter]):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all parameters, shared storage counted once per name."""
-        return sum(p.tensor.nbytes for p in self.values())
+        """Bytes of all parameters; tied ones count once."""
+        return sum(p.tensor.nbytes for p in {p.storage: p for p in self.values()}.values())
+
+    def tied(self) -> dict[str, str]:
+        """For each name whose memory an earlier name has too: that earlier name."""
+        first: dict[tuple[Any, ...], str] = {}
+        owners = {name: first.setdefault(p.storage, name) for name, p in self.items()}
+        return {name: owner for name, owner in owners.items() if name != owner}
 
     def __getitem__(self, name: str) -> Parameter:
         return self._parameters[name]

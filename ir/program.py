@@ -147,23 +147,22 @@ class Function:
         return other
 
     def digest(self) -> str:
-        """Structural hash: signature, operations, attributes and parameter contents; names and provenance are free."""
-        sha = hashlib.sha256()
-        number: dict[fx.Node, int] = {}
+        """Structural hash: signature, operations, attributes and parameter contents.
+
+        Names, provenance and the order of independent nodes are free; dead and duplicate nodes count.
+        """
+        hashes: dict[fx.Node, str] = {}
 
         def encode(arg: Any) -> Any:
             if isinstance(arg, fx.Node):
-                return {"node": number[arg]}
+                return {"node": hashes[arg]}
             if isinstance(arg, list | tuple):
                 return [encode(a) for a in arg]
             if isinstance(arg, Dim):
                 return {"dim": str(arg)}
             return arg if arg is None or isinstance(arg, bool | int | str) else {"other": repr(arg)}
 
-        dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
-        sha.update(json.dumps([self.name, dims, self.outputs]).encode())
-        for index, node in enumerate(self.graph.nodes):
-            number[node] = index
+        for node in self.graph.nodes:
             if node.op == "placeholder":
                 line: Any = ["input", node.target, str(node.meta["value"])]
             elif node.op == "get_attr":
@@ -175,8 +174,14 @@ class Function:
                     node.args, node.kwargs
                 )  # a default left out is the same as one given
                 line = [node.target.name, {name: encode(argument) for name, argument in arguments.items()}]
-            sha.update(json.dumps(line).encode())
-        return sha.hexdigest()
+            hashes[node] = _sha256(line)
+        dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
+        nodes = sorted(h for node, h in hashes.items() if node.op != "get_attr")
+        return _sha256([self.name, dims, list(self.inputs), self.outputs, nodes])
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
@@ -185,14 +190,14 @@ def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
     stack = [new]
     while stack:
         node = stack[-1]
-        if node < old:  # operands come first, so nothing above can depend on it
-            reaches[node] = False
-        waiting = [] if node in reaches else [o for o in node.all_input_nodes if o not in reaches]
-        if waiting:
+        # operands come first, so nothing above ``old`` can depend on it
+        operands = node.all_input_nodes if node > old else []
+        if node not in reaches and (waiting := [o for o in operands if o not in reaches]):
             stack.extend(waiting)
             continue
-        reaches.setdefault(node, any(reaches[o] for o in node.all_input_nodes))
         stack.pop()
+        if node not in reaches:
+            reaches[node] = any(reaches[o] for o in operands)
     return {node for node, depends in reaches.items() if depends and node is not old}
 
 
