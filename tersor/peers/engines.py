@@ -198,5 +198,5 @@ def _export(source: Source, inputs: Inputs, folder: Path) -> None:
 
 
 def _enlarged(value: np.ndarray, axes: dict[int, object]) -> np.ndarray:
-    """Repeated along dynamic axes of size 1: the exporter takes an example size of 1 for a constant."""
+    """Repeated along dynamic axes of size 1, which the exporter would take for a constant."""
     return np.tile(value, [2 if axis in axes and size == 1 else 1 for axis, size in enumerate(value.shape)])

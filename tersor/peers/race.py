@@ -51,7 +51,7 @@ def race(
     reference: str = "torch",
     calls: int = 21,
 ) -> list[Measurement]:
-    """At least `calls` timed calls of each engine; turns of one untimed and three timed, the order rotating.
+    """At least `calls` timed calls of each engine, in turns (one untimed, three timed) of rotating order.
 
     Outputs are compared with those of the engine called `reference`, where it takes part. An engine that fails
     says so in its measurement.

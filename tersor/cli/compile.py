@@ -1,0 +1,56 @@
+"""Compile a model folder to an artifact.
+
+The folder holds a transformers model: config.json and safetensors. The artifact is a folder that
+`tersor run`, `tersor bench` and `tersor.load` take.
+
+    tersor compile ./all-MiniLM-L6-v2 -o minilm.tersor --dynamic input_ids:1=length:1..512
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tersor.cli import options as shared
+from tersor.cli.output import Steps, folder_bytes, megabytes
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="a local transformers folder")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact to write"
+    )
+    shared.add_target(parser)
+    shared.add_recipe(parser)
+    shared.add_dynamic(parser)
+    shared.add_threads(parser)
+    parser.add_argument(
+        "--input", type=Path, metavar="X.npz", help="example inputs by name; made if not given"
+    )
+    parser.add_argument(
+        "--tune-minutes", type=float, default=0, metavar="M", help="search for better kernels for so long"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the model")
+
+
+def execute(options: argparse.Namespace) -> int:
+    import tersor
+
+    dynamic = shared.dynamic(options.dynamic)
+    example = shared.read_npz(options.input) if options.input else None
+    with Steps() as steps:
+        compiled = tersor.compile(
+            options.model,
+            example,
+            target=options.target,
+            recipe=options.recipe,
+            dynamic=dynamic,
+            threads=options.threads,
+            tune_minutes=options.tune_minutes,
+            verify=not options.no_verify,
+            output=options.output,
+            progress=steps,
+        )
+    print(compiled)
+    print(f"wrote {options.output} ({megabytes(folder_bytes(options.output))})")
+    return 0

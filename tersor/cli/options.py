@@ -1,0 +1,91 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tersor.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Axis = tuple[str, int, tuple[str, int, int]]
+Dynamic = dict[str, dict[int, tuple[str, int, int]]]
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target", default="native", metavar="T", help="`tersor targets` lists them (default: native)"
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", default="fp32", metavar="R", help="`tersor recipes` lists them, or a TOML file"
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of a call (default: one per core)")
+
+
+def add_dynamic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dynamic",
+        type=axis,
+        action="append",
+        default=[],
+        metavar="INPUT:AXIS=NAME:MIN..MAX",
+        help="let an axis of an input vary, e.g. input_ids:1=length:1..512; may be repeated",
+    )
+
+
+def axis(text: str) -> Axis:
+    """`input_ids:1=length:1..512` -> ("input_ids", 1, ("length", 1, 512)); argparse reports what is wrong."""
+    match = re.fullmatch(r"([^:=]+):(\d+)=([A-Za-z_]\w*):(\d+)\.\.(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not INPUT:AXIS=NAME:MIN..MAX, e.g. input_ids:1=length:1..512"
+        )
+    name, number, dimension, low, high = match.groups()
+    if not 1 <= int(low) <= int(high):
+        raise argparse.ArgumentTypeError(f"{text!r}: the sizes must satisfy 1 <= MIN <= MAX")
+    return name, int(number), (dimension, int(low), int(high))
+
+
+def dynamic(axes: Iterable[Axis]) -> Dynamic | None:
+    """The axes of --dynamic as `tersor.compile` takes them, or None. InputError for a repeated axis."""
+    collected: Dynamic = {}
+    for name, number, dimension in axes:
+        if number in collected.setdefault(name, {}):
+            raise InputError(f"--dynamic names axis {number} of {name!r} twice", fix="give each axis once")
+        collected[name][number] = dimension
+    return collected or None
+
+
+def sizes(text: str) -> tuple[str, int]:
+    """`length=128` -> ("length", 128)."""
+    name, _, size = text.partition("=")
+    if not name or not size.isdigit() or int(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SIZE, e.g. length=128")
+    return name, int(size)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name. InputError when it cannot be read or is none."""
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds a single array without a name")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        fix = "write it with numpy.savez(path, input_ids=..., attention_mask=...)"
+        raise InputError("the inputs cannot be read", where=str(path), why=str(error), fix=fix) from error

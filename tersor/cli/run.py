@@ -1,0 +1,58 @@
+"""Run an artifact on inputs from a file.
+
+    tersor run minilm.tersor --input x.npz --output y.npz
+
+x.npz holds one array per input, by name (numpy.savez). Without --output only shapes and ranges are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tersor.cli import options as shared
+from tersor.cli.output import table
+from tersor.errors import ArtifactError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder written by `tersor compile`")
+    parser.add_argument("--input", type=Path, required=True, metavar="X.npz", help="arrays by input name")
+    parser.add_argument("--output", type=Path, metavar="Y.npz", help="where to write the outputs")
+    shared.add_threads(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    import tersor
+
+    inputs = shared.read_npz(options.input)
+    compiled = tersor.load(options.artifact, threads=options.threads)
+    outputs = dict(flatten(compiled(**inputs)))
+    rows = [
+        (name, value.dtype, "x".join(map(str, value.shape)), f"{value.min():.6g}", f"{value.max():.6g}")
+        for name, value in outputs.items()
+    ]
+    table(("output", "dtype", "shape", "smallest", "largest"), rows, right=("smallest", "largest"))
+    if options.output:
+        try:
+            np.savez(options.output, **outputs)
+        except OSError as error:
+            raise ArtifactError(
+                "the outputs cannot be written", where=str(options.output), why=str(error)
+            ) from error
+        print(f"wrote {options.output}")
+    return 0
+
+
+def flatten(outputs: Mapping[str, Any] | tuple, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, array) of nested outputs; names of nested ones are joined with dots."""
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs)
+    for name, value in items:
+        if isinstance(value, Mapping | tuple | list):
+            yield from flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", value
