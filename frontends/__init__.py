@@ -1,0 +1,1 @@
+"""Outside models in: torch.export, transformers."""

@@ -1,0 +1,415 @@
+"""Captures a ``torch.nn.Module`` through torch.export.
+
+The model is traced in evaluation mode with its inputs as keywords and functionalised; each ATen operator then becomes
+dialect operations (`tersor.frontends.aten`), and the program is brought to its canonical form (`ir.canonicalize`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+
+from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError
+from tersor.frontends.aten import CONVERTERS, Context
+from tersor.frontends.dynamic import DynamicDims, export_dims, read_dynamic
+from tersor.frontends.origin import module_path, source_line, translate_export_error
+from tersor.frontends.symbols import Symbols
+from tersor.ir import Dim, Program, Value, ops, verify
+from tersor.ir.canonicalize import canonicalize
+
+ROOT = "model"  # the attribute under which `_Traced` holds the user's model
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]] | None = None,
+    *,
+    name: str = "main",
+    allow_nonfinite: bool = False,
+) -> Program:
+    """A program that computes what ``model`` computes in evaluation mode.
+
+    Args:
+        model: any module; its training flags and attributes are the same afterwards.
+        example_inputs: arguments of ``forward`` by name, or a tuple in its order. Tensors (torch or numpy) become
+            inputs of the program; None, numbers and strings are built in as constants.
+        dynamic: input name -> axis -> (dimension name, smallest size, largest size). Axes that share a name always
+            have equal sizes. Example sizes of 1 are enlarged, since torch.export cannot trace them.
+        name: of the program's function.
+        allow_nonfinite: accept NaN and infinity in parameters.
+
+    Raises:
+        InputError: example inputs, dynamic dimensions or weights are unusable.
+        UnsupportedOpError: the model has operators outside the dialect; the message lists all of them.
+        CaptureError: torch.export cannot trace the model, or an output is not a tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
+    tensors, constants = _bind_inputs(model, example_inputs)
+    dims = read_dynamic(dynamic or {}, tensors)
+    _check_weights(model, allow_nonfinite)
+    traced = _Traced(model, constants)
+    exported = _export(traced, dims.enlarge(tensors), dims)
+    program = _convert(exported, traced.outputs.names, dims, name)
+    canonicalize(program)
+    verify(program)
+    return program
+
+
+# -- the model as torch.export sees it
+
+
+class _OutputNames:
+    """A plain object: torch.export puts back lists and dicts that a module holds after tracing."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+class _Traced(nn.Module):
+    """Calls the model with keywords; results come out as a flat list, their names are kept aside."""
+
+    def __init__(self, model: nn.Module, constants: Mapping[str, Any]):
+        super().__init__()
+        setattr(self, ROOT, model)
+        self.constants = dict(constants)
+        self.outputs = _OutputNames()
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        results = flatten_outputs(getattr(self, ROOT)(**inputs, **self.constants))
+        self.outputs.names = list(results)
+        return list(results.values())
+
+
+def flatten_outputs(result: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Tensors of a nested result by dotted name: keys of mappings, fields of dataclasses, positions of sequences.
+
+    A single tensor is called "output"; None is left out.
+
+    Raises:
+        CaptureError: something in it is neither a tensor nor a container.
+    """
+    if result is None:
+        return {}
+    if isinstance(result, torch.Tensor):
+        return {prefix or "output": result}
+    if isinstance(result, Mapping):
+        items = result.items()
+    elif is_dataclass(result):
+        items = [(f.name, getattr(result, f.name)) for f in fields(result)]
+    elif isinstance(result, tuple) and hasattr(result, "_fields"):
+        items = zip(result._fields, result, strict=True)
+    elif isinstance(result, list | tuple):
+        items = ((str(i), r) for i, r in enumerate(result)) if len(result) > 1 or prefix else [("output", result[0])]
+    else:
+        raise CaptureError(
+            f"the model's output {prefix or '(the whole)'} is a {type(result).__name__}",
+            why="a program returns tensors, in dicts, dataclasses, tuples and lists",
+            fix="return tensors only (for a transformers model: use_cache=False)",
+        )
+    flat: dict[str, torch.Tensor] = {}
+    for key, value in items:
+        flat.update(flatten_outputs(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+@contextmanager
+def _evaluation(model: nn.Module):
+    """Evaluation mode without gradients or fused inference kernels; the model is left as it was found."""
+    training = {module: module.training for module in model.modules()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        # The fast path of nn.TransformerEncoder is one opaque operator that hides what the layer computes.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _bind_inputs(
+    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and constants by name, in the order of the model's forward."""
+    parameters = inspect.signature(model.forward).parameters
+    named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, Mapping):
+        if len(example_inputs) > len(named):
+            raise InputError(
+                f"{len(example_inputs)} example inputs for a model of {len(named)} arguments",
+                why=f"forward takes {', '.join(named)}",
+                fix="give them by name",
+            )
+        example_inputs = dict(zip(named, example_inputs, strict=False))
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [n for n in example_inputs if n not in named and not anything]
+    missing = [
+        n for n in named if parameters[n].default is inspect.Parameter.empty and n not in example_inputs
+    ]
+    if unknown or missing:
+        raise InputError(
+            "the example inputs do not fit the model",
+            why="; ".join(
+                f"{what}: {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names
+            ),
+            fix=f"forward takes {', '.join(named)}",
+        )
+    ordered = [n for n in named if n in example_inputs] + [n for n in example_inputs if n not in named]
+    tensors: dict[str, torch.Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name in ordered:
+        value = example_inputs[name]
+        if hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
+            value = torch.as_tensor(value)
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.detach()
+        elif value is None or isinstance(value, bool | int | float | str):
+            constants[name] = value
+        else:
+            raise InputError(
+                f"example input {name!r} is a {type(value).__name__}",
+                fix="give a tensor, or a constant (None, a number, a string)",
+            )
+    if not tensors:
+        raise InputError("there is no tensor among the example inputs", fix=f"forward takes {', '.join(named)}")
+    return tensors, constants
+
+
+def _check_weights(model: nn.Module, allow_nonfinite: bool) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise InputError(f"parameter {name!r} has no data (device 'meta')", fix="load the weights first")
+        if allow_nonfinite or not parameter.is_floating_point():
+            continue
+        # A finite sum proves that all are finite, at a fraction of the cost of looking at each.
+        if not torch.isfinite(parameter.detach().sum()) and not (finite := torch.isfinite(parameter)).all():
+            count = int((~finite).sum())
+            raise InputError(
+                f"parameter {name!r} holds NaN or infinity",
+                why=f"{count} of {parameter.numel()} values are not finite",
+                fix="repair the checkpoint, or pass allow_nonfinite=True",
+            )
+
+
+def _export(traced: _Traced, tensors: dict[str, torch.Tensor], dims: DynamicDims) -> ExportedProgram:
+    with _evaluation(getattr(traced, ROOT)):
+        try:
+            exported = torch.export.export(
+                traced, (tensors,), dynamic_shapes=(export_dims(dims, tensors),), strict=False
+            )
+            # The empty table functionalises and keeps composite operators (linear, attention, norms) whole.
+            exported = exported.run_decompositions({})
+            return _decompose_rest(exported)
+        except TersorError:
+            raise
+        except Exception as error:
+            raise translate_export_error(error, dims) from error
+
+
+def _decompose_rest(exported: ExportedProgram) -> ExportedProgram:
+    """Takes apart, with torch's own decompositions, the operators that have no converter."""
+    table = torch.export.default_decompositions()
+    tried: set[Any] = set()
+    while True:
+        missing = {n.target for n in _unsupported(exported)} - tried
+        known = {target: table[target] for target in missing if target in table}
+        if not known:
+            return exported
+        tried |= missing
+        exported = exported.run_decompositions(known)
+
+
+# -- the exported graph as a program
+
+
+def _live(exported: ExportedProgram) -> list[fx.Node]:
+    """Nodes that a result depends on, in order; assertions and dead branches are not among them."""
+    live: set[fx.Node] = set()
+    for node in reversed(exported.graph.nodes):
+        if node.op in ("output", "placeholder") or node in live:
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return [n for n in exported.graph.nodes if n in live]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), bool | int | torch.SymInt)
+
+
+def _unsupported(exported: ExportedProgram) -> list[fx.Node]:
+    return [
+        n
+        for n in _live(exported)
+        if n.op == "call_function"
+        and not _is_size(n)
+        and n.target not in CONVERTERS
+        and ops.captured(n.target) is None
+        and getattr(n.target, "__name__", "") != "getitem"
+    ]
+
+
+def _convert(
+    exported: ExportedProgram, output_names: Sequence[str], dims: DynamicDims, name: str
+) -> Program:
+    _refuse_mutation(exported)
+    if unsupported := _unsupported(exported):
+        raise _unsupported_error(unsupported)
+    conversion = _Conversion(exported, dims, name)
+    return conversion.run(output_names)
+
+
+@dataclass
+class _Conversion:
+    """One pass over the exported graph."""
+
+    exported: ExportedProgram
+    dims: DynamicDims
+    name: str
+
+    def run(self, output_names: Sequence[str]) -> Program:
+        program = Program()
+        self.function = program.add_function(self.name, self.dims.ranges)
+        self.parameters: dict[tuple, str] = {}
+        self.environment: dict[fx.Node, Any] = {}
+        inputs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
+        self.symbols = Symbols(self._symbol_names(inputs))
+        for node in _live(self.exported):
+            if node.op == "placeholder":
+                self.environment[node] = self._placeholder(node, inputs[node.name])
+            elif node.op == "call_function":
+                self.environment[node] = self._call(node)
+        results = self.exported.graph.output_node().args[0]
+        if self.name_collision(output_names):
+            raise CaptureError(f"output names collide: {', '.join(output_names)}", fix="rename the outputs")
+        self.function.set_outputs(
+            {n: self.environment[r] for n, r in zip(output_names, results, strict=True)}
+        )
+        program.drop_unused_parameters()
+        return program
+
+    @staticmethod
+    def name_collision(names: Sequence[str]) -> bool:
+        return len(set(names)) != len(names)
+
+    def _symbol_names(self, inputs: Mapping[str, Any]) -> dict[Any, str]:
+        names = {}
+        for node in self.exported.graph.find_nodes(op="placeholder"):
+            if inputs[node.name].kind is InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
+                for axis, dim in self.dims.axes.get(self._input_name(node), {}).items():
+                    size = node.meta["val"].shape[axis]
+                    if isinstance(size, torch.SymInt):
+                        names[size.node.expr] = dim
+        return names
+
+    @staticmethod
+    def _input_name(node: fx.Node) -> str:
+        return node.target.removeprefix("inputs_")
+
+    def _placeholder(self, node: fx.Node, spec: Any) -> Any:
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(spec.arg, ConstantArgument):
+                return spec.arg.value
+            return self.function.add_input(self._input_name(node), self.symbols.value(node.meta["val"]))
+        if not isinstance(spec.arg, TensorArgument):
+            raise CaptureError(f"the model holds {spec.target!r}, which is not a tensor", why=f"it is {spec.kind.name}")
+        store = self.exported.constants if spec.kind is InputKind.CONSTANT_TENSOR else self.exported.state_dict
+        tensor = store[spec.target] if spec.target in store else self.exported.constants[spec.target]
+        tensor = tensor.detach().cpu()
+        # Tied weights are one tensor under several names: one parameter, called by the first of them.
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in self.parameters or not tensor.numel():
+            self.parameters[key] = self.function.parameters.add(spec.target.removeprefix(f"{ROOT}."), tensor)
+        return self.function.builder().read(self.parameters[key])
+
+    def _call(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if _is_size(node):
+            return self.symbols.dim(value)
+        node.meta["module"] = module_path(node, ROOT)
+        node.meta["source"] = source_line(node)
+        arguments = fx.map_arg(node.args, self.environment.__getitem__)
+        keywords = fx.map_arg(node.kwargs, self.environment.__getitem__)
+        if getattr(node.target, "__name__", "") == "getitem":
+            return arguments[0][arguments[1]]
+        try:
+            expected = self._value(value)
+            build = self.function.builder(like=node)
+            if (op := ops.captured(node.target)) is not None:
+                return self._third_party(build, op, node, arguments, keywords)
+            result = CONVERTERS[node.target](Context(build, expected), *arguments, **keywords)
+            return self._agreeing(build, result, expected)
+        except TersorError as error:
+            where = f"{node.meta['module'] or 'the model'} ({node.meta['source']})"
+            raise CaptureError(error.what, where=where, why=error.why, fix=error.fix) from error
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.symbols.value(value)
+        if isinstance(value, list | tuple):
+            return tuple(self._value(v) for v in value)
+        return None
+
+    def _third_party(self, build: Any, op: Any, node: fx.Node, arguments: Any, keywords: Any) -> fx.Node:
+        """Operands by position, attributes by the names that the torch operator gives its arguments."""
+        schema = [a.name for a in node.target._schema.arguments]
+        given = {**dict(zip(schema, arguments, strict=False)), **keywords}
+        attributes = {n: v for n, v in given.items() if n in op.attributes}
+        return build.emit(op, *(v for n, v in given.items() if n not in op.attributes), **attributes)
+
+    def _agreeing(self, build: Any, result: Any, expected: Any) -> Any:
+        """A converter must reach the shape torch reached; a dtype that torch promoted otherwise is cast."""
+        if isinstance(expected, tuple):
+            return tuple(self._agreeing(build, r, e) if r is not None else None for r, e in zip(result, expected, strict=True))
+        if not isinstance(expected, Value):
+            return result
+        actual = result.meta["value"]
+        if actual.shape != expected.shape:
+            raise CaptureError(f"an operator became {actual}, torch has {expected}", why="this is a defect of Tersor")
+        return result if actual.dtype == expected.dtype else build.cast(result, dtype=expected.dtype)
+
+
+def _refuse_mutation(exported: ExportedProgram) -> None:
+    written = [
+        spec.target.removeprefix(f"{ROOT}.")
+        for spec in exported.graph_signature.output_specs
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+    ]
+    if written:
+        raise CaptureError(
+            f"the model writes to {', '.join(written)} while it runs",
+            why="a program has no hidden state",
+            fix="return the new value as an output, or turn the update off in evaluation mode",
+        )
+
+
+def _unsupported_error(nodes: Sequence[fx.Node]) -> UnsupportedOpError:
+    counts = Counter(str(n.target) for n in nodes)
+    places: dict[str, list[str]] = defaultdict(list)
+    for node in nodes:
+        place = f"{module_path(node, ROOT) or 'the model'} ({source_line(node) or 'source unknown'})"
+        if place not in places[str(node.target)]:
+            places[str(node.target)].append(place)
+    lines = []
+    for op, count in counts.most_common():
+        shown = places[op][:3] + ([f"and {len(places[op]) - 3} more places"] if len(places[op]) > 3 else [])
+        lines.append(f"  - {op}, {count} time{'s' if count > 1 else ''}: {'; '.join(shown)}")
+    return UnsupportedOpError(
+        f"{len(counts)} operator{'s' if len(counts) > 1 else ''} of the model are not in the dialect:\n" + "\n".join(lines),
+        fix="rewrite these places with supported operators, or add each with tersor.ir.register_op(name, reference, "
+        "decompose=..., captures=(the operator,))",
+    )
