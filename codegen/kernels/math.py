@@ -1,8 +1,8 @@
 """Element-wise functions as TIR expressions, right for scalars and vectors of f32, with polynomials instead of libm.
 
 LLVM would call libm once per lane for ``exp`` or ``erf``; these are straight-line vector code. Call them while a
-PrimFunc is being built (in a TVMScript body or under an ``IRBuilder``): a value that is used more than once is bound
-to a variable there, so an expression never grows exponentially.
+PrimFunc is being built (in a TVMScript body or under an ``IRBuilder``): a value that is used more than once is kept in
+a register there, so an expression never grows exponentially.
 
 Errors are against exact arithmetic, measured by tests/codegen/test_math.py. Coefficients come from weighted least
 squares on 4000 Chebyshev nodes, reweighted towards the minimax fit (Lawson's iteration), in f64, rounded to f32.
@@ -62,7 +62,7 @@ Operand = Expr | Const
 def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
     """The chain's outputs for the given values of its inputs (scalars, or vectors with one number of lanes).
 
-    Scalars beside vectors are broadcast. Every step is bound to a variable of the PrimFunc under construction.
+    Scalars beside vectors are broadcast. Every step is bound to a register of the PrimFunc under construction.
     """
     lanes = max((_lanes(value) for value in values), default=1)
     known = [bind(broadcast(value, lanes)) for value in values]
@@ -79,12 +79,17 @@ def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
 
 
 def bind(value: Expr) -> Expr:
-    """A variable that holds the value, so that it is computed once; variables and constants are returned as they are."""
-    if isinstance(value, tirx.Var | tirx.IntImm | tirx.FloatImm):
+    """A register that holds the value, so that it is computed once; variables and constants are returned as they are.
+
+    It is a one-vector local buffer, not a let: TVM's simplifier looks through lets, at a cost exponential in their depth.
+    """
+    if isinstance(value, tirx.Var) or _is_constant(value):
         return value
-    if isinstance(value, tirx.Broadcast) and isinstance(value.value, tirx.IntImm | tirx.FloatImm):
-        return value
-    return T.Bind(value)
+    lanes = _lanes(value)
+    register = T.alloc_buffer((lanes,), _element(value), scope="local")
+    at = T.ramp(0, 1, lanes) if lanes > 1 else 0
+    T.buffer_store(register, value, [at])
+    return register[at]
 
 
 def broadcast(value: Expr, lanes: int) -> Expr:
@@ -98,7 +103,7 @@ def constant(value: float | int | bool, like: Expr) -> Expr:
 
 
 def exp(x: Expr) -> Expr:
-    """e**x; relative error 6e-7 up to 88.3 and 1e-4 from there to overflow; 0 below -87.7, inf above 88.73, NaN kept."""
+    """e**x; relative error 1e-6 up to 88.3, 3e-4 from there to the overflow at 88.73; 0 below -87.7, NaN kept."""
     x = bind(x)
     low = bind(tirx.Select(x < -88.0, constant(-88.0, x), x))
     shifted = bind(low * LOG2_E + ROUND)
@@ -129,7 +134,9 @@ def log(x: Expr) -> Expr:
     result = bind(n * 0.693145751953125 + (f + (n * 1.42860682030941723e-06 + tail)))
     infinite = constant(float("inf"), x)
     result = tirx.Select(x < float("inf"), result, x)  # inf and NaN
-    result = tirx.Select(x > 0.0, result, tirx.Select(tirx.EQ(x, constant(0.0, x)), -infinite, x * float("nan")))
+    result = tirx.Select(
+        x > 0.0, result, tirx.Select(tirx.EQ(x, constant(0.0, x)), -infinite, x * float("nan"))
+    )
     return result
 
 
@@ -176,7 +183,9 @@ def gelu_erf(x: Expr) -> Expr:
     """x Phi(x), the GELU; error at most 6e-7 of max(1, |x|), exactly 0 below -5.3."""
     x = bind(x)
     bounded = bind(clamp(x, NORMAL_CDF_BOUND))
-    phi = bind(0.5 + bounded * _polynomial(NORMAL_CDF, bind(bounded * bounded * (2 / NORMAL_CDF_BOUND**2) - 1.0)))
+    phi = bind(
+        0.5 + bounded * _polynomial(NORMAL_CDF, bind(bounded * bounded * (2 / NORMAL_CDF_BOUND**2) - 1.0))
+    )
     return x * relu(phi)
 
 
@@ -202,13 +211,13 @@ def clamp(x: Expr, bound: float) -> Expr:
 def maximum(a: Expr, b: Expr) -> Expr:
     """The larger one; NaN if either is, like torch.maximum."""
     a, b = bind(a), bind(b)
-    return tirx.Select(a > b, a, _nan_first(a, b))
+    return tirx.Select(a > b, a, _unordered(b >= a, a, b))
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
     """The smaller one; NaN if either is, like torch.minimum."""
     a, b = bind(a), bind(b)
-    return tirx.Select(a < b, a, _nan_first(a, b))
+    return tirx.Select(a < b, a, _unordered(b <= a, a, b))
 
 
 def power(x: Expr, exponent: Operand) -> Expr:
@@ -267,6 +276,11 @@ def _logical(operation: Callable[..., Expr]) -> Callable[..., Expr]:
     return lambda *operands: operation(*(cast(o, "bool") for o in operands))
 
 
+def _comparison(operation: Callable[..., Expr]) -> Callable[..., Expr]:
+    # LLVM has no ordered comparison of bools
+    return lambda *operands: operation(*(cast(o, "int32") if _element(o) == "bool" else o for o in operands))
+
+
 def _integer_or_float(float_function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
     return lambda x: float_function(cast(x, "float32"))
 
@@ -284,12 +298,12 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "floor": floor,
     "relu": relu,
     "where": where,
-    "eq": tirx.EQ,
-    "ne": tirx.NE,
-    "lt": tirx.LT,
-    "le": tirx.LE,
-    "gt": tirx.GT,
-    "ge": tirx.GE,
+    "eq": _comparison(tirx.EQ),
+    "ne": _comparison(tirx.NE),
+    "lt": _comparison(tirx.LT),
+    "le": _comparison(tirx.LE),
+    "gt": _comparison(tirx.GT),
+    "ge": _comparison(tirx.GE),
     "logical_and": _logical(tirx.And),
     "logical_or": _logical(tirx.Or),
     "logical_not": _logical(tirx.Not),
@@ -339,17 +353,17 @@ def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
     return bind(result)
 
 
-def _nan_first(a: Expr, b: Expr) -> Expr:
-    """``b``, or ``a`` where that is NaN (a constant or an integer never is)."""
-    if not _is_float(a) or not isinstance(a, tirx.Var):
+def _unordered(either: Expr, a: Expr, b: Expr) -> Expr:
+    """``b``, or NaN where ``either`` is false because one of a and b is NaN (a constant or an integer never is)."""
+    if not _is_float(a) or _is_constant(a):
         return b
-    return tirx.Select(tirx.NE(a, a), a, b)
+    return tirx.Select(either, b, a + b)
 
 
 def _promote(operands: list[Operand], lanes: int) -> list[Expr]:
     """Operands of one step in a common dtype: f32 before integers before bool; a ``where`` condition keeps its own."""
     condition = operands[:1] if len(operands) == 3 else []
-    rest = operands[len(condition):]
+    rest = operands[len(condition) :]
     kinds = {_element(o) for o in rest if not isinstance(o, Const)}
     constants = {type(o.value) for o in rest if isinstance(o, Const)}
     if "float32" in kinds or float in constants or not (kinds or constants):
@@ -367,6 +381,10 @@ def _materialize(operand: Operand, dtype: str, lanes: int) -> Expr:
     if isinstance(operand, Const):
         return tirx.const(operand.value, dtype if lanes == 1 else f"{dtype}x{lanes}")
     return operand
+
+
+def _is_constant(x: Expr) -> bool:
+    return isinstance(x.value if isinstance(x, tirx.Broadcast) else x, tirx.IntImm | tirx.FloatImm)
 
 
 def _lanes(x: Expr) -> int:
