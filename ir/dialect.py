@@ -1,9 +1,10 @@
 """The dialect: one open table of operations.
 
-An operation is a torch function with a convention: **positional parameters are operands** (values of the program,
-Python numbers, ``None`` for an absent one, a tuple of values for a variadic one) and **keyword-only parameters are
-attributes** (plain data: numbers, strings, tuples, symbolic dimensions). The function itself is the reference, so
-every program runs in plain torch, with autograd. `Op` objects are the targets of the ``call_function`` nodes.
+An operation is a torch function with a convention: **positional parameters are operands** (values of the
+program, Python numbers, ``None`` for an absent one, a tuple of values for a variadic one) and **keyword-only
+parameters are attributes** (plain data: numbers, strings, tuples, symbolic dimensions). The function itself
+is the reference, so every program runs in plain torch, with autograd. `Op` objects are the targets of the
+``call_function`` nodes.
 
 Every operation has one result.
 """
@@ -40,10 +41,10 @@ class Op:
     Attributes:
         name: unique name, used in text and in saved programs; third parties prefix theirs: ``mylib.fold``.
         reference: the torch function that defines its meaning.
-        infer: from operand `Value`s (numbers and None stay as they are) and attributes to the result's `Value`.
+        infer: from operand `Value`s (numbers and None stay as they are) and attributes to the result's one.
         macs: multiply-accumulates, called like ``infer`` with the result's `Value` first; 0 when absent.
-        bytes: bytes read and written when nothing is fused, called like ``macs``; every operand and the result
-            once when absent.
+        bytes: bytes read and written when nothing is fused, called like ``macs``; every operand and the
+            result once when absent.
         decompose: ``decompose(build, *operands, **attributes) -> Node`` over other dialect ops; with it code
             generation needs to know nothing of the op.
         elementwise: name of the operation in a kernel's element-wise chain, when it is one.
@@ -178,8 +179,8 @@ def register_op(
 ) -> Op:
     """Add an operation to the dialect (see `Op` for the arguments).
 
-    Without ``infer`` the result's shape follows from ``decompose``. An op without a decomposition needs a lowering
-    (``tersor.codegen.register_lowering``) before it can be compiled.
+    Without ``infer`` the result's shape follows from ``decompose``. An op without a decomposition needs a
+    lowering (``tersor.codegen.register_lowering``) before it can be compiled.
 
     Raises:
         ProgramError: the name is taken, or neither ``infer`` nor ``decompose`` is given.

@@ -1,7 +1,7 @@
 """Symbolic dimensions: integer polynomials over named dimensions such as ``batch`` and ``length``.
 
-A shape is ``tuple[int | Dim, ...]``. Arithmetic whose result is constant gives back a plain ``int``, so static
-programs never meet a ``Dim``. Ranges of the names live in the function's signature, not here.
+A shape is ``tuple[int | Dim, ...]``. Arithmetic whose result is constant gives back a plain ``int``, so
+static programs never meet a ``Dim``. Ranges of the names live in the function's signature, not here.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def execute(
     observe: Observer | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Evaluates a run of nodes in place: ``values`` holds what they read from before, and at the end what is in
-    ``keep`` and was there or was made here; everything else is freed at its last use.
+    """Evaluates a run of nodes in place: ``values`` holds what they read from before, and at the end what is
+    in ``keep`` and was there or was made here; everything else is freed at its last use.
     """
     last_use = {operand: node for node in nodes for operand in (node, *node.all_input_nodes)}
 

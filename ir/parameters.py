@@ -49,7 +49,9 @@ class ParameterStore(MutableMapping[str, Parameter]):
         self._parameters = dict(parameters or {})
 
     def add(self, name: str, tensor: torch.Tensor | Parameter) -> str:
-        """Stores a tensor under ``name``, or ``name_1``, ``name_2``, ... where that is taken; returns the name."""
+        """Stores a tensor under ``name``, or ``name_1``, ``name_2``, ... where that is taken; returns the
+        name.
+        """
         unique, count = name, 0
         while unique in self._parameters:
             count += 1

@@ -4,11 +4,12 @@ A function is a functional ``torch.fx`` graph whose nodes are
 
 * ``placeholder``: an input of the signature, in order;
 * ``get_attr``: a parameter, by its name in the store;
-* ``call_function``: a dialect operation (`tersor.ir.dialect`): operands in ``args``, attributes in ``kwargs``;
+* ``call_function``: a dialect operation (`tersor.ir.dialect`), operands in ``args``, attributes in ``kwargs``;
 * ``output``: the tuple of results, in the order of ``Function.outputs``.
 
-``node.meta`` holds ``value`` (`Value`, on all but the output), and provenance where known: ``site`` (stable name of the place),
-``module`` (module path), ``source`` (file and line in the user's model), ``made_by`` (pass that made the node).
+``node.meta`` holds ``value`` (`Value`, on all but the output), and provenance where known: ``site`` (stable
+name of the place), ``module`` (module path), ``source`` (file and line in the user's model), ``made_by``
+(pass that made the node).
 """
 
 from __future__ import annotations
@@ -108,13 +109,17 @@ class Function:
     def builder(
         self, *, before: fx.Node | None = None, like: fx.Node | None = None, made_by: str | None = None
     ) -> Builder:
-        """Emits nodes at the end (before the output), or before a node; provenance is that of ``like`` or ``before``."""
+        """Emits nodes at the end (before the output), or before a node.
+
+        Provenance is that of ``like``, or of ``before``.
+        """
         return Builder(self, before, like or before, made_by)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Every user of ``old`` reads ``new`` instead; dead nodes go, and the site of ``old`` moves along with them.
+        """Every user of ``old`` reads ``new`` instead; dead nodes go, the site of ``old`` moves to ``new``.
 
-        ``new`` may be computed from ``old`` (an operation put behind it): what lies between keeps reading ``old``.
+        ``new`` may be computed from ``old``, an operation put behind it: what lies between keeps reading ``old``,
+        and ``old`` its site.
         """
         between = _between(old, new)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in between)
@@ -185,7 +190,7 @@ def _sha256(data: Any) -> str:
 
 
 def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
-    """The nodes on the paths from ``old`` to ``new``, with ``new``; empty when ``new`` does not depend on ``old``."""
+    """The nodes on paths from ``old`` to ``new``, and ``new``; none when it does not depend on ``old``."""
     reaches: dict[fx.Node, bool] = {old: True}
     stack = [new]
     while stack:

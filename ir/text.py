@@ -18,9 +18,9 @@ _PROVENANCE = {"brief": (), "normal": ("site",), "full": ("site", "module", "sou
 def print_program(program: Program, detail: Detail = "normal") -> str:
     """One line per operation, then a table of the parameters.
 
-    ``%name`` is a value (the names that errors use), ``@name`` a parameter, ``: float32[batch, 8]`` the result's
-    type. Behind ``#`` stands the site; with "full" also module path, source line and the pass that made the node;
-    with "brief" nothing, and the table of parameters is left out too.
+    ``%name`` is a value (the names that errors use), ``@name`` a parameter, ``: float32[batch, 8]`` the
+    result's type. Behind ``#`` stands the site; with "full" also module path, source line and the pass that
+    made the node; with "brief" nothing, and the table of parameters is left out too.
     """
     parts = [print_function(function, detail) for function in program.functions.values()]
     if detail != "brief":
@@ -52,8 +52,8 @@ def print_parameters(parameters: ParameterStore) -> str:
 def diff(before: Program, after: Program, context: int = 2) -> str:
     """What differs structurally, as a unified diff; empty when the digests are equal.
 
-    Names of values and parameters do not count: where both programs have a line, the name in ``before`` is used for
-    both. A parameter is shown with the start of its content hash.
+    Names of values and parameters do not count: where both programs have a line, the name in ``before`` is
+    used for both. A parameter is shown with the start of its content hash.
     """
     if before.digest() == after.digest():
         return ""
@@ -101,7 +101,10 @@ def _origins(node: fx.Node, keys: Iterable[str]) -> list[str]:
 
 def _line(node: fx.Node, show: Callable[[Any], str] | None = None) -> str:
     show = show or _show
-    operands = [show(arg) for arg in node.args]
+    given = len(node.args)
+    while given and node.args[given - 1] is None:
+        given -= 1
+    operands = [show(arg) for arg in node.args[:given]]
     attributes = [f"{k}={show(v)}" for k, v in node.kwargs.items() if node.target.attributes[k] != v]
     call = f"{node.target.name}({', '.join(operands + attributes)})"
     return f"{show(node)} = {call}  : {node.meta['value']}"
@@ -134,9 +137,13 @@ def _function_diff(old: Function, new: Function, context: int) -> list[str]:
 
         return name
 
-    # First pair the nodes that are the same but for where their operands come from, then compare with operands named.
-    keys = [[_line(n, lambda a, name=unnamed(f): _show(a, name)) for n in f.calls()] for f in (old, new)]
-    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    # First pair the nodes that are the same but for where their operands come from, then compare with
+    # operands named.
+    def keys(function: Function) -> list[str]:
+        name = unnamed(function)
+        return [_line(node, lambda arg: _show(arg, name)) for node in function.calls()]
+
+    matcher = difflib.SequenceMatcher(None, keys(old), keys(new), autojunk=False)
     partner = {
         new_calls[j + k]: old_calls[i + k]
         for i, j, size in matcher.get_matching_blocks()

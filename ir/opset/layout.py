@@ -92,7 +92,7 @@ def _infer_concat(tensors: tuple[Value, ...], *, dim: int) -> Value:
 
 
 def pad(x, *, pads: tuple[int, ...], value: float = 0.0):
-    """Constant padding; ``pads`` is (before, after) per dimension, from the last dimension backwards (torch's order)."""
+    """Constant padding; ``pads`` is (before, after) per dimension, from the last one backwards (torch's order)."""
     return F.pad(x, pads, value=value)
 
 
@@ -106,7 +106,7 @@ def _infer_pad(x: Value, *, pads: tuple[int, ...], value: float = 0.0) -> Value:
 
 
 def index_select(x, index, *, dim: int):
-    """Slices of x along ``dim`` at the int64 positions ``index`` (any shape, which replaces the dimension)."""
+    """Slices of x along ``dim`` at the int64 positions ``index``, whose shape replaces the dimension."""
     dim = dim % x.ndim
     taken = torch.index_select(x, dim, index.reshape(-1))
     return taken.reshape(*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])

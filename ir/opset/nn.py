@@ -83,10 +83,10 @@ def attention(
 ):
     """softmax(q k^T * scale + mask) v on merged heads (Vaswani et al. 2017, eq. 1).
 
-    q [B, Tq, heads*D], k [B, Tk, kv_heads*D], v [B, Tk, kv_heads*Dv] -> [B, Tq, heads*Dv]. Each of the ``kv_heads``
-    groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to [B, heads, Tq, Tk]:
-    boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i + Tk - Tq. ``window``: of
-    those only j > i + Tk - Tq - window.
+    q [B, Tq, heads*D], k [B, Tk, kv_heads*D], v [B, Tk, kv_heads*Dv] -> [B, Tq, heads*Dv]. Each of the
+    ``kv_heads`` groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to
+    [B, heads, Tq, Tk]: boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i +
+    Tk - Tq. ``window``: of those only j > i + Tk - Tq - window.
     """
     batch, tq, tk = q.shape[0], q.shape[1], k.shape[1]
     q = q.reshape(batch, tq, heads, -1).transpose(1, 2)
@@ -224,8 +224,9 @@ def _infer_conv2d(x: Value, weight: Value, bias: Value | None = None, *, stride=
     return Value(x.dtype, (x.shape[0], weight.shape[0], *sizes))
 
 
-def _attention_macs(result: Value, q: Value, k: Value, v: Value, mask: Any = None, *, heads: int, kv_heads: int,
-                    **_: Any) -> int | Dim:  # fmt: skip
+def _attention_macs(
+    result: Value, q: Value, k: Value, v: Value, mask: Any = None, *, heads: int, kv_heads: int, **_: Any
+) -> int | Dim:
     pairs = q.shape[0] * q.shape[1] * k.shape[1] * heads
     return pairs * (q.shape[2] // heads) + pairs * (v.shape[2] // kv_heads)
 
