@@ -1,0 +1,46 @@
+"""Tersor makes trained Transformers small and fast and compiles them to native code.
+
+    import tersor
+    compiled = tersor.compile(model, example_inputs)
+    out = compiled(input_ids=ids, attention_mask=mask)
+
+Names are loaded on first use, so ``import tersor`` needs neither torch nor TVM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+__version__ = metadata.version("tersor")
+
+_HOME = {
+    "compile": "tersor.api",
+    "capture": "tersor.api",
+    "explain": "tersor.api",
+    "load": "tersor.codegen.runtime",
+    "CompiledModel": "tersor.codegen.runtime",
+    "Pipeline": "tersor.passes",
+    "Pass": "tersor.passes",
+    "PassResult": "tersor.passes",
+    "register": "tersor.passes",
+    "Program": "tersor.ir",
+    "register_op": "tersor.ir",
+    "Target": "tersor.targets",
+    "TersorError": "tersor.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tersor' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

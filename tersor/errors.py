@@ -9,10 +9,14 @@ from __future__ import annotations
 class TersorError(Exception):
     """Base of all Tersor errors; the message carries what, where, why and what to do, one per line."""
 
-    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None):
+    def __init__(
+        self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None
+    ):
         self.what, self.where, self.why, self.fix = what, where, why, fix
         lines = [what]
-        lines += [f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("fix", fix)) if text]
+        lines += [
+            f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("fix", fix)) if text
+        ]
         super().__init__("\n".join(lines))
 
 

@@ -1,0 +1,88 @@
+"""Contract 1a: the lowered code against the program's torch reference, on by default after every compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from tersor.errors import BudgetError
+from tersor.ir.interpreter import run
+from tersor.ir.program import Function
+from tersor.ir.samples import sample_inputs
+
+TOLERANCE = 1e-4
+"""Largest error of f32 code, relative to the output's largest magnitude."""
+
+Call = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run of both: the sizes of the named dimensions and the worst error per output, relative to its scale."""
+
+    sizes: dict[str, int]
+    errors: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) -> list[Comparison]:
+    """Runs both at the smallest, the largest and an odd size of every named dimension.
+
+    Raises:
+        BudgetError: an output is further off than ``tolerance``, or not finite where the reference is.
+    """
+    comparisons = []
+    for seed, sizes in enumerate(probe_sizes(function)):
+        inputs = sample_inputs(function, sizes, seed)
+        with torch.inference_mode():
+            expected = run(function, inputs)
+        actual = compiled(inputs)
+        errors = {name: relative_error(actual[name], expected[name]) for name in function.outputs}
+        comparisons.append(Comparison(sizes, errors))
+        if not comparisons[-1].worst <= tolerance:
+            worst = max(
+                errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf")
+            )
+            raise BudgetError(
+                f"the compiled code disagrees with the program: output {worst!r} is off by {errors[worst]:.2e} "
+                f"of its scale (tolerance {tolerance:.0e})",
+                where=f"function {function.name!r} at {sizes or 'its static shapes'}",
+                why="a kernel is wrong for this target, or the program amplifies rounding",
+                fix="report it with the program (tersor inspect); verify=False skips this comparison",
+            )
+    return comparisons
+
+
+def probe_sizes(function: Function) -> list[dict[str, int]]:
+    """Size assignments to try: all smallest; each dimension largest in turn; an odd one in between for all."""
+    dims = function.dims
+    smallest = {name: r.min for name, r in dims.items()}
+    probes = [smallest]
+    probes += [smallest | {name: r.max} for name, r in dims.items()]
+    probes.append(
+        {name: min(r.max, max(r.min, (r.min + min(r.max, 64)) // 2 | 1)) for name, r in dims.items()}
+    )
+    return [dict(p) for p in dict.fromkeys(tuple(sorted(p.items())) for p in probes)]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |actual - expected| / max |expected|; NaN and infinities must agree exactly (else inf)."""
+    if expected.numel() == 0:
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = expected[finite].abs().max().item()
+    return (actual[finite] - expected[finite]).abs().max().item() / (scale or 1.0)

@@ -1,0 +1,182 @@
+"""From a final program to an artifact on disk: legalise, lower, generate code, pack weights, compare."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tersor.codegen import lowering
+from tersor.codegen.artifact import write_artifact
+from tersor.codegen.compare import compare
+from tersor.codegen.runtime import load
+from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
+from tersor.codegen.weights import Weight
+from tersor.errors import CompileError, TargetError
+from tersor.ir.cost import cost
+from tersor.ir.dims import Shape
+from tersor.ir.program import Function, Program
+from tersor.ir.verify import verify as verify_program
+from tersor.targets import Target, check_memory, missing_on_host
+
+Progress = Callable[[str], None]
+
+LOWERING_PASSES = (
+    relax.transform.ToNonDataflow,
+    relax.transform.RemovePurityChecking,
+    relax.transform.CallTIRRewrite,
+    relax.transform.StaticPlanBlockMemory,
+    relax.transform.LowerAllocTensor,
+    relax.transform.KillAfterLastUse,
+    relax.transform.LowerRuntimeBuiltin,
+    relax.transform.ComputePrimValue,
+    relax.transform.VMShapeLower,
+    relax.transform.AttachGlobalSymbol,
+)
+"""Relax to VM code. Every operation is a kernel of ours by now, so there is nothing to legalise or fuse."""
+
+
+def build(
+    program: Program,
+    target: Target,
+    path: Path,
+    *,
+    recipe: str = "custom",
+    threads: int | None = None,
+    tune_minutes: float = 0.0,
+    verify: bool = True,
+    report: Mapping[str, Any] | None = None,
+    progress: Progress = lambda step: None,
+) -> None:
+    """Writes the artifact for ``program`` to the folder ``path``.
+
+    Raises:
+        TargetError: the target has too little memory, or is no x86-64 CPU.
+        CompileError: something in the program has no lowering, or the code generator failed.
+        BudgetError: the compiled code disagrees with the program (``verify``).
+        ArtifactError: the folder cannot be written.
+    """
+    verify_program(program)
+    check_target(program, target)
+    progress("lowering")
+    legal = lowering.legalize(program)
+    lowered = lowering.lower(legal, target)
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        scratch = Path(folder)
+        progress("generating code")
+        generate_code(lowered.module, target, scratch / "module.so")
+        progress("packing weights")
+        distinct = {w.name: w for ws in lowered.weights.values() for w in ws}
+        arrays = {name: w.load(legal.parameters) for name, w in distinct.items()}
+        manifest = Manifest(
+            functions={name: signature(f, lowered.weights[name]) for name, f in legal.functions.items()},
+            target={key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
+            versions=versions(),
+            recipe=recipe,
+            threads=threads,
+        )
+
+        def write(place: Path) -> None:
+            write_artifact(
+                place,
+                module=scratch / "module.so",
+                weights=arrays,
+                manifest=manifest,
+                report=dict(report or {}),
+            )
+
+        if verify and not missing_on_host(target):
+            progress("comparing with the program")
+            write(scratch / "unverified.tersor")
+            manifest = replace(
+                manifest, verified=True, errors=compare_all(legal, scratch / "unverified.tersor", threads)
+            )
+        progress("saving")
+        write(path)
+
+
+MANIFEST_TARGET = ("name", "arch", "mcpu", "mattr", "features", "os")
+
+
+def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
+    """Compiles a lowered module to a shared library.
+
+    Raises:
+        CompileError: TVM refused the module, or no C compiler could link it.
+    """
+    description = {
+        "kind": "llvm",
+        "mtriple": target.llvm_triple,
+        "mcpu": target.mcpu,
+        "mattr": list(target.mattr),
+    }
+    llvm = tvm.target.Target({key: value for key, value in description.items() if value})
+    try:
+        pipeline = tvm.transform.Sequential([make() for make in LOWERING_PASSES])
+        executable = relax.build(module, llvm, relax_pipeline=pipeline, exec_mode="compiled")
+    except tvm.error.TVMError as error:
+        raise CompileError(
+            "TVM could not compile the lowered program",
+            why=str(error).strip().splitlines()[-1],
+            fix="report it with the program (tersor inspect)",
+        ) from error
+    try:
+        executable.export_library(str(path))
+    except RuntimeError as error:
+        raise CompileError(
+            "the generated code could not be linked",
+            why=str(error).strip().splitlines()[-1],
+            fix="install a C compiler (gcc or clang); `tersor doctor` shows what was found",
+        ) from error
+
+
+def compare_all(program: Program, artifact: Path, threads: int | None) -> dict[str, Any]:
+    """Contract 1a for every function; the errors found, by function, as plain data for the manifest."""
+    model = load(artifact, threads=threads)
+    return {
+        name: [
+            c.to_dict() for c in compare(function, lambda inputs, name=name: model.functions[name](**inputs))
+        ]
+        for name, function in program.functions.items()
+    }
+
+
+def check_target(program: Program, target: Target) -> None:
+    """Before any work: the target is one we generate code for, and holds the weights and the largest activations."""
+    if target.arch != "x86_64":
+        raise TargetError(
+            f"target {target.name!r} is not supported yet",
+            why=f"code is generated for x86_64 only, the target is {target.arch}",
+            fix="choose one of the targets listed by `tersor targets`",
+        )
+    totals = cost(program)
+    check_memory(target, totals.parameter_bytes + totals.peak_activation_bytes, "the weights and activations")
+
+
+def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignature:
+    """What the runtime needs to know to call a function."""
+    return FunctionSignature(
+        inputs=tuple(TensorType(name, v.dtype, _spell(v.shape)) for name, v in function.inputs.items()),
+        outputs=tuple(
+            TensorType(name, node.meta["value"].dtype, _spell(node.meta["value"].shape))
+            for name, node in zip(function.outputs, function.results, strict=True)
+        ),
+        dims={name: (r.min, r.max) for name, r in function.dims.items()},
+        weights=tuple(w.name for w in weights),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What made the artifact; it loads with the same TVM minor version."""
+    packages = {"tersor": "tersor", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
+    return {key: metadata.version(package) for key, package in packages.items()}
+
+
+def _spell(shape: Shape) -> tuple[int | str, ...]:
+    return tuple(d if isinstance(d, int) else str(d) for d in shape)

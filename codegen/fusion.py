@@ -1,0 +1,198 @@
+"""Which nodes go into one kernel.
+
+A *group* is one kernel call: a root node whose value is written to memory, the element-wise nodes computed on the
+way to it, and the anchors (linear layers of one input) whose accumulators the element-wise work starts from: one,
+or two for a gated feed-forward layer. Groups are grown from their roots towards the inputs, the last node first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from tersor.codegen.kernels.chain import Chain, ChainInput, Const, InputKind, Step
+from tersor.ir.dims import Shape
+from tersor.ir.opset.rules import promote
+from tersor.ir.program import Function
+
+COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
+LOGICAL = {"logical_and", "logical_or", "logical_not"}
+
+
+@dataclass
+class Group:
+    """One kernel: ``members`` are the element-wise nodes in order, the root last; ``anchors`` are linear layers."""
+
+    root: fx.Node
+    members: list[fx.Node] = field(default_factory=list)
+    anchors: list[fx.Node] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """The groups by root, and every node that lives inside a group without being its root."""
+
+    groups: dict[fx.Node, Group] = field(default_factory=dict)
+    inner: set[fx.Node] = field(default_factory=set)
+    joined: dict[fx.Node, tuple[fx.Node, ...]] = field(
+        default_factory=dict
+    )  # attention -> its q, k, v linears
+
+
+def plan(function: Function) -> Plan:
+    """Groups the nodes of a function; nodes in no group are lowered one by one."""
+    result = Plan()
+    claimed: set[fx.Node] = set()
+    for node in reversed(function.nodes):
+        if node in claimed or not (is_elementwise(node) or is_anchor(node)):
+            continue
+        group = _grow(node, claimed)
+        claimed.update(group.members, group.anchors)
+        result.groups[node] = group
+    result.inner = claimed - result.groups.keys()
+    _join_projections(function, result)
+    return result
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target.elementwise is not None
+
+
+def is_anchor(node: fx.Node) -> bool:
+    """A linear layer whose weight is a stored parameter, so that it can be packed ahead of time."""
+    return node.op == "call_function" and node.target.name == "linear" and node.args[1].op == "get_attr"
+
+
+def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
+    group = Group(root)
+    if is_anchor(root):
+        group.anchors = [root]
+        return group
+    inside, shape = {root}, root.meta["value"].shape
+    frontier = list(root.all_input_nodes)
+    while frontier:
+        node = frontier.pop()
+        if node in inside or node in claimed or node.meta["value"].shape != shape:
+            continue
+        if not all(user in inside for user in node.users):
+            continue
+        if is_elementwise(node):
+            inside.add(node)
+            frontier.extend(node.all_input_nodes)
+        elif is_anchor(node) and _joins(node, group.anchors) and root.meta["value"].dtype == "float32":
+            group.anchors.append(node)
+    group.members = [n for n in root.graph.nodes if n in inside]
+    group.anchors.sort(key=list(root.graph.nodes).index)
+    if group.anchors and not _fits_epilogue(group):
+        group.anchors = []  # the linears get kernels of their own
+    return group
+
+
+def _joins(node: fx.Node, anchors: list[fx.Node]) -> bool:
+    """Whether a linear can be computed beside those in a group: at most two, of one input and one size."""
+    return not anchors or (
+        len(anchors) == 1
+        and anchors[0].args[0] is node.args[0]
+        and anchors[0].args[1].meta["value"] == node.args[1].meta["value"]
+    )
+
+
+def _join_projections(function: Function, result: Plan) -> None:
+    """Query, key and value projections of one input become one GEMM: more panels to share out, one launch."""
+    for node in function.calls("attention"):
+        q, k, v = node.args[:3]
+        plain = all(
+            is_anchor(p) and p in result.groups and result.groups[p].members == [] and len(p.users) == 1
+            for p in (q, k, v)
+        )
+        if plain and len({q, k, v}) == 3 and q.args[0] is k.args[0] is v.args[0]:
+            result.joined[node] = (q, k, v)
+            for p in (q, k, v):
+                del result.groups[p]
+            result.inner.update((q, k, v))
+
+
+def build_chain(group: Group) -> tuple[Chain, list[fx.Node]]:
+    """The group's element-wise program and the nodes that feed it, in the order of the chain's inputs.
+
+    The anchors' accumulators are the first inputs (not among the returned nodes); their biases are added first.
+    """
+    shape, anchors = group.root.meta["value"].shape, group.anchors
+    inside = {*anchors, *group.members}
+    feeds: list[fx.Node] = []
+    for node in [*anchors, *group.members]:
+        for operand in node.args[2:3] if node in anchors else node.args:
+            if isinstance(operand, fx.Node) and operand not in inside and operand not in feeds:
+                feeds.append(operand)
+    inputs = [ChainInput("accumulator")] * len(anchors)
+    inputs += [ChainInput(input_kind(f.meta["value"].shape, shape), f.meta["value"].dtype) for f in feeds]
+    index: dict[fx.Node, int] = {node: i for i, node in enumerate([*anchors, *feeds])}
+    steps: list[Step] = []
+
+    def push(step: Step) -> int:
+        steps.append(step)
+        return len(inputs) + len(steps) - 1
+
+    def operand(x: fx.Node | float, dtype: str | None) -> int | Const:
+        """A chain operand converted to ``dtype`` (None: as it is)."""
+        if not isinstance(x, fx.Node):
+            return Const(_number(x, dtype))
+        value = index[x]
+        return value if dtype in (None, x.meta["value"].dtype) else push(Step("cast", (value,), dtype))
+
+    for anchor in anchors:
+        if len(anchor.args) > 2 and anchor.args[2] is not None:
+            index[anchor] = push(Step("add", (index[anchor], index[anchor.args[2]])))
+    for node in group.members:
+        name = node.target.elementwise
+        if name == "cast":
+            index[node] = push(Step("cast", (index[node.args[0]],), node.kwargs["dtype"]))
+            continue
+        wanted = _operand_dtypes(node)
+        args = tuple(operand(x, dtype) for x, dtype in zip(node.args, wanted, strict=True))
+        index[node] = push(Step(name, args))
+    return Chain(tuple(inputs), tuple(steps), (index[group.root],)), feeds
+
+
+def _operand_dtypes(node: fx.Node) -> list[str | None]:
+    """The dtype each operand takes part in: torch's promotion, made explicit."""
+    name, result = node.target.elementwise, node.meta["value"].dtype
+    if name in LOGICAL:
+        return ["bool"] * len(node.args)
+    if name == "where":
+        return ["bool", result, result]
+    if name in COMPARISONS:
+        common = promote(*(x.meta["value"] if isinstance(x, fx.Node) else x for x in node.args))
+        return [common, common]
+    return [result] * len(node.args)
+
+
+def _number(x: float | int | bool, dtype: str | None) -> float | int | bool:
+    if dtype is None:
+        return x
+    if dtype == "bool":
+        return bool(x)
+    return float(x) if dtype.startswith(("float", "bfloat")) else int(x)
+
+
+def input_kind(shape: Shape, output: Shape) -> InputKind:
+    """How an operand's shape relates to the output's; shapes outside the five kinds count as "full" (broadcast)."""
+    if all(d == 1 for d in shape):
+        return "scalar"
+    if shape == output:
+        return "full"
+    if shape[-1] == output[-1] and all(d == 1 for d in shape[:-1]):
+        return "column"
+    if len(shape) == len(output) and shape[-1] == 1 and shape[:-1] == output[:-1]:
+        return "row"
+    return "full"
+
+
+def _fits_epilogue(group: Group) -> bool:
+    """Whether every feed of a group with an anchor has one of the five kinds exactly."""
+    output = group.root.meta["value"].shape
+    _, feeds = build_chain(group)
+    return all(
+        f.meta["value"].shape == output or input_kind(f.meta["value"].shape, output) != "full" for f in feeds
+    )

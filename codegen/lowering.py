@@ -1,0 +1,245 @@
+"""From a function of the program to a Relax function: one ``call_tir`` per group, each into a kernel of ours.
+
+The rules for single operations live in `tersor.codegen.rules`; third parties add theirs with `register_lowering`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from torch import fx
+from tvm import relax, tirx
+
+from tersor.codegen import fusion
+from tersor.codegen.kernels.base import Kernel
+from tersor.codegen.weights import Weight
+from tersor.errors import CompileError
+from tersor.ir.dialect import Op
+from tersor.ir.dims import Dim, Shape
+from tersor.ir.program import Function, Program
+from tersor.ir.verify import describe
+from tersor.targets import Target
+
+Lower = Callable[["Lowering", fx.Node], relax.Expr]
+
+_rules: dict[str, Lower] = {}
+
+
+def register_lowering(op: Op | str) -> Callable[[Lower], Lower]:
+    """Decorates ``rule(lowering, node) -> relax.Expr``: how code is made of one operation.
+
+    Raises:
+        CompileError: the operation has a lowering already.
+    """
+    name = op if isinstance(op, str) else op.name
+
+    def register(rule: Lower) -> Lower:
+        if name in _rules:
+            raise CompileError(f"operation {name!r} has a lowering already")
+        _rules[name] = rule
+        return rule
+
+    return register
+
+
+@dataclass
+class Lowered:
+    """A program as an IRModule, with the weights that follow the inputs in each function's parameters."""
+
+    module: tvm.IRModule
+    weights: dict[str, tuple[Weight, ...]] = field(default_factory=dict)  # by function name
+    kernels: dict[Kernel, str] = field(default_factory=dict)  # with their symbols in the module
+
+
+def lower(program: Program, target: Target) -> Lowered:
+    """Every function of a legal program (see `legalize`) as Relax.
+
+    Raises:
+        CompileError: operations or dtypes that no kernel covers, all listed at once.
+    """
+    check_supported(program)
+    builder = relax.BlockBuilder()
+    result = Lowered(tvm.IRModule())
+    for function in program.functions.values():
+        lowering = Lowering(function, target, builder, result.kernels)
+        lowering.run()
+        result.weights[function.name] = tuple(lowering.weights)
+    result.module = builder.finalize()
+    return result
+
+
+def legalize(program: Program) -> Program:
+    """A copy in which every operation without a lowering is decomposed, as far as decompositions reach."""
+    program = program.copy()
+    for function in program.functions.values():
+        for node in function.calls():
+            _decompose(function, node)
+    return program
+
+
+def _decompose(function: Function, node: fx.Node) -> None:
+    op = node.target
+    if op.decompose is None or op.name in _rules or op.elementwise is not None:
+        return
+    before = set(function.graph.nodes)
+    result = op.decompose(function.builder(before=node), *node.args, **node.kwargs)
+    made = [n for n in function.graph.nodes if n not in before and n.op == "call_function"]
+    function.replace(node, result)
+    for inner in made:
+        _decompose(function, inner)
+
+
+SUPPORTED_DTYPES = {"float32", "int64", "int32", "bool"}
+
+
+def check_supported(program: Program) -> None:
+    """Raises CompileError naming every operation and dtype that this code generator does not cover."""
+    problems: dict[str, list[str]] = {}
+    for _, node in program.nodes():
+        if node.op == "output":
+            continue
+        value = node.meta["value"]
+        if node.op == "call_function" and node.target.name not in _rules and node.target.elementwise is None:
+            problems.setdefault(f"operation {node.target.name!r} has no lowering", []).append(describe(node))
+        elif value.dtype not in SUPPORTED_DTYPES:
+            problems.setdefault(f"dtype {value.dtype} is not supported", []).append(describe(node))
+    if problems:
+        lines = [f"  - {what}: {len(nodes)}x, first at {nodes[0]}" for what, nodes in problems.items()]
+        raise CompileError(
+            "the program cannot be lowered:\n" + "\n".join(lines),
+            fix="give the operation a decomposition (ir.register_op) or a lowering (codegen.register_lowering); "
+            "convert a half-precision model with model.float()",
+        )
+
+
+class Lowering:
+    """The state while one function is lowered; lowering rules emit kernel calls through it.
+
+    Attributes:
+        target: what the code is for.
+        function: the function being lowered.
+        plan: which nodes share a kernel.
+    """
+
+    def __init__(
+        self, function: Function, target: Target, builder: relax.BlockBuilder, kernels: dict[Kernel, str]
+    ):
+        self.function, self.target, self.plan = function, target, fusion.plan(function)
+        self.weights: dict[Weight, relax.Var] = {}
+        self._builder, self._kernels = builder, kernels
+        self._dims = {name: tirx.Var(name, "int64") for name in function.dims}
+        self._values: dict[fx.Node, relax.Expr] = {}
+
+    def run(self) -> None:
+        """Adds the Relax function, named as the program's, to the module."""
+        inputs = []
+        for node in self.function.graph.find_nodes(op="placeholder"):
+            self._values[node] = relax.Var(node.target, self.type(node.meta["value"]))
+            inputs.append(self._values[node])
+        with self._builder.function(self.function.name):
+            with self._builder.dataflow():
+                for node in self.function.nodes:
+                    if node.op == "call_function" and node not in self.plan.inner:
+                        self._values[node] = self._lower(node)
+                results = [self.value(node) for node in self.function.results]
+                output = self._builder.emit_output(relax.Tuple(self._distinct(results)))
+            self._builder.emit_func_output(output, [*inputs, *self.weights.values()])
+        # the planner sizes storage of symbolic shapes by their upper bounds
+        bounds = {name: r.max for name, r in self.function.dims.items()}
+        handle = self._builder.get().get_global_var(self.function.name)
+        function = self._builder.get()[handle].with_attr("tir_var_upper_bound", bounds)
+        self._builder.update_func(handle, function.with_attr("num_input", len(inputs)))
+
+    def _lower(self, node: fx.Node) -> relax.Expr:
+        from tersor.codegen.rules import lower_group
+
+        if node in self.plan.groups:
+            return lower_group(self, self.plan.groups[node])
+        return _rules[node.target.name](self, node)
+
+    def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
+        """Results the caller may keep: an input, a weight or a value returned twice is copied."""
+        own: list[relax.Expr] = []
+        for result, node in zip(results, self.function.results, strict=True):
+            borrowed = node.op != "call_function" or any(result is other for other in own)
+            own.append(
+                self.copy(result, node.meta["value"].shape, node.meta["value"].dtype) if borrowed else result
+            )
+        return own
+
+    # -- what rules use
+
+    def value(self, node: fx.Node) -> relax.Expr:
+        """The Relax value of a node; a parameter is read in its plain layout."""
+        if node.op == "get_attr":
+            return self.weight(Weight((node.target,)))
+        return self._values[node]
+
+    def view(self, node: fx.Node, shape: Shape) -> relax.Expr:
+        """The value of a node in a shape that differs from its own in dimensions of size one at most."""
+        value = self.value(node)
+        return value if len(shape) == node.meta["value"].rank else self.reshape(value, shape)
+
+    def weight(self, weight: Weight) -> relax.Var:
+        """The function parameter that holds a stored weight in some layout; equal weights share one."""
+        if weight not in self.weights:
+            spec = weight.spec(self.function.parameters)
+            self.weights[weight] = relax.Var(weight.name, relax.TensorType(spec.shape, spec.dtype))
+        return self.weights[weight]
+
+    def call(self, kernel: Kernel, args: Sequence[relax.Expr], shapes: Sequence[Shape] | None = None) -> Any:
+        """Calls a kernel; ``shapes`` are the outputs' true shapes (default: as the kernel says).
+
+        Returns the output, or a list where the kernel has several.
+        """
+        if kernel not in self._kernels:
+            function = kernel.build(self.target)
+            self._kernels[kernel] = self._builder.add_func(function, kernel.name()).name_hint
+        handle = self._builder.get().get_global_var(self._kernels[kernel])
+        outputs = kernel.outputs()
+        types = [
+            relax.TensorType(self.shape(shape), spec.dtype)
+            for spec, shape in zip(outputs, shapes or [o.shape for o in outputs], strict=True)
+        ]
+        result = self._builder.emit(
+            relax.call_tir(handle, relax.Tuple(list(args)), types if len(types) > 1 else types[0])
+        )
+        if len(types) == 1:
+            return result
+        return [self._builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+
+    def reshape(self, x: relax.Expr, shape: Shape) -> relax.Expr:
+        """The same memory seen in another shape; no code runs."""
+        return self._builder.emit(relax.op.reshape(x, self.shape(shape)))
+
+    def copy(self, x: relax.Expr, shape: Shape, dtype: str) -> relax.Expr:
+        """The same contents in memory of their own."""
+        from tersor.codegen.rules import copy_kernel
+
+        return self.call(copy_kernel(opaque(shape), dtype), [x], [shape])
+
+    def shape(self, shape: Shape) -> list[Any]:
+        """A shape over Relax's variables."""
+        return [d.evaluate(self._dims) if isinstance(d, Dim) else d for d in shape]
+
+    def type(self, value: Any) -> relax.TensorType:
+        return relax.TensorType(self.shape(value.shape), value.dtype)
+
+
+def opaque(shape: Shape) -> Shape:
+    """A shape whose compound dimensions are symbols of their own (``batch*length`` -> ``batch_x_length``).
+
+    Kernels bind each symbol from a dimension of an argument, so they see no arithmetic; it also lets functions
+    that spell a dimension differently share a kernel.
+    """
+    return tuple(Dim.symbol(_identifier(d)) if isinstance(d, Dim) and not d.is_symbol else d for d in shape)
+
+
+def _identifier(dim: Dim) -> str:
+    text = str(dim)
+    for old, new in (("**", "_pow_"), ("*", "_x_"), (" + ", "_plus_"), (" - ", "_minus_"), ("-", "minus_")):
+        text = text.replace(old, new)
+    return text

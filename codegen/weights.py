@@ -1,0 +1,55 @@
+"""Weights as the generated code reads them: which stored parameters, in which layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tersor.codegen import packing
+from tersor.codegen.kernels.base import TensorSpec
+from tersor.ir.parameters import ParameterStore
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One or several parameters of the program in one tensor, plain or packed into panels for a GEMM.
+
+    sources: names in the program's store; an int stands for that many zeros (an absent bias).
+    panel: columns of a packed panel; None is the plain row-major layout.
+    join: several sources are "stacked" along their first dimension, or put "beside" each other in every panel.
+    """
+
+    sources: tuple[str | int, ...]
+    panel: int | None = None
+    join: Literal["stacked", "beside"] = "stacked"
+
+    @property
+    def name(self) -> str:
+        """A name unique for this description: the sources, marked with what was done to them."""
+        names = ("+" if self.join == "stacked" else "&").join(map(str, self.sources))
+        return names if self.panel is None else f"{names}|packed{self.panel}"
+
+    def spec(self, store: ParameterStore) -> TensorSpec:
+        """Shape and dtype in this layout."""
+        known = [store[s].value for s in self.sources if isinstance(s, str)]
+        shape, dtype = known[0].shape, known[0].dtype
+        if len(self.sources) > 1 and self.join == "stacked":
+            shape = (
+                sum(s if isinstance(s, int) else store[s].value.shape[0] for s in self.sources),
+                *shape[1:],
+            )
+        if self.panel is not None:
+            n, k = shape
+            shape = packing.packed_shape(n, k, self.panel, len(self.sources) if self.join == "beside" else 1)
+        return TensorSpec(shape, dtype)
+
+    def load(self, store: ParameterStore) -> np.ndarray:
+        """The contents in this layout."""
+        arrays = [
+            np.zeros(s, np.float32) if isinstance(s, int) else store[s].tensor.numpy() for s in self.sources
+        ]
+        if len(arrays) > 1 and self.join == "stacked":
+            arrays = [np.concatenate(arrays)]
+        return arrays[0] if self.panel is None else packing.pack(arrays, self.panel)

@@ -1,0 +1,131 @@
+"""The front door: capture, compress, compile in one call. It wires the rooms together and holds no algorithms."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor.codegen.runtime import CompiledModel, load
+from tersor.errors import InputError
+from tersor.ir.program import Program
+from tersor.passes import Pipeline
+from tersor.passes.recipes import get as get_recipe
+from tersor.targets import Target, resolve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]
+Recipe = str | Path | Sequence[Any] | Pipeline
+Progress = Callable[[str], None]
+
+
+def capture(
+    model: nn.Module | str | Path,
+    example_inputs: Mapping[str, Any] | tuple | None = None,
+    dynamic: Dynamic | None = None,
+) -> Program:
+    """Turns a model into a program.
+
+    Args:
+        model: a torch module, a transformers model, or a local folder with config.json and safetensors.
+        example_inputs: tensors by input name, or a tuple in the order of ``forward``; made for the architecture
+            where absent and the model is one of transformers'.
+        dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``: axes whose size may vary, with a
+            name (equal names are equal sizes), the smallest and the largest size.
+
+    Raises:
+        CaptureError: the model cannot be exported; UnsupportedOpError lists every unsupported operation at once.
+        InputError: the inputs do not fit, or a weight holds NaN or infinity.
+    """
+    from tersor import frontends
+
+    return frontends.capture(model, example_inputs, dynamic)
+
+
+def compile(
+    model: nn.Module | Program | str | Path,
+    example_inputs: Mapping[str, Any] | tuple | None = None,
+    *,
+    target: str | Target = "native",
+    recipe: Recipe = "fp32",
+    dynamic: Dynamic | None = None,
+    threads: int | None = None,
+    tune_minutes: float = 0.0,
+    verify: bool = True,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compiles a model to native code for a target: capture, the recipe's passes, code generation, comparison.
+
+    Args:
+        model, example_inputs, dynamic: as for `capture`; a `Program` is taken as it is.
+        target: a name that ``tersor targets`` lists, or a description.
+        recipe: a named recipe, a list of passes, a pipeline, or the path of a TOML file.
+        threads: threads a call uses; None means one per physical core at run time.
+        tune_minutes: time to search for better kernel tiles on this machine; 0 takes the analytic choice.
+        verify: compares the compiled code with the program on random inputs, and refuses when it disagrees.
+        output: folder to save the artifact to (as ``compiled.save`` does).
+        progress: called with the name of each step as it starts.
+
+    Raises:
+        TersorError: the subclass says which step failed; nothing half-written stays behind.
+    """
+    from tersor.codegen import build
+
+    report_step = progress or (lambda step: None)
+    resolved = resolve(target)  # an unknown target fails before any work
+    pipeline = _pipeline(recipe)
+    if isinstance(model, Program):
+        if example_inputs is not None or dynamic is not None:
+            raise InputError(
+                "a program has its signature already",
+                fix="leave out example_inputs and dynamic, or give the model",
+            )
+        program = model
+    else:
+        report_step("capturing")
+        program = capture(model, example_inputs, dynamic)
+    report_step("running passes")
+    program, report = pipeline.run(program)
+    folder = Path(output) if output is not None else _scratch_folder()
+    build(
+        program,
+        resolved,
+        folder,
+        recipe=pipeline.name,
+        threads=threads,
+        tune_minutes=tune_minutes,
+        verify=verify,
+        report=report.to_dict(),
+        progress=report_step,
+    )
+    return load(folder, threads=threads, temporary=output is None)
+
+
+def explain(recipe: Recipe = "fp32", *, target: str | Target = "native") -> str:
+    """The plan that `compile` would follow, as text; nothing runs.
+
+    Raises:
+        PipelineError: the recipe is wrong; every violation is listed.
+        TargetError: the target is unknown.
+    """
+    from tersor.targets import describe
+
+    return f"{_pipeline(recipe).explain()}\n\n{describe(resolve(target))}"
+
+
+def _scratch_folder() -> Path:
+    """A name for an artifact that goes with the process; writing an artifact is atomic, so nothing is made yet."""
+    return Path(tempfile.gettempdir(), f"tersor-{secrets.token_hex(8)}.tersor")
+
+
+def _pipeline(recipe: Recipe) -> Pipeline:
+    if isinstance(recipe, Pipeline):
+        return recipe
+    if isinstance(recipe, str | Path):
+        return get_recipe(recipe)
+    return Pipeline(list(recipe))
