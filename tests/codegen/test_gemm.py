@@ -7,7 +7,8 @@ import pytest
 import torch
 from kernel_harness import run_kernel
 
-from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
+from tersor.codegen.kernels.gemm import IDENTITY, Gemm
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import panel_width
 from tersor.ir.dims import Dim
@@ -65,3 +66,61 @@ def test_symbolic_extent_that_is_not_a_name(target):
     a, w = random(2, 8, 24), random(40, 24)
     (got,) = run_kernel(kernel, [a, pack([w], kernel.panel)], target, [(2, 8, 40)])
     np.testing.assert_allclose(got, product(a, w), atol=1e-4)
+
+
+ACCUMULATOR, COLUMN, FULL = ChainInput("accumulator"), ChainInput("column"), ChainInput("full")
+ROW, SCALAR = ChainInput("row"), ChainInput("scalar")
+
+
+@pytest.mark.parametrize("m", [3, 30])
+@pytest.mark.parametrize("n", [32, 50])
+def test_epilogue_with_every_kind_of_input(m, n, target):
+    """gelu(acc + column) * row + full * scalar, and its square as a second output."""
+    steps = (
+        Step("add", (0, 1)),
+        Step("gelu_erf", (5,)),
+        Step("mul", (6, 2)),
+        Step("mul", (3, 4)),
+        Step("add", (7, 8)),
+        Step("mul", (9, 9)),
+    )
+    chain = Chain((ACCUMULATOR, COLUMN, ROW, FULL, SCALAR), steps, (9, 10))
+    a, w, column, row, full = random(m, 20), random(n, 20), random(n), random(m, 1), random(m, n)
+    scalar = np.array(0.5, np.float32)
+    kernel = Gemm((m,), 20, n, chain, panel_width(target))
+    assert [spec.shape for spec in kernel.inputs()[2:]] == [(n,), (m, 1), (m, n), ()]
+    first, second = run_kernel(kernel, [a, pack([w], kernel.panel), column, row, full, scalar], target)
+    gelu = torch.nn.functional.gelu(torch.from_numpy(product(a, w) + column).double()).numpy()
+    expected = gelu * row + full * scalar
+    np.testing.assert_allclose(first, expected, atol=1e-4)
+    np.testing.assert_allclose(second, expected**2, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [48, 50])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_gated(n, symbolic, target):
+    """silu(a @ gate.T) * (a @ up.T) + constant in one kernel."""
+    steps = (Step("silu", (0,)), Step("mul", (2, 1)), Step("add", (3, Const(1.5))))
+    chain = Chain((ACCUMULATOR, ACCUMULATOR), steps, (4,))
+    a, gate, up = random(11, 30), random(n, 30), random(n, 30)
+    kernel = Gemm((Dim.symbol("rows") if symbolic else 11,), 30, n, chain, panel_width(target), weights=2)
+    (got,) = run_kernel(kernel, [a, pack([gate, up], kernel.panel)], target)
+    expected = torch.nn.functional.silu(torch.from_numpy(product(a, gate))).numpy() * product(a, up) + 1.5
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_equal_descriptions_are_the_same_kernel():
+    assert Gemm((3, 4), 8, 9) == Gemm((3, 4), 8, 9)
+    assert len({Gemm((3, 4), 8, 9), Gemm((3, 4), 8, 9, IDENTITY), Gemm((12,), 8, 9)}) == 2
+
+
+def test_description_that_does_not_fit_together():
+    two = Chain((ACCUMULATOR, ACCUMULATOR), (Step("mul", (0, 1)),), (2,))
+    with pytest.raises(ValueError, match="accumulator"):
+        Gemm((3,), 8, 9, two)
+    with pytest.raises(ValueError, match="panel of 33"):
+        Gemm((3,), 8, 9, two, panel=33, weights=2)
+    with pytest.raises(ValueError, match="vectors"):
+        from tersor.targets import resolve
+
+        Gemm((3,), 8, 9, panel=4).build(resolve("x86-64-v3"))
