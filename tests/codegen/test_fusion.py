@@ -1,0 +1,111 @@
+"""Which nodes share a kernel, and the element-wise program each kernel gets."""
+
+from __future__ import annotations
+
+import torch
+
+from tersor.codegen.fusion import build_chain, plan
+from tersor.codegen.kernels.chain import Const
+from tersor.ir import Dim, Function, Value
+
+B, T = Dim.symbol("batch"), Dim.symbol("length")
+
+
+def block() -> tuple[Function, object]:
+    function = Function("main")
+    x = function.add_input("x", Value("float32", (B, T, 16)))
+    return function, x
+
+
+def weight(function: Function, *shape: int):
+    return function.builder().parameter("w", torch.randn(*shape))
+
+
+def test_bias_activation_and_residual_join_the_linear():
+    function, x = block()
+    b = function.builder()
+    y = b.add(x, b.gelu(b.linear(x, weight(function, 16, 16), weight(function, 16))))
+    function.set_outputs({"y": y})
+    (group,) = plan(function).groups.values()
+    chain, feeds = build_chain(group)
+    assert group.root is y and [a.target.name for a in group.anchors] == ["linear"]
+    assert [(i.kind, i.dtype) for i in chain.inputs] == [
+        ("accumulator", "float32"),
+        ("column", "float32"),
+        ("full", "float32"),
+    ]
+    assert [s.op for s in chain.steps] == ["add", "gelu_erf", "add"]
+    assert feeds[1] is x
+
+
+def test_a_value_read_elsewhere_ends_the_group():
+    function, x = block()
+    b = function.builder()
+    h = b.linear(x, weight(function, 16, 16))
+    y = b.add(h, x)
+    function.set_outputs({"y": y, "h": h})
+    groups = plan(function).groups
+    assert groups[h].anchors == [h] and groups[h].members == []
+    assert groups[y].anchors == [] and groups[y].members == [y]
+
+
+def test_gate_and_up_share_one_kernel():
+    function, x = block()
+    b = function.builder()
+    gate, up = b.linear(x, weight(function, 32, 16)), b.linear(x, weight(function, 32, 16))
+    y = b.mul(b.silu(gate), up)
+    function.set_outputs({"y": y})
+    (group,) = plan(function).groups.values()
+    assert group.anchors == [gate, up]
+    assert [i.kind for i in build_chain(group)[0].inputs] == ["accumulator", "accumulator"]
+
+
+def test_linears_of_different_inputs_stay_apart():
+    function, x = block()
+    b = function.builder()
+    other = b.neg(x)
+    y = b.add(b.linear(x, weight(function, 16, 16)), b.linear(other, weight(function, 16, 16)))
+    function.set_outputs({"y": y})
+    assert max(len(g.anchors) for g in plan(function).groups.values()) == 1
+
+
+def test_an_operand_broadcast_over_the_batch_is_no_epilogue():
+    function, x = block()
+    positions = function.add_input("positions", Value("float32", (1, T, 16)))
+    b = function.builder()
+    h = b.linear(x, weight(function, 16, 16))
+    y = b.add(h, positions)
+    function.set_outputs({"y": y})
+    groups = plan(function).groups
+    assert groups[h].anchors == [h] and groups[y].anchors == []
+
+
+def test_projections_of_one_attention_are_joined():
+    function, x = block()
+    b = function.builder()
+    q, k, v = (b.linear(x, weight(function, 16, 16)) for _ in range(3))
+    y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
+    function.set_outputs({"y": y})
+    result = plan(function)
+    assert result.joined == {y: (q, k, v)} and not result.groups
+
+
+def test_a_projection_read_elsewhere_is_not_joined():
+    function, x = block()
+    b = function.builder()
+    q, k, v = (b.linear(x, weight(function, 16, 16)) for _ in range(3))
+    y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
+    function.set_outputs({"y": y, "k": k})
+    assert plan(function).joined == {}
+
+
+def test_promotion_becomes_explicit_casts():
+    function = Function("main")
+    mask = function.add_input("mask", Value("int64", (B, T)))
+    b = function.builder()
+    y = b.mul(b.sub(1.0, mask), -1e9)
+    function.set_outputs({"y": y})
+    (group,) = plan(function).groups.values()
+    chain, _ = build_chain(group)
+    assert [(s.op, s.dtype) for s in chain.steps] == [("cast", "float32"), ("sub", None), ("mul", None)]
+    assert chain.steps[1].args == (Const(1.0), 1)
