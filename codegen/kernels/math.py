@@ -78,6 +78,24 @@ def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
     return [known[index] for index in chain.outputs]
 
 
+def output_dtypes(chain: Chain) -> tuple[str, ...]:
+    """The dtypes of the chain's outputs."""
+    known = [value.dtype for value in chain.inputs]
+    for step in chain.steps:
+        operands = [a if isinstance(a, Const) else known[a] for a in step.args]
+        if step.op == "cast":
+            known.append(step.dtype or "float32")
+        elif step.op in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"):
+            known.append("bool")
+        elif step.op in ("add", "sub", "mul", "max", "min", "neg", "abs", "square", "floor", "relu", "where"):
+            known.append(_common_dtype(operands[1:] if step.op == "where" else operands))
+        elif step.op == "pow" and isinstance(step.args[1], Const) and float(step.args[1].value).is_integer():
+            known.append(_common_dtype(operands[:1]))
+        else:
+            known.append("float32")
+    return tuple(known[index] for index in chain.outputs)
+
+
 def bind(value: Expr) -> Expr:
     """A register that holds the value, so that it is computed once; variables and constants are returned as they are.
 
@@ -193,6 +211,17 @@ def gelu_tanh(x: Expr) -> Expr:
     """The GELU's approximation x (1 + tanh(u)) / 2 = x sigmoid(2u); relative error 2e-6 where |x| <= 5."""
     x = bind(x)
     return x / (1.0 + exp(x * (-1.5957691216057308 - 0.07135481282553536 * (x * x))))
+
+
+def horizontal(operation: Callable[[Expr, Expr], Expr], x: Expr) -> Expr:
+    """One value from all lanes of a vector, by halving it (LLVM's own ordered sum is sequential)."""
+    lanes, element = _lanes(x), _element(x)
+    x = bind(x)
+    while lanes > 2:
+        lanes //= 2
+        dtype = f"{element}x{lanes}"
+        x = bind(operation(T.vectorlow(dtype, x), T.vectorhigh(dtype, x)))
+    return bind(operation(tirx.Shuffle([x], [0]), tirx.Shuffle([x], [1]))) if lanes == 2 else x
 
 
 def relu(x: Expr) -> Expr:
@@ -361,20 +390,24 @@ def _unordered(either: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def _promote(operands: list[Operand], lanes: int) -> list[Expr]:
-    """Operands of one step in a common dtype: f32 before integers before bool; a ``where`` condition keeps its own."""
+    """Operands of one step in their common dtype; the condition of a ``where`` keeps its own."""
     condition = operands[:1] if len(operands) == 3 else []
     rest = operands[len(condition) :]
-    kinds = {_element(o) for o in rest if not isinstance(o, Const)}
-    constants = {type(o.value) for o in rest if isinstance(o, Const)}
-    if "float32" in kinds or float in constants or not (kinds or constants):
-        dtype = "float32"
-    elif kinds - {"bool"}:
-        dtype = max(kinds - {"bool"}, key=lambda name: int(name.lstrip("uint")))
-    else:
-        dtype = "int64" if int in constants else "bool"
+    dtype = _common_dtype([o if isinstance(o, Const) else _element(o) for o in rest])
     return [_materialize(o, "bool", lanes) for o in condition] + [
         cast(_materialize(o, dtype, lanes), dtype) for o in rest
     ]
+
+
+def _common_dtype(operands: list[str | Const]) -> str:
+    """f32 before integers (the wider first) before bool; a constant counts by its Python type, but never widens."""
+    dtypes = {o for o in operands if isinstance(o, str)}
+    constants = {type(o.value) for o in operands if isinstance(o, Const)}
+    if "float32" in dtypes or float in constants:
+        return "float32"
+    if dtypes - {"bool"}:
+        return max(dtypes - {"bool"}, key=lambda name: int(name.lstrip("uint")))
+    return "int64" if int in constants else "bool"
 
 
 def _materialize(operand: Operand, dtype: str, lanes: int) -> Expr:

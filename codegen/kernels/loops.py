@@ -1,0 +1,81 @@
+"""Loops that memory-bound kernels share: rows over threads, vectors along a row with an exact tail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from tersor.codegen.kernels import math
+from tersor.ir.dims import product
+
+PARALLEL_ELEMENTS = 1 << 15
+"""Elements of simple work (about 10 us on one core) below which waking other threads costs more than it saves."""
+
+Extent = int | Expr
+
+
+def flat(buffer: tirx.Buffer) -> tirx.Buffer:
+    """An argument seen as one dimension; call it after all arguments are declared."""
+    if len(buffer.shape) == 1:
+        return buffer
+    return T.decl_buffer((product(buffer.shape),), buffer.dtype, data=buffer.data)
+
+
+def rows(extent: Extent, elements: Extent, body: Callable[[Expr], None]) -> None:
+    """``body(row)`` for each row, on several threads when there are enough ``elements`` in all."""
+
+    def loop(kind: Callable) -> None:
+        with kind(extent) as row:
+            body(row)
+
+    if isinstance(elements, int):
+        loop(T.parallel if elements >= PARALLEL_ELEMENTS and extent != 1 else T.serial)
+        return
+    with T.If(elements >= PARALLEL_ELEMENTS):
+        with T.Then():
+            loop(T.parallel)
+        with T.Else():
+            loop(T.serial)
+
+
+def vectors(extent: Extent, lanes: int, body: Callable[[Expr | int, Expr | None], None]) -> None:
+    """``body(offset, mask)`` for every vector of a row; the mask is None but for the last, incomplete one."""
+    if isinstance(extent, int):
+        full, rest = divmod(extent, lanes)
+    else:
+        full, rest = tirx.floordiv(extent, lanes), tirx.floormod(extent, lanes)
+    if not isinstance(full, int) or full:
+        with T.serial(full) as i:
+            body(i * lanes, None)
+    if isinstance(rest, int):
+        if rest:
+            body(full * lanes, mask(rest, lanes))
+        return
+    with T.If(rest > 0):
+        with T.Then():
+            body(full * lanes, mask(rest, lanes))
+
+
+def mask(count: Extent, lanes: int) -> Expr:
+    """A vector of bools, true in the first ``count`` lanes."""
+    return T.ramp(0, 1, lanes) < math.broadcast(tirx.Cast("int32", tirx.convert(count)), lanes)
+
+
+def load(buffer: tirx.Buffer, offset: Extent, lanes: int, where: Expr | None = None) -> Expr:
+    """A vector of consecutive elements; lanes outside the mask are not read and are 0."""
+    at = T.ramp(offset, 1, lanes)
+    if where is None:
+        return buffer[at]
+    return T.masked_load(f"{buffer.dtype}x{lanes}", buffer, at, where)
+
+
+def store(buffer: tirx.Buffer, offset: Extent, value: Expr, lanes: int, where: Expr | None = None) -> None:
+    """Write a vector (a scalar is repeated); lanes outside the mask are left alone."""
+    at, value = T.ramp(offset, 1, lanes), math.broadcast(value, lanes)
+    if where is None:
+        T.buffer_store(buffer, value, [at])
+    else:
+        T.evaluate(T.masked_store(buffer, value, at, where))
