@@ -1,8 +1,9 @@
-"""The models that are measured: shapes of well-known ones, random weights (speed does not depend on their values)."""
+"""The models that are measured: well-known shapes, random weights (speed does not depend on their values)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +16,10 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its transformers class and configuration.
+    """A transformers architecture with a configuration; a `tersor.peers.Source`.
 
-    `shapes` are the (batch, length) pairs measured by default; a model with `image` set has no length and uses 0.
+    `shapes` are the (batch, length) pairs measured by default; a model that takes images of `image` pixels
+    squared has no length and uses 0.
     """
 
     name: str
@@ -26,6 +28,18 @@ class Model:
     shapes: tuple[tuple[int, int], ...]
     mask: bool = False
     image: int | None = None
+    artifact: Path | None = None
+
+    @property
+    def content(self) -> str:
+        return repr((self.architecture, self.config, self.mask, SEED))
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        if self.image:
+            return {"pixel_values": {0: "batch"}}
+        names = ["input_ids", "attention_mask"] if self.mask else ["input_ids"]
+        return {name: {0: "batch", 1: "length"} for name in names}
 
     def build(self) -> torch.nn.Module:
         """The model in evaluation mode, with the same random weights in every process."""
@@ -34,25 +48,18 @@ class Model:
 
         torch.manual_seed(SEED)
         architecture = getattr(transformers, self.architecture)
-        config = architecture.config_class(**dict(self.config))
-        return architecture(config).eval()
+        return architecture(architecture.config_class(**dict(self.config))).eval()
 
     def inputs(self, batch: int, length: int) -> dict[str, np.ndarray]:
-        """Example inputs by name: token ids (int64) with a full mask where the model takes one, or pixels (float32)."""
+        """Inputs by name: token ids (int64), with a full mask where the model takes one, or pixels (f32)."""
         random = np.random.default_rng(SEED)
         if self.image:
-            return {"pixel_values": random.standard_normal((batch, 3, self.image, self.image), dtype=np.float32)}
+            shape = (batch, 3, self.image, self.image)
+            return {"pixel_values": random.standard_normal(shape, dtype=np.float32)}
         inputs = {"input_ids": random.integers(0, dict(self.config)["vocab_size"], (batch, length))}
         if self.mask:
             inputs["attention_mask"] = np.ones((batch, length), dtype=np.int64)
         return inputs
-
-    def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Named dynamic dimensions of each input, for the ONNX export."""
-        if self.image:
-            return {"pixel_values": {0: "batch"}}
-        names = ["input_ids", "attention_mask"] if self.mask else ["input_ids"]
-        return {name: {0: "batch", 1: "length"} for name in names}
 
     def label(self, batch: int, length: int) -> str:
         """`1x128` for tokens, `1x3x224x224` for images."""
@@ -63,58 +70,57 @@ def _config(**values: object) -> tuple[tuple[str, object], ...]:
     return tuple(values.items())
 
 
-MODELS = {
-    model.name: model
-    for model in (
-        Model(
-            name="minilm-l6",
-            architecture="BertModel",
-            config=_config(
-                vocab_size=30522,
-                hidden_size=384,
-                num_hidden_layers=6,
-                num_attention_heads=12,
-                intermediate_size=1536,
-            ),
-            shapes=((1, 8), (1, 16), (1, 128), (8, 128), (1, 512)),
-            mask=True,
+_ALL = (
+    Model(
+        name="minilm-l6",
+        architecture="BertModel",
+        config=_config(
+            vocab_size=30522,
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
         ),
-        Model(
-            name="bert-base",
-            architecture="BertModel",
-            config=_config(vocab_size=30522),
-            shapes=((1, 16), (1, 128), (1, 384), (8, 128)),
-            mask=True,
+        shapes=((1, 8), (1, 16), (1, 128), (8, 128), (1, 512)),
+        mask=True,
+    ),
+    Model(
+        name="bert-base",
+        architecture="BertModel",
+        config=_config(vocab_size=30522),
+        shapes=((1, 16), (1, 128), (1, 384), (8, 128)),
+        mask=True,
+    ),
+    Model(
+        name="vit-b16",
+        architecture="ViTModel",
+        config=_config(image_size=224, patch_size=16),
+        shapes=((1, 0),),
+        image=224,
+    ),
+    Model(
+        name="gpt2",
+        architecture="GPT2LMHeadModel",
+        config=_config(vocab_size=50257, use_cache=False),
+        shapes=((1, 128),),
+    ),
+    # The shape of SmolLM2-135M.
+    Model(
+        name="llama-135m",
+        architecture="LlamaForCausalLM",
+        config=_config(
+            vocab_size=49152,
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            intermediate_size=1536,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+            use_cache=False,
         ),
-        Model(
-            name="vit-b16",
-            architecture="ViTModel",
-            config=_config(image_size=224, patch_size=16),
-            shapes=((1, 0),),
-            image=224,
-        ),
-        Model(
-            name="gpt2",
-            architecture="GPT2LMHeadModel",
-            config=_config(vocab_size=50257, use_cache=False),
-            shapes=((1, 128),),
-        ),
-        Model(
-            name="llama-135m",
-            architecture="LlamaForCausalLM",
-            config=_config(
-                vocab_size=49152,
-                hidden_size=576,
-                num_hidden_layers=30,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                intermediate_size=1536,
-                max_position_embeddings=8192,
-                tie_word_embeddings=True,
-                use_cache=False,
-            ),
-            shapes=((1, 128),),
-        ),
-    )
-}
+        shapes=((1, 128),),
+    ),
+)
+MODELS = {model.name: model for model in _ALL}
 """Measured models by name."""

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-US = "tersor"
+from tersor import targets
+from tersor.peers import US, Measurement
 
+TOLERANCE = 1e-4
+"""Difference to torch eager, relative to the output's scale, above which an output is marked as wrong."""
 
-@dataclass
-class Measurement:
-    """One engine on one entry. `error` is the largest difference to torch eager, relative to the output's scale."""
-
-    engine: str
-    load_seconds: float | None = None
-    milliseconds: list[float] = field(default_factory=list)
-    error: float | None = None
-    idle_load: float = 0.0
-    failure: str | None = None
-
-    @property
-    def minimum(self) -> float | None:
-        return min(self.milliseconds, default=None)
-
-    @property
-    def median(self) -> float | None:
-        return statistics.median(self.milliseconds) if self.milliseconds else None
+BUSY = 0.05
+"""Share of a core used between turns that is worth a remark: it slows the others."""
 
 
 @dataclass
@@ -54,7 +40,6 @@ class Report:
     date: str
     command: str
     machine: dict[str, object]
-    versions: dict[str, str]
     entries: list[Entry] = field(default_factory=list)
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
@@ -75,18 +60,19 @@ class Report:
 
     def markdown(self) -> str:
         """Tables of median (minimum) latency and ratio, one per number of threads, and what went wrong."""
-        engines = list(dict.fromkeys(m.engine for entry in self.entries for m in entry.measurements))
+        measurements = [m for entry in self.entries for m in entry.measurements]
+        engines = list(dict.fromkeys(m.engine for m in measurements))
         lines = [
             f"# Latency, {self.date}",
             "",
             "; ".join(f"{key}: {value}" for key, value in self.machine.items()),
             "",
-            ", ".join(self.versions[engine] for engine in engines if engine in self.versions),
+            ", ".join(dict.fromkeys(m.version for m in measurements if m.version)),
             "",
             f"`{self.command}`",
             "",
-            "Milliseconds: median (minimum); in brackets the peer's median / ours, above 1 where we are faster.",
-            "`!` marks an output further than 1e-4 of its scale from torch eager.",
+            "Milliseconds: median (minimum); in brackets the peer's median / ours: above 1 we are faster.",
+            f"`!` marks an output further than {TOLERANCE:g} of its scale from torch eager.",
         ]
         for threads in sorted({entry.threads for entry in self.entries}):
             lines += ["", f"## {threads} thread{'s' * (threads > 1)}", ""]
@@ -96,26 +82,21 @@ class Report:
                     cells = {m.engine: self._cell(entry, m) for m in entry.measurements}
                     row = " | ".join(cells.get(engine, "") for engine in engines)
                     lines.append(f"| {entry.model} | {entry.shape} | {row} |")
-        notes = [
-            f"* {m.engine} on {entry.model} {entry.shape}, {entry.threads} threads: {m.failure}"
-            for entry in self.entries
-            for m in entry.measurements
-            if m.failure
-        ]
-        notes += [
-            f"* {m.engine} on {entry.model} {entry.shape}, {entry.threads} threads: used {m.idle_load:.0%} of a core "
-            "between its turns, which slows the others"
-            for entry in self.entries
-            for m in entry.measurements
-            if m.idle_load > 0.05
-        ]
+        notes = []
+        for entry in self.entries:
+            for m in entry.measurements:
+                place = f"{m.engine} on {entry.model} {entry.shape}, {entry.threads} thread(s)"
+                if m.failure:
+                    notes.append(f"* {place}: {m.failure}")
+                if m.idle_load > BUSY:
+                    notes.append(f"* {place}: used {m.idle_load:.0%} of a core between its turns")
         return "\n".join(lines + ["", *notes] if notes else lines) + "\n"
 
     @staticmethod
     def _cell(entry: Entry, measurement: Measurement) -> str:
         if measurement.median is None:
             return "failed" if measurement.failure else ""
-        wrong = "!" if measurement.error is not None and measurement.error > 1e-4 else ""
+        wrong = "!" if measurement.error is not None and measurement.error > TOLERANCE else ""
         ratio = entry.ratio(measurement.engine) if measurement.engine != US else None
         text = f"{measurement.median:.4g} ({measurement.minimum:.4g}){wrong}"
         return f"{text} [{ratio:.2f}]" if ratio else text
@@ -123,11 +104,11 @@ class Report:
 
 def machine() -> dict[str, object]:
     """CPU, cores, memory and system, for the record."""
-    from tersor import targets
-
     native = targets.resolve("native")
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown")
+    model = next(
+        (line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown"
+    )
     return {
         "cpu": f"{model} ({native.mcpu})",
         "cores": native.cores,
@@ -135,3 +116,18 @@ def machine() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def line(entry: Entry) -> str:
+    """One entry on one line, to follow a run: median (minimum) [peer's median / ours]."""
+    parts = []
+    for m in entry.measurements:
+        if m.median is None:
+            parts.append(f"{m.engine} failed: {m.failure}")
+            continue
+        ratio = entry.ratio(m.engine) if m.engine != US else None
+        wrong = f" error {m.error:.1e}" if m.error is not None and m.error > TOLERANCE else ""
+        parts.append(
+            f"{m.engine} {m.median:.4g} ({m.minimum:.4g}){f' [{ratio:.2f}]' if ratio else ''}{wrong}"
+        )
+    return f"{entry.model} {entry.shape} {entry.threads} thr: " + "; ".join(parts)

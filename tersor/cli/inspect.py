@@ -56,7 +56,8 @@ def program(path: Path, dynamic: shared.Dynamic | None) -> int:
     """The captured program as text, and what it costs."""
     import tersor
     from tersor.ir.cost import cost
+    from tersor.ir.text import print_program
 
     captured = tersor.capture(path, dynamic=dynamic)
-    print(f"{captured}\n\n{cost(captured)}")
+    print(f"{print_program(captured)}\n\n{cost(captured)}")
     return 0
