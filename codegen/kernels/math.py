@@ -104,7 +104,7 @@ def bind(value: Expr) -> Expr:
     if isinstance(value, tirx.Var) or _is_constant(value):
         return value
     lanes = _lanes(value)
-    register = T.alloc_buffer((lanes,), _element(value), scope="local")
+    register = T.alloc_buffer((lanes,), _element(value), scope="global")
     at = T.ramp(0, 1, lanes) if lanes > 1 else 0
     T.buffer_store(register, value, [at])
     return register[at]
