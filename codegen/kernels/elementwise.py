@@ -59,7 +59,7 @@ class Elementwise:
                 arguments = Arguments()
                 inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
                 outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
-                groups = merge_dims(self.output, [_pattern(s, self.output) for s in self.shapes])
+                groups = loops.merge_dims(self.output, [_pattern(s, self.output) for s in self.shapes])
                 extents = [arguments.size(dims) for dims, _ in groups]
                 moves = list(zip(*(along for _, along in groups), strict=True))
                 sources = [(loops.flat(b), m) for b, m in zip(inputs, moves, strict=True)]
@@ -68,32 +68,15 @@ class Elementwise:
                 def vector(position: list[Expr], where: Expr | None) -> None:
                     values = []
                     for buffer, along in sources:
-                        at = _offset(position, extents, along)
+                        at = loops.ravel(position, extents, along)
                         values.append(loops.load(buffer, at, lanes, where) if along[-1] else buffer[at])
-                    at = _offset(position, extents, (True,) * len(extents))
+                    at = loops.ravel(position, extents)
                     for buffer, value in zip(results, evaluate_chain(self.chain, values), strict=True):
                         loops.store(buffer, at, value, lanes, where)
 
                 work = product(extents) * (1 + len(self.chain.steps) // 4)
                 _nest(extents, work, lanes, vector)
         return builder.get()
-
-
-def merge_dims(output: Shape, patterns: list[tuple[bool, ...]]) -> list[tuple[Shape, tuple[bool, ...]]]:
-    """Neighbouring dimensions of ``output`` as groups that every input either moves along or repeats.
-
-    ``patterns[i][d]``: whether input i moves along dimension d. Gives (dimensions, whether each input moves) per
-    group, outermost first; dimensions of size 1 vanish; there is at least one group.
-    """
-    groups: list[tuple[Shape, tuple[bool, ...]]] = []
-    for dim, *along in zip(output, *patterns, strict=True):
-        if dim == 1:
-            continue
-        if groups and groups[-1][1] == tuple(along):
-            groups[-1] = ((*groups[-1][0], dim), groups[-1][1])
-        else:
-            groups.append(((dim,), tuple(along)))
-    return groups or [((1,), (False,) * len(patterns))]
 
 
 def _pattern(shape: Shape, output: Shape) -> tuple[bool, ...]:
@@ -108,15 +91,6 @@ def _spell(shape: Shape) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-def _offset(position: list[Expr], extents: list[loops.Extent], along: tuple[bool, ...]) -> loops.Extent:
-    """Index into a flat array that has only the dimensions it moves along."""
-    index: loops.Extent = 0
-    for at, extent, moves in zip(position, extents, along, strict=True):
-        if moves:
-            index = index * extent + at
-    return index
-
-
 def _nest(
     extents: list[loops.Extent],
     work: loops.Extent,
@@ -128,11 +102,8 @@ def _nest(
     if outer:
 
         def row(index: Expr) -> None:
-            position = []
-            for extent in reversed(outer[1:]):
-                position.insert(0, tirx.floormod(index, extent))
-                index = tirx.floordiv(index, extent)
-            loops.vectors(last, lanes, lambda at, where: vector([index, *position, at], where))
+            position = loops.unravel(index, outer)
+            loops.vectors(last, lanes, lambda at, where: vector([*position, at], where))
 
         loops.rows(product(outer), work, row)
         return

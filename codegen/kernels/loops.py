@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import math
-from tersor.ir.dims import product
+from tersor.ir.dims import Shape, product
 
 PARALLEL_ELEMENTS = 1 << 15
 """Elements of simple work (about 10 us on one core) below which waking other threads costs more than it saves."""
@@ -22,6 +22,43 @@ def flat(buffer: tirx.Buffer) -> tirx.Buffer:
     if len(buffer.shape) == 1:
         return buffer
     return T.decl_buffer((product(buffer.shape),), buffer.dtype, data=buffer.data)
+
+
+def merge_dims(output: Shape, patterns: list[tuple[bool, ...]]) -> list[tuple[Shape, tuple[bool, ...]]]:
+    """Neighbouring dimensions of ``output`` as groups that every input either moves along or repeats.
+
+    ``patterns[i][d]``: whether input i moves along dimension d. Gives (dimensions, whether each input moves) per
+    group, outermost first; dimensions of size 1 vanish; there is at least one group.
+    """
+    groups: list[tuple[Shape, tuple[bool, ...]]] = []
+    for dim, *along in zip(output, *patterns, strict=True):
+        if dim == 1:
+            continue
+        if groups and groups[-1][1] == tuple(along):
+            groups[-1] = ((*groups[-1][0], dim), groups[-1][1])
+        else:
+            groups.append(((dim,), tuple(along)))
+    return groups or [((1,), (False,) * len(patterns))]
+
+
+def ravel(
+    position: Sequence[Extent], extents: Sequence[Extent], along: Sequence[bool] | None = None
+) -> Extent:
+    """The row-major index of a position; with ``along``, in an array that has only those dimensions."""
+    index: Extent = 0
+    for at, extent, moves in zip(position, extents, along or [True] * len(extents), strict=True):
+        if moves:
+            index = index * extent + at
+    return index
+
+
+def unravel(index: Extent, extents: Sequence[Extent]) -> list[Extent]:
+    """The position of a row-major index: the inverse of ``ravel``."""
+    position: list[Extent] = []
+    for extent in reversed(extents[1:]):
+        position.insert(0, tirx.floormod(index, extent))
+        index = tirx.floordiv(index, extent)
+    return [index, *position] if extents else []
 
 
 def rows(extent: Extent, elements: Extent, body: Callable[[Expr], None]) -> None:

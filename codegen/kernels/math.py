@@ -32,7 +32,7 @@ NORMAL_CDF = (0.13339252769947052, -0.06651699542999268, 0.04926713928580284, -0
               0.03204883635044098, -0.02489127218723297, 0.019008183851838112, -0.014697996899485588,
               0.00888399314135313, -0.003133646911010146, 0.002625663997605443, -0.003424719674512744,
               0.001413525897078216)  # fmt: skip
-"""(Phi(x) - 1/2) / x on |x| <= 5.3 in t = 2 (x/5.3)**2 - 1; x times its error is 4.2e-7. At -5.3 Phi comes out below 0."""
+"""(Phi(x) - 1/2) / x on |x| <= 5.3 in t = 2 (x/5.3)**2 - 1; x times its error is 4.2e-7. Phi(-5.3) comes out < 0."""
 
 ERF_BOUND = 3.8
 ERF = (0.37210747599601746, -0.18563584983348846, 0.13774962723255157, -0.11135030537843704, 0.09073028713464737,
@@ -64,7 +64,7 @@ def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
 
     Scalars beside vectors are broadcast. Every step is bound to a register of the PrimFunc under construction.
     """
-    lanes = max((_lanes(value) for value in values), default=1)
+    lanes = max((lanes_of(value) for value in values), default=1)
     known = [bind(broadcast(value, lanes)) for value in values]
     for step in chain.steps:
         operands = [a if isinstance(a, Const) else known[a] for a in step.args]
@@ -99,11 +99,11 @@ def output_dtypes(chain: Chain) -> tuple[str, ...]:
 def bind(value: Expr) -> Expr:
     """A register that holds the value, so that it is computed once; variables and constants are returned as they are.
 
-    It is a one-vector local buffer, not a let: TVM's simplifier looks through lets, at a cost exponential in their depth.
+    It is a local buffer, not a let: TVM's simplifier looks through lets, at a cost exponential in their depth.
     """
     if isinstance(value, tirx.Var) or _is_constant(value):
         return value
-    lanes = _lanes(value)
+    lanes = lanes_of(value)
     register = T.alloc_buffer((lanes,), _element(value), scope="global")
     at = T.ramp(0, 1, lanes) if lanes > 1 else 0
     T.buffer_store(register, value, [at])
@@ -112,7 +112,7 @@ def bind(value: Expr) -> Expr:
 
 def broadcast(value: Expr, lanes: int) -> Expr:
     """A scalar as a vector of so many lanes; a vector unchanged."""
-    return tirx.Broadcast(value, lanes) if lanes > 1 and _lanes(value) == 1 else value
+    return tirx.Broadcast(value, lanes) if lanes > 1 and lanes_of(value) == 1 else value
 
 
 def constant(value: float | int | bool, like: Expr) -> Expr:
@@ -215,7 +215,7 @@ def gelu_tanh(x: Expr) -> Expr:
 
 def horizontal(operation: Callable[[Expr, Expr], Expr], x: Expr) -> Expr:
     """One value from all lanes of a vector, by halving it (LLVM's own ordered sum is sequential)."""
-    lanes, element = _lanes(x), _element(x)
+    lanes, element = lanes_of(x), _element(x)
     x = bind(x)
     while lanes > 2:
         lanes //= 2
@@ -420,7 +420,8 @@ def _is_constant(x: Expr) -> bool:
     return isinstance(x.value if isinstance(x, tirx.Broadcast) else x, tirx.IntImm | tirx.FloatImm)
 
 
-def _lanes(x: Expr) -> int:
+def lanes_of(x: Expr) -> int:
+    """Lanes of a vector, 1 of a scalar."""
     return x.ty.dtype.lanes
 
 
@@ -433,5 +434,5 @@ def _is_float(x: Expr) -> bool:
 
 
 def _dtype(element: str, like: Expr) -> str:
-    lanes = _lanes(like)
+    lanes = lanes_of(like)
     return element if lanes == 1 else f"{element}x{lanes}"
