@@ -1,0 +1,100 @@
+"""Softmax over the last dimension (inside attention it is part of the attention kernel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from tersor.codegen.kernels import loops, math
+from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.base import TensorSpec
+from tersor.ir.dims import Shape
+from tersor.targets import Target
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """``exp(x - max) / sum(exp(x - max))`` over the last dimension (``log``: its logarithm) of an f32 array.
+
+    A row of -inf only gives NaN, as in torch.
+    """
+
+    shape: Shape
+    log: bool = False
+
+    def name(self) -> str:
+        return "log_softmax" if self.log else "softmax"
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.shape),)
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.shape),)
+
+    def build(self, target: Target) -> tirx.PrimFunc:
+        lanes = target.lanes("float32")
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True):
+                T.func_name(self.name())
+                T.func_attr({"tirx.noalias": True})
+                arguments = Arguments()
+                x, out = (
+                    arguments.declare("x", TensorSpec(self.shape)),
+                    arguments.declare("out", TensorSpec(self.shape)),
+                )
+                x, out = loops.flat(x), loops.flat(out)
+                rows, size = arguments.size(self.shape[:-1]), arguments.size(self.shape[-1:])
+                loops.rows(rows, rows * size * 4, lambda row: self._row(row * size, size, x, out, lanes))
+        return builder.get()
+
+    def _row(self, start: Expr, size: loops.Extent, x: tirx.Buffer, out: tirx.Buffer, lanes: int) -> None:
+        def read(source: tirx.Buffer, at: loops.Extent, where: Expr | None, otherwise: float) -> Expr:
+            value = loops.load(source, start + at, lanes, where)
+            return value if where is None else tirx.Select(where, value, math.constant(otherwise, value))
+
+        top = _fold(size, lanes, float("-inf"), math.maximum, lambda at, w: read(x, at, w, float("-inf")))
+        top = math.bind(math.broadcast(math.horizontal(math.maximum, top), lanes))
+
+        def weight(at: loops.Extent, where: Expr | None) -> Expr:
+            value = math.bind(math.exp_nonpositive(read(x, at, where, float("-inf")) - top))
+            if not self.log:
+                loops.store(out, start + at, value, lanes, where)
+            return value
+
+        total = _fold(size, lanes, 0.0, lambda a, b: a + b, weight)
+        total = math.horizontal(lambda a, b: a + b, total)
+        factor = math.log(total) if self.log else 1.0 / total
+        factor = math.bind(math.broadcast(factor, lanes))
+
+        def finish(at: loops.Extent, where: Expr | None) -> None:
+            if self.log:
+                value = loops.load(x, start + at, lanes, where) - top - factor
+            else:
+                value = loops.load(out, start + at, lanes, where) * factor
+            loops.store(out, start + at, value, lanes, where)
+
+        loops.vectors(size, lanes, finish)
+
+
+def _fold(
+    size: loops.Extent,
+    lanes: int,
+    identity: float,
+    combine: Callable[[Expr, Expr], Expr],
+    value: Callable[[loops.Extent, Expr | None], Expr],
+) -> Expr:
+    """A row's vectors combined into one; ``value`` gives the identity outside its mask."""
+    total = T.alloc_buffer((lanes,), scope="local")
+    at = T.ramp(0, 1, lanes)
+    T.buffer_store(total, tirx.const(identity, f"float32x{lanes}"), [at])
+    loops.vectors(
+        size,
+        lanes,
+        lambda offset, where: T.buffer_store(total, combine(total[at], value(offset, where)), [at]),
+    )
+    return total[at]
