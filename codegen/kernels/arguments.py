@@ -38,6 +38,12 @@ class Arguments:
         """The number of elements."""
         return product(self.extents(shape))
 
+    def number(self, dim: int | Dim) -> int | tirx.PrimExpr:
+        """The value of a dimension: that of an extent declared before, or computed from those of its symbols."""
+        if not isinstance(dim, Dim) or dim in self._variables:
+            return dim if not isinstance(dim, Dim) else self._variables[dim]
+        return dim.evaluate({name: self._variables[Dim.symbol(name)] for name in dim.symbols})
+
     def _variable(self, dim: Dim) -> tirx.Var:
         if dim not in self._variables:
             name = str(dim) if dim.is_symbol else f"extent_{len(self._variables)}"
