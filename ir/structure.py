@@ -152,8 +152,11 @@ def _attention(node: fx.Node) -> AttentionLayer:
         walk = _Walk(operand)
         found[role] = walk.only
         if walk.only is not None:
-            rotary.update({role: n for n in walk.passed if n.target.name == "rotary_embedding"})
-            norms.update({role: n for n in walk.passed if is_norm(n)})
+            for passed in walk.passed:
+                if is_norm(passed):
+                    norms[role] = passed
+                elif passed.target.name == "rotary_embedding":
+                    rotary[role] = passed
     query, key = found["query"], found["key"]
     cross = query is not None and key is not None and source(query.args[0]) is not source(key.args[0])
     return AttentionLayer(node, **found, output=_output(node), rotary=rotary, norms=norms, cross=cross)
