@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,21 @@ from tersor.codegen.runtime.folder import new_folder, write_manifest
 from tersor.codegen.runtime.manifest import MODULE, REPORT, WEIGHTS, Manifest
 from tersor.codegen.runtime.weights import header, padding
 from tersor.errors import ArtifactError
+from tersor.targets import Target
 
 _BLOCK = 16 << 20
+
+
+def target_record(target: Target) -> dict[str, Any]:
+    """What a manifest keeps of a target: what decides which CPU runs the code, and nothing of this machine."""
+    kept = ("name", "arch", "mcpu", "mattr", "features", "os")
+    return {key: value for key, value in target.to_dict().items() if key in kept}
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what makes an artifact, for `Manifest.versions`."""
+    packages = {"tersor": "tersor", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
+    return {key: metadata.version(package) for key, package in packages.items()}
 
 
 def write_artifact(
@@ -36,14 +50,19 @@ def write_artifact(
 
     The same arguments give the same bytes. An artifact that lies at `path` is replaced in one step; on any
     failure it stays as it was and nothing else is left behind. Raises ArtifactError: full disk, no
-    permission, `path` is something else than an artifact, weights and manifest disagree, the report is not plain data.
+    permission, `path` is no artifact, weights and manifest disagree, the report is not plain data.
     """
     _check_weights(weights, manifest)
     try:
         report_text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ArtifactError("the report holds something that JSON cannot", why=str(error)) from error
-    module_bytes = module if isinstance(module, bytes) else Path(module).read_bytes()
+    try:
+        module_bytes = module if isinstance(module, bytes) else Path(module).read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            "the compiled module cannot be read", where=str(module), why=str(error)
+        ) from error
     head = header(weights)
     size = sum(tensor.nbytes + padding(tensor.nbytes) for tensor in weights.values())
     size += len(head) + len(module_bytes) + len(report_text) + (1 << 20)

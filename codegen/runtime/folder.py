@@ -71,34 +71,31 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.from_json(text, str(folder / MANIFEST))
 
 
-def map_files(folder: Path, manifest: Manifest) -> dict[str, mmap.mmap]:
+def map_files(folder: Path, manifest: Manifest) -> dict[str, memoryview]:
     """The files of an artifact mapped into memory; ArtifactError when a byte differs from the manifest.
 
-    Maps are private and writable (copy on write), because DLPack cannot express read-only memory.
+    Weights stay in the page cache, shared by all processes that load them. Reading them into huge pages instead
+    was measured: 2 to 3 % faster where a call only streams weights, for a load that is several times slower.
     """
-    maps: dict[str, mmap.mmap] = {}
+    maps: dict[str, memoryview] = {}
     pieces = []
     for name in FILES:
         record = manifest.files.get(name)
         if record is None:
             raise _damaged(folder / name, "the manifest does not list it")
-        maps[name] = _map(folder / name, record.size)
         offsets = range(0, record.size, PIECE)
         if len(offsets) != len(record.sha256):
             raise _damaged(folder / name, "the manifest does not hold a hash for each piece of it")
+        maps[name] = _map(folder / name, record.size)
         pieces += [(name, offset, digest) for offset, digest in zip(offsets, record.sha256, strict=True)]
 
-    def check(piece: tuple[str, int, str]) -> None:
-        name, offset, digest = piece
-        with memoryview(maps[name]) as view:
-            if hashlib.sha256(view[offset : offset + PIECE]).hexdigest() != digest:
-                raise _damaged(
-                    folder / name, f"its contents changed within bytes {offset} to {offset + PIECE}"
-                )
+    def check(name: str, offset: int, digest: str) -> None:
+        if hashlib.sha256(maps[name][offset : offset + PIECE]).hexdigest() != digest:
+            raise _damaged(folder / name, f"its contents changed after byte {offset}")
 
     # Hashing runs without the interpreter lock, at 0.5 to 2 GB/s a core.
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(check, pieces))
+        list(pool.map(lambda piece: check(*piece), pieces))
     return maps
 
 
@@ -111,14 +108,15 @@ def file_record(path: Path) -> FileRecord:
         return FileRecord(file.tell(), tuple(hashes))
 
 
-def _map(path: Path, size: int) -> mmap.mmap:
+def _map(path: Path, size: int) -> memoryview:
+    """The file in memory, private and writable (copy on write): DLPack cannot express read-only memory."""
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno()).st_size
             if found != size:
                 raise _damaged(path, f"it has {found} bytes, the manifest says {size}")
             protection = mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=protection)
+            return memoryview(mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=protection))
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
 

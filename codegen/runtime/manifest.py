@@ -116,15 +116,16 @@ class FunctionSignature:
                 yield f"{kind} {tensor.name!r} has the dimension {dim!r}"
 
 
+PIECE = 8 << 20
+"""Bytes of a file that are hashed together; pieces are hashed in parallel."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """Size of a file in bytes, and the sha256 of each `PIECE` bytes of it: pieces are checked in parallel."""
 
     size: int
     sha256: tuple[str, ...]
-
-
-PIECE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Manifest:
         return replace(self, files=dict(files))
 
     def to_json(self) -> str:
-        """The text of manifest.json, the same for equal manifests. ArtifactError for data that is not plain."""
+        """The text of manifest.json, the same for equal manifests; ArtifactError for data that is not plain."""
         body = {
             "schema": SCHEMA,
             "versions": dict(self.versions),
@@ -202,6 +203,9 @@ class Manifest:
         digest = body.pop("digest", None)
         if digest != _digest(body):
             raise refuse("its checksum does not match its contents: it was damaged or edited")
+        for key, kind in _KINDS.items():
+            if not isinstance(body.get(key), kind):
+                raise refuse(f"its entry {key!r} is missing or not of the right kind")
         try:
             return Manifest(
                 functions={str(n): _signature_from_data(s) for n, s in body["functions"].items()},
@@ -212,7 +216,7 @@ class Manifest:
                 tuning=tuple(body["tuning"]),
                 verified=body["verified"],
                 errors=body["errors"],
-                threads=body["threads"],
+                threads=body.get("threads"),
                 files={n: FileRecord(int(f["size"]), tuple(f["sha256"])) for n, f in body["files"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -222,6 +226,12 @@ class Manifest:
 def expressions(tensor: TensorType) -> tuple[int | Expression, ...]:
     """The shape of a tensor with its expressions parsed."""
     return tuple(parse(dim) if isinstance(dim, str) else dim for dim in tensor.shape)
+
+
+_KINDS = {
+    "functions": dict, "target": dict, "versions": dict, "recipe": str, "gates": list, "tuning": list,
+    "verified": bool, "errors": dict, "files": dict,
+}  # fmt: skip
 
 
 def _is_size(value: object) -> bool:

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 _CPU, _POOLED = 1, 2
 """DLPack's device type of the CPU, and the VM's allocator that keeps freed buffers for the next call."""
 
+_KEPT = 256 << 20
+"""Bytes of outputs of different sizes after which the allocator is emptied."""
+
 
 def load(
     path: str | os.PathLike[str], *, threads: int | None = None, temporary: bool = False
@@ -87,9 +90,9 @@ class CompiledModel:
         self.threads = threads
         if temporary:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        maps = map_files(folder, manifest)
-        self._report = bytes(maps[REPORT])
-        self._tensors = weights.read(maps[WEIGHTS], str(folder / WEIGHTS))
+        files = map_files(folder, manifest)
+        self._report = bytes(files[REPORT])
+        self._tensors = weights.read(files[WEIGHTS], str(folder / WEIGHTS))
         self._module = _load_module(folder / MODULE)
         self._lock = threading.Lock()
         self.functions: Mapping[str, CompiledFunction] = {
@@ -233,6 +236,8 @@ class _Machine:
         tensors = [self.from_dlpack(model._tensors[weight]) for weight in function.signature.weights]
         self.weights = frozenset(tensor.data_ptr() for tensor in tensors)
         self.shared: frozenset[int] | None = None
+        self.sizes: set[int] = set()
+        self.release = library.tvm_ffi().get_global_func("vm.builtin.memory_manager.clear")
         try:
             with model._lock:
                 machine = model._module["vm_load_executable"]()
@@ -266,7 +271,19 @@ class _Machine:
         values = [np.from_dlpack(tensor) for tensor in results]
         for index in self.shared:
             values[index] = values[index].copy()
+        self._limit_memory(sum([value.nbytes for value in values]))
         return values
+
+    def _limit_memory(self, size: int) -> None:
+        """Free what the allocator keeps, now and then: it holds a freed buffer of every size that ever occurred.
+
+        A server that meets thousands of combinations of batch and length would run out of memory.
+        """
+        if size not in self.sizes:
+            self.sizes.add(size)
+            if sum(self.sizes) > _KEPT and len(self.sizes) > 1:
+                self.release()
+                self.sizes = {size}
 
     def _tensor(self, array: np.ndarray) -> Any:
         """The array as TVM wants it; copied only if it is strided, read-only or not aligned to 64 bytes."""

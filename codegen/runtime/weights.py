@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,8 +59,8 @@ def padding(size: int) -> int:
     return -size % ALIGNMENT
 
 
-def read(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
-    """Views of the tensors in a mapped weight file, nothing copied; ArtifactError when it is malformed."""
+def read(data: memoryview, where: str) -> dict[str, np.ndarray]:
+    """Views of the tensors in a weight file that lies in memory; ArtifactError when it is malformed."""
 
     def refuse(why: str) -> ArtifactError:
         return ArtifactError(
@@ -72,7 +71,7 @@ def read(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     if 8 + length > len(data):
         raise refuse("the header is cut off")
     try:
-        entries = json.loads(data[8 : 8 + length])
+        entries = json.loads(bytes(data[8 : 8 + length]))
         tensors = {}
         for name, item in entries.items():
             if name.startswith("__"):
