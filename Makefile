@@ -14,6 +14,7 @@ SPEC := pyproject.toml constraints.txt
 
 .PHONY: help demo test lint bench clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile

