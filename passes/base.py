@@ -1,0 +1,242 @@
+"""What a pass is: its configuration, what it needs and gives, and what it says of its work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from torch import fx
+
+from tersor.errors import PipelineError
+from tersor.ir import Function, Program, sites
+from tersor.ir.matching import Match, Rule, apply_rules
+from tersor.passes.config import Mismatch, conform, plain
+from tersor.passes.context import Context
+from tersor.passes.sites import site_of
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The same results, bit for bit."""
+
+    def __str__(self) -> str:
+        return "exact"
+
+
+@dataclass(frozen=True)
+class Equivalent:
+    """The same results but for rounding: in float64, max |difference| <= rtol * max |result| for every output.
+
+    New parameters are rounded to the program's own type, so for float32 ``rtol`` cannot be far below 1e-7.
+    """
+
+    rtol: float = 1e-6
+
+    def __str__(self) -> str:
+        return f"equivalent to {self.rtol:g}"
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """Other results on purpose; their error is measured and, in a stage, held to a budget."""
+
+    def __str__(self) -> str:
+        return "lossy"
+
+
+Numerics = Exact | Equivalent | Lossy
+
+STAGES = (
+    "canonicalize", "fold", "attention", "prune.structured", "factorize", "prune.nm", "smooth",
+    "quantize.weights", "quantize.activations", "recover.bias", "requantize", "lower",
+)  # fmt: skip
+"""The canonical order. What breaks otherwise: folds shrink what all later passes handle; pruning rows and columns
+after factorization or sparsity would have to slice their structure; a factorized sparse matrix is dense; smoothing
+scales depend on the final weights and the quantization grid on the scales; activation ranges measured before the
+weights are final are wrong."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One place that a pass changed or left alone, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass
+class PassResult:
+    """What a pass did: places changed and places left alone, each with the reason."""
+
+    changes: list[Finding] = field(default_factory=list)
+    skips: list[Finding] = field(default_factory=list)
+
+    def change(self, place: fx.Node | str, reason: str) -> None:
+        """Says that the pass changed a place; name the node before it is replaced."""
+        self.changes.append(Finding(site_of(place), reason))
+
+    def skip(self, place: fx.Node | str, reason: str) -> None:
+        """Says that the pass looked at a place and left it alone."""
+        self.skips.append(Finding(site_of(place), reason))
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+class Pass:
+    """A step that changes a program. Subclass it, annotate the configuration, write `run`, and `register` it.
+
+    Annotated attributes are the configuration: a pass *is* its configuration, immutable, compared and hashed by it.
+    The rest describes the pass:
+
+    Attributes:
+        only: glob patterns of the sites to work on; None means all.
+        skip: glob patterns of the sites never to touch.
+        name: what it is registered as; for an unregistered pass its class's name in snake case.
+        numerics: what may happen to the results (`Exact`, `Equivalent`, `Lossy`); the manager holds it to that.
+        stage: its place in the canonical order (`STAGES`); None: it belongs wherever it is put.
+        acts_on: names of the operations whose sites it may change; empty means any.
+        requires, forbids: facts (`tersor.passes.facts`) that must, or must not, hold at the sites it selects.
+        provides: facts that hold at the sites it changed; the manager checks that they do.
+        invalidates: facts that it may end; ending one that is not listed is an error.
+    """
+
+    only: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
+
+    name: ClassVar[str] = ""
+    numerics: ClassVar[Numerics] = Lossy()
+    stage: ClassVar[str | None] = None
+    acts_on: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[Set[str]] = frozenset()
+    forbids: ClassVar[Set[str]] = frozenset()
+    provides: ClassVar[Set[str]] = frozenset()
+    invalidates: ClassVar[Set[str]] = frozenset()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        dataclass(frozen=True, kw_only=True)(cls)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        for kind in ("requires", "forbids", "provides", "invalidates"):
+            given = getattr(cls, kind)
+            setattr(cls, kind, frozenset((given,) if isinstance(given, str) else given))
+        if cls.stage is not None and cls.stage not in STAGES:
+            raise PipelineError(
+                f"pass {cls.name!r} names the stage {cls.stage!r}, which does not exist",
+                fix=f"use one of {', '.join(STAGES)}, or None",
+            )
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, annotation in _annotations(type(self)).items():
+            value = getattr(self, name)
+            if name in ("only", "skip") and isinstance(value, str):
+                value = (value,)
+            try:
+                object.__setattr__(self, name, conform(annotation, value))
+            except Mismatch as wanted:
+                problems.append(f"{name} = {value!r} should be {wanted}")
+        if not problems and (problem := self.problem()):
+            problems.append(problem)
+        if problems:
+            raise PipelineError(f"the configuration of pass {self.name!r} is wrong: {'; '.join(problems)}")
+
+    def problem(self) -> str | None:
+        """What is wrong with the configuration beyond its types, in words; None when nothing is. For subclasses."""
+        return None
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Changes the program in place and says where and why; parameters are replaced, never written to.
+
+        The program is the manager's copy. Verifying, timing and measuring are the manager's work.
+        """
+        raise TypeError(f"{type(self).__name__} has no run method")
+
+    # -- configuration
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as plain data (lists for tuples)."""
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The pass with this configuration; fields that are absent keep their defaults.
+
+        Raises:
+            PipelineError: an unknown field, or a value of the wrong type.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in config:
+            if name not in known:
+                near = difflib.get_closematches(name, known, 1)
+                raise PipelineError(
+                    f"pass {cls.name!r} has no option {name!r}",
+                    why=f"its options are {', '.join(known)}",
+                    fix=f"did you mean {near[0]!r}?" if near else None,
+                )
+        return cls(**config)
+
+    # -- places
+
+    def select(self, program: Program, *operations: str) -> list[tuple[Function, fx.Node]]:
+        """The nodes of these operations (default: ``acts_on``) that ``only`` and ``skip`` leave to the pass, in order.
+
+        Raises:
+            InputError: ``only`` or ``skip`` names, without wildcards, a site that the program does not have.
+        """
+        chosen = None if self.only is None else {site.node for site in sites.select(program, self.only)}
+        protected = self.protected(program)
+        return [
+            (function, node)
+            for function in program.functions.values()
+            for node in function.calls(*(operations or self.acts_on))
+            if node not in protected and (chosen is None or node in chosen)
+        ]
+
+    def protected(self, program: Program) -> set[fx.Node]:
+        """The nodes that ``skip`` names: they must not change, even as neighbours of a selected one."""
+        return {site.node for site in sites.select(program, self.skip)} if self.skip else set()
+
+    def rewrite(self, program: Program, *rules: Rule) -> PassResult:
+        """Applies rewrite rules (`tersor.ir.matching`) at the selected sites until none fires."""
+        result = PassResult()
+        for function in program.functions.values():
+            selected = {node for f, node in self.select(program) if f is function}
+            left = [replace(rule, check=_only_at(selected, rule.check)) for rule in rules]
+            report = apply_rules(function, left)
+            result.changes += [Finding(e.place, e.rule) for e in report.fired]
+            result.skips += [Finding(e.place, f"{e.rule}: {e.reason}") for e in report.skipped if e.reason != _DESELECTED]
+        return result
+
+    def __str__(self) -> str:
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        options = ", ".join(f"{f.name}={plain(getattr(self, f.name))!r}" for f in changed)
+        return f"{self.name}({options})" if options else self.name
+
+
+dataclass(frozen=True, kw_only=True)(Pass)
+
+
+_DESELECTED = "not selected"
+
+
+def _only_at(selected: set[fx.Node], check: Callable[[Match], str | None]) -> Callable[[Match], str | None]:
+    return lambda match: check(match) if match.root in selected else _DESELECTED
+
+
+def _annotations(cls: type[Pass]) -> dict[str, Any]:
+    """The fields' annotations, resolved."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise PipelineError(
+            f"an annotation of pass {cls.name!r} cannot be resolved: {error}",
+            fix="import the name at the top of the module, not under TYPE_CHECKING or inside a function",
+        ) from None
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}

@@ -1,0 +1,1 @@
+"""Removes what does no work."""

@@ -1,0 +1,1 @@
+"""Exact rewritings of weights: the same function, fewer parameters and operations."""

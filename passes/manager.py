@@ -1,0 +1,244 @@
+"""Runs passes: copies, guards, verifies, compares, times, judges, records. Authors of passes do none of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tersor.errors import BudgetError, PipelineError, ProgramError, TersorError
+from tersor.ir import Program, verify
+from tersor.ir.cost import cost
+from tersor.passes import checks, facts
+from tersor.passes.base import Equivalent, Exact, Finding, Pass, PassResult
+from tersor.passes.checks import Fault, Present
+from tersor.passes.context import Context
+from tersor.passes.gates import Stage
+from tersor.passes.guard import NoParameterWrites
+from tersor.passes.numerics import Inputs, Outputs, identical, outputs, relative_error, small_inputs, small_sizes
+from tersor.passes.report import GateReport, Report, Size, StepReport
+from tersor.passes.sites import names
+
+COMPARED_BYTES = 128 << 20
+COMPARED_MACS = 20_000_000_000
+"""With ``numerics="auto"``, programs up to this size and work are compared before and after every pass."""
+
+
+@dataclass
+class _Version:
+    """A program on its way through the passes, with what has been found out about it."""
+
+    program: Program
+    digest: str
+    size: Size
+    results: Outputs | None = None  # in the program's own types
+    precise: Outputs | None = None  # in float64
+    present: Present | None = None
+
+    @staticmethod
+    def of(program: Program) -> _Version:
+        return _Version(program, program.digest(), Size.of(program))
+
+
+class Manager:
+    """One run of a list of passes and stages over a program, which stays as it is."""
+
+    def __init__(self, context: Context, pipeline: str = "custom"):
+        self.context = context
+        self.report = Report(pipeline)
+        self._done: list[str] = []
+        self._reverted: dict[str, str] = {}  # fact -> the stage that gave it and was taken back
+        self._inputs: Inputs | None = None
+        self._start: _Version | None = None
+
+    def run(self, steps: Sequence[Pass | Stage], program: Program) -> tuple[Program, Report]:
+        """The changed program and the report.
+
+        Raises:
+            PipelineError: a pass failed, broke the program or a declaration; the message says which, after which.
+            BudgetError: a stage failed and asks to stop; its ``report`` attribute has the figures.
+            ProgramError: the program was not well formed to begin with.
+        """
+        verify(program)
+        version = self._start = _Version.of(program)
+        self._inputs = self._comparison_inputs(version)
+        for step in steps:
+            version = self._run_stage(step, version) if isinstance(step, Stage) else self._run_pass(step, version)
+        return version.program, self.report
+
+    # -- one pass
+
+    def _run_pass(self, pass_: Pass, before: _Version, stage: str | None = None) -> _Version:
+        if self.context.progress is not None:
+            self.context.progress(pass_.name)
+        step = StepReport.of(pass_, stage, before.size)
+        after = before
+        if reasons := self._reasons_to_leave_out(pass_, before):
+            step.status, step.notes = "skipped", reasons
+        else:
+            after = self._execute(pass_, before, step)
+            self._done.append(pass_.name)
+        step.after = after.size
+        self.report.steps.append(step)
+        return after
+
+    def _reasons_to_leave_out(self, pass_: Pass, version: _Version) -> list[str]:
+        """What the pass needs and had been given by a stage that was taken back.
+
+        Raises:
+            PipelineError: its facts do not fit for another reason.
+        """
+        unmet = facts.unmet(pass_, version.program, self.context.records)
+        if all(u.required and u.fact in self._reverted for u in unmet):
+            return [f"it {u}; stage {self._reverted[u.fact]!r}, which gave it, was reverted" for u in unmet]
+        raise self._failure(pass_, Fault(f"it {'; '.join(map(str, unmet))}", "check the order with pipeline.check(program)"))
+
+    def _execute(self, pass_: Pass, before: _Version, step: StepReport) -> _Version:
+        program = before.program.copy()
+        names_before = names(program)
+        started = time.perf_counter()
+        try:
+            with NoParameterWrites(program.parameters):
+                result = pass_.run(program, self.context)
+        except Exception as error:
+            raise self._failure(pass_, Fault(f"{type(error).__name__}: {error}")) from error
+        step.seconds = time.perf_counter() - started
+        if not isinstance(result, PassResult):
+            raise self._failure(pass_, Fault(f"run returned {type(result).__name__}", "return a PassResult"))
+        known = {f"%{node.name}": name for node, name in names_before.items()}
+        step.changes, step.skips = (
+            [Finding(known.get(f.site, f.site), f.reason) for f in findings] for findings in (result.changes, result.skips)
+        )
+        step.skips += checks.idle_patterns(pass_, before.program)
+        program.drop_unused_parameters()
+        try:
+            verify(program)
+        except ProgramError as error:
+            raise self._failure(pass_, Fault(str(error))) from error
+        if fault := checks.changed_signature(before.program, program):
+            raise self._failure(pass_, fault)
+        if program.digest() == before.digest:
+            if result.changes:
+                step.notes.append(f"it says that it changed {len(result.changes)} places, but the program is the same")
+            return before
+        step.status = "changed"
+        if not result.changes:
+            step.notes.append("it changed the program without saying where")
+        after = _Version.of(program)
+        had, has = self._present(before), self._present(after)
+        fault = checks.broken_promise(pass_, program, has, result, self.context.records) or checks.lost_facts(
+            pass_, program, had, has
+        )
+        if fault := fault or self._compare(pass_, before, after, step):
+            raise self._failure(pass_, fault)
+        return after
+
+    def _failure(self, pass_: Pass, fault: Fault) -> PipelineError:
+        after = f"after {', '.join(self._done)}" if self._done else "the first to run"
+        return PipelineError(f"pass {pass_.name!r} failed: {fault.what}", where=f"{pass_}, {after}", fix=fault.fix)
+
+    @staticmethod
+    def _present(version: _Version) -> Present:
+        if version.present is None:
+            version.present = frozenset(facts.present(version.program))
+        return version.present
+
+    # -- results before and after
+
+    def _comparison_inputs(self, start: _Version) -> Inputs | None:
+        mode, program = self.context.numerics, start.program
+        if mode == "never":
+            return None
+        macs = sum(cost(program, small_sizes(f)).functions[n].macs for n, f in program.functions.items())
+        if mode == "auto" and (start.size.bytes > COMPARED_BYTES or macs > COMPARED_MACS):
+            self.report.notes.append(
+                "the results before and after each pass were not compared: the program is too large for "
+                'numerics="auto"; numerics="always" compares'
+            )
+            return None
+        return self.context.inputs or small_inputs(program, self.context.seed)
+
+    def _compare(self, pass_: Pass, before: _Version, after: _Version, step: StepReport) -> Fault | None:
+        """Measures the error of a pass and holds it to its declared class."""
+        if self._inputs is None:
+            return None
+        step.error = relative_error(self._precise(before), self._precise(after))
+        step.total_error = relative_error(self._precise(self._start), self._precise(after))
+        same = not isinstance(pass_.numerics, Exact) or identical(self._results(before), self._results(after))
+        if before is not self._start:
+            before.precise = before.results = None  # two sets of results are enough to hold
+        if not same:
+            return Fault(f"it is declared exact, but results differ (in float64 by {step.error:.2e})")
+        if isinstance(pass_.numerics, Equivalent) and not step.error <= pass_.numerics.rtol:
+            return Fault(f"it is declared {pass_.numerics}, but results in float64 differ by {step.error:.2e}")
+        return None
+
+    def _results(self, version: _Version) -> Outputs:
+        if version.results is None:
+            version.results = outputs(version.program, self._inputs)
+        return version.results
+
+    def _precise(self, version: _Version) -> Outputs:
+        if version.precise is None:
+            version.precise = outputs(version.program, self._inputs, torch.float64)
+        return version.precise
+
+    # -- stages
+
+    def _run_stage(self, stage: Stage, before: _Version) -> _Version:
+        start, first, done = self._figures(stage, before), len(self.report.steps), len(self._done)
+        figures, version = start, before
+        for pass_ in stage.passes:
+            previous, version = version, self._run_pass(pass_, version, stage.name)
+            if version is not previous:
+                figures = self._figures(stage, version)
+                self.report.steps[-1].judged(figures)
+        if version is before:
+            self.report.gates.append(GateReport(stage.name, "unchanged", [], start, start))
+            return before
+        gate = GateReport(stage.name, "kept", stage.budget.failures(start, figures), start, figures)
+        self.report.gates.append(gate)
+        if not gate.reasons:
+            return version
+        if stage.on_fail == "warn":
+            gate.decision = "warned"
+            return version
+        if stage.on_fail == "stop":
+            gate.decision = "stopped"
+            error = BudgetError(
+                f"stage {stage.name!r} failed: {'; '.join(gate.reasons)}",
+                where=f"passes {', '.join(p.name for p in stage.passes)}",
+                fix="relax its budget, remove a pass, or use on_fail='revert'",
+            )
+            error.report = self.report
+            raise error
+        gate.decision = "reverted"
+        for step in self.report.steps[first:]:
+            step.revert()
+        del self._done[done:]
+        self._reverted |= {fact: stage.name for p in stage.passes for fact in p.provides}
+        return before
+
+    def _figures(self, stage: Stage, version: _Version) -> dict[str, float]:
+        """Bytes, latency and fidelity of a program, as far as they can be had."""
+        figures: dict[str, float] = {"bytes": version.size.bytes}
+        try:
+            if self.context.measure is not None:
+                figures["latency"] = self.context.measure(version.program)
+            if self.context.evaluate is not None:
+                figures |= self.context.evaluate(version.program)
+        except TersorError:
+            raise
+        except Exception as error:
+            raise PipelineError(
+                f"judging stage {stage.name!r} failed: {type(error).__name__}: {error}",
+                where=f"after {', '.join(self._done)}" if self._done else "before its first pass",
+            ) from error
+        if missing := sorted(stage.budget.needs - figures.keys()):
+            raise PipelineError(
+                f"the budget of stage {stage.name!r} needs {', '.join(missing)}, which nothing evaluates",
+                fix="give the run held-out data (Context.evaluate), or take the limit out of the budget",
+            )
+        return figures

@@ -1,0 +1,117 @@
+"""Recipes: pipelines by name, or from a TOML file.
+
+    name = "mine"
+
+    [[steps]]
+    pass = "fold.norm_beta"
+    skip = ["*.lm_head"]
+
+    [[steps]]
+    stage = "prune"
+    budget = { min_cosine = 0.99 }
+    on_fail = "revert"
+    passes = ["mylib.prune", { pass = "fold.zero_heads" }]
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import PipelineError
+from tersor.passes.gates import Stage, budget_from
+from tersor.passes.pipeline import Pipeline
+from tersor.passes.registry import make
+
+CLEANUP = ("cleanup.constant_folding", "cleanup.common_subexpressions", "cleanup.dead_code")
+FOLDS = (
+    "fold.norm_beta",
+    "fold.key_bias",
+    "fold.value_bias",
+    "fold.attention_scale",
+    "fold.zero_heads",
+    "fold.zero_neurons",
+)
+
+RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "none": ("the program as captured", ()),
+    "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS, *CLEANUP)),
+}
+"""Name -> what it is for, and its steps."""
+
+
+def names() -> list[str]:
+    """The named recipes."""
+    return list(RECIPES)
+
+
+def describe(name: str) -> str:
+    """What a named recipe is for."""
+    return RECIPES[name][0]
+
+
+def get(recipe: str | Path) -> Pipeline:
+    """The pipeline of a named recipe or of a TOML file.
+
+    Raises:
+        PipelineError: there is no such recipe or file, or the file is wrong.
+    """
+    if isinstance(recipe, str) and recipe in RECIPES:
+        return Pipeline(RECIPES[recipe][1], name=recipe)
+    path = Path(recipe)
+    if path.suffix == ".toml":
+        return load(path)
+    near = difflib.get_close_matches(str(recipe), RECIPES, 1)
+    raise PipelineError(
+        f"there is no recipe {str(recipe)!r}",
+        why=f"recipes: {', '.join(RECIPES)}; or the path of a .toml file",
+        fix=f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def load(path: str | Path) -> Pipeline:
+    """The pipeline in a TOML file.
+
+    Raises:
+        PipelineError: the file cannot be read, or what it says is wrong.
+    """
+    path = Path(path)
+    try:
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PipelineError(f"recipe {str(path)!r} cannot be read", why=str(error)) from None
+    try:
+        return from_config({"name": path.stem} | config)
+    except PipelineError as error:
+        raise PipelineError(error.what, where=str(path), why=error.why, fix=error.fix) from None
+
+
+def from_config(config: Mapping[str, Any]) -> Pipeline:
+    """The inverse of `Pipeline.config`.
+
+    Raises:
+        PipelineError: an unknown key, pass or option, or a value of the wrong type.
+    """
+    _known(config, {"name", "steps"}, "a recipe")
+    steps = config.get("steps", [])
+    if not isinstance(steps, list) or not isinstance(config.get("name", ""), str):
+        raise PipelineError("a recipe has a name and a list of steps", fix="write [[steps]] tables")
+    return Pipeline([_step(step) for step in steps], name=config.get("name", "custom"))
+
+
+def _step(config: Any) -> Any:
+    if not isinstance(config, Mapping) or "stage" not in config:
+        return make(config)
+    name = str(config["stage"])
+    _known(config, {"stage", "passes", "budget", "on_fail"}, f"stage {name!r}")
+    options = {key: config[key] for key in ("on_fail",) if key in config}
+    passes = tuple(make(p) for p in config.get("passes", ()))
+    return Stage(name, passes, budget_from(config.get("budget", {}), f"stage {name!r}"), **options)
+
+
+def _known(config: Mapping[str, Any], keys: set[str], what: str) -> None:
+    if unknown := sorted(config.keys() - keys):
+        raise PipelineError(f"{what} has no {', '.join(unknown)}", fix=f"use {', '.join(sorted(keys))}")

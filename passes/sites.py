@@ -1,0 +1,19 @@
+"""Sites as passes and reports speak of them (see `tersor.ir.sites`)."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tersor.ir import Program
+from tersor.ir.sites import sites
+
+
+def site_of(place: fx.Node | str) -> str:
+    """The name that a node was given at capture; a node without one goes by ``%name``."""
+    return place if isinstance(place, str) else place.meta.get("site") or f"%{place.name}"
+
+
+def names(program: Program) -> dict[fx.Node, str]:
+    """The name of every operation node: given at capture, else found from the graph, else ``%name``."""
+    found = {site.node: site.name for site in sites(program)}
+    return {node: found.get(node) or site_of(node) for _, node in program.nodes() if node.op == "call_function"}
