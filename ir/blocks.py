@@ -224,7 +224,7 @@ def _name(part: list[fx.Node], names: Mapping[fx.Node, str]) -> str:
 
 
 def _with_ends_named(parts: list[Block]) -> list[Block]:
-    """ "embedding" for the first part and "head" for the last, where they hold no layer."""
+    """Parts before the first layer are called "embedding", those behind the last one "head"."""
     named = [i for i, part in enumerate(parts) if part.name != "other"]
     if not named:
         return parts
