@@ -141,15 +141,16 @@ class Leaf(Pattern):
 class Call(Pattern):
     """A node of one of the named operations with fitting operands and attributes.
 
-    Operands that the pattern leaves out must be absent or None. An attribute is given as a value to equal or
-    a predicate to hold; those not mentioned are free.
+    Operands that the pattern leaves out must be absent or None, unless it ends with ``...``. An attribute is
+    given as a value to equal or a predicate to hold; those not mentioned are free.
     """
 
     def __init__(self, names: Sequence[str], operands: Sequence[Any], attributes: dict[str, Any]):
         for name in names:
             ops.get(name)  # a misspelt pattern would never fire
         self.names, self.attributes = tuple(names), attributes
-        self.operands = tuple(as_pattern(o) for o in operands)
+        self.open = bool(operands) and operands[-1] is ...
+        self.operands = tuple(as_pattern(o) for o in (operands[:-1] if self.open else operands))
 
     @property
     def calls(self) -> int:
@@ -165,22 +166,41 @@ class Call(Pattern):
                 search.fail(match, f"{_show(value)} has {name}={actual}")
                 return
         operands = value.args
-        if len(operands) < len(self.operands) or any(o is not None for o in operands[len(self.operands) :]):
+        rest = () if self.open else operands[len(self.operands) :]
+        if len(operands) < len(self.operands) or any(o is not None for o in rest):
             search.fail(match, f"{_show(value)} has other operands than the pattern")
             return
-        yield from self._match_operands(operands, match.covering(value), search)
+        yield from _in_order(self.operands, operands, match.covering(value), search)
         if value.target.name in COMMUTATIVE:
-            yield from self._match_operands(operands[1::-1], match.covering(value), search)
+            yield from _in_order(self.operands, operands[1::-1], match.covering(value), search)
 
-    def _match_operands(self, operands: Sequence[Any], match: Match, search: Search) -> Iterator[Match]:
-        def extend(index: int, match: Match) -> Iterator[Match]:
-            if index == len(self.operands):
-                yield match
-                return
-            for inner in self.operands[index].matches(operands[index], match, search):
-                yield from extend(index + 1, inner)
 
-        yield from extend(0, match)
+def _in_order(
+    patterns: Sequence[Pattern], values: Sequence[Any], match: Match, search: Search
+) -> Iterator[Match]:
+    """Every way in which each pattern fits the value at its position."""
+    if not patterns:
+        yield match
+        return
+    for first in patterns[0].matches(values[0], match, search):
+        yield from _in_order(patterns[1:], values[1:], first, search)
+
+
+class Together(Pattern):
+    """A variadic operand: a tuple whose members fit in order."""
+
+    def __init__(self, members: Sequence[Any]):
+        self.members = tuple(as_pattern(p) for p in members)
+
+    @property
+    def calls(self) -> int:
+        return sum(p.calls for p in self.members)
+
+    def matches(self, value: Any, match: Match, search: Search) -> Iterator[Match]:
+        if isinstance(value, list | tuple) and len(value) == len(self.members):
+            yield from _in_order(self.members, value, match, search)
+        else:
+            search.fail(match, f"{_show(value)} is not {len(self.members)} values")
 
 
 class OneOf(Pattern):
@@ -244,6 +264,10 @@ class _Patterns:
 
     def one_of(self, *alternatives: Any) -> Pattern:
         return OneOf(alternatives)
+
+    def sequence(self, *members: Any) -> Pattern:
+        """The values of a variadic operand, in order."""
+        return Together(members)
 
     def through(self, names: Sequence[str], inner: Any) -> Pattern:
         """``inner``, possibly under operations of these names."""

@@ -1,0 +1,234 @@
+"""Attention that a model spells out, and what belongs into the `attention` operation: scales, shared key heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from tersor.ir.canonicalize.layout import Layout, arrange, trace
+from tersor.ir.canonicalize.masks import hides
+from tersor.ir.dims import Dim
+from tersor.ir.matching import Match, P, Rule, is_call, is_number
+from tersor.ir.opset.rules import broadcast
+from tersor.ir.program import Builder
+
+_MOST_MASKS = 4
+
+
+@dataclass
+class _Scores:
+    """What is between a softmax and the product of queries and keys."""
+
+    q: fx.Node
+    k: fx.Node  # [..., D, Tk]
+    scale: float
+    added: list[fx.Node]  # additive masks
+    hidden: list[tuple[fx.Node, bool]]  # boolean values, and which of their values hides a key
+
+
+def _peel(scores: Any) -> _Scores | str:
+    """Takes scale and masks off the scores; a reason when they are something else."""
+    scale, added, hidden = 1.0, [], []
+    node = scores
+    for _ in range(_MOST_MASKS + 2):
+        if is_call(node, "matmul"):
+            return _Scores(node.args[0], node.args[1], scale, added, hidden)
+        if is_call(node, "mul", "div") and any(is_number(a) for a in node.args):
+            if added or hidden:
+                pass  # masks are taken off outside the scale: the scale is inside them, as it should be
+            x, number = (node.args[0], node.args[1]) if is_number(node.args[1]) else (node.args[1], node.args[0])
+            if node.target.name == "div" and not is_number(node.args[1]):
+                return "a number is divided by the scores"
+            scale *= number if node.target.name == "mul" else 1 / number
+            node = x
+        elif is_call(node, "add", "where") and scale != 1.0:
+            return "the mask is applied before the scale"
+        elif is_call(node, "add"):
+            side = [_leads_to_product(a) for a in node.args]
+            if side[0] == side[1]:
+                return "the scores are a sum of two products, or of none"
+            node, mask = node.args if side[0] else node.args[::-1]
+            if not isinstance(mask, fx.Node):
+                return "a number is added to the scores"
+            added.append(mask)
+        elif is_call(node, "where"):
+            condition, x, y = node.args
+            if hides(x):
+                hidden.append((condition, True))
+                node = y
+            elif hides(y):
+                hidden.append((condition, False))
+                node = x
+            else:
+                return "the scores are replaced by something that does not hide them"
+        else:
+            return f"the scores come from {node.target.name if is_call(node) else 'an input'}, not from a matmul"
+    return "too many operations between matmul and softmax"
+
+
+def _leads_to_product(node: Any) -> bool:
+    """Whether scores are behind this operand (masks never contain a matmul)."""
+    for _ in range(2 * _MOST_MASKS):
+        if is_call(node, "matmul"):
+            return True
+        if is_call(node, "where"):
+            node = node.args[2] if hides(node.args[1]) else node.args[1]
+        elif is_call(node, "mul", "div", "add"):
+            nodes = [a for a in node.args if isinstance(a, fx.Node)]
+            node = next((a for a in nodes if _leads_to_product(a)), None)
+        else:
+            return False
+    return False
+
+
+def _is_attention(m: Match) -> str | None:
+    softmax, v = m["softmax"], m.value("v")
+    if softmax.kwargs["dim"] % v.rank != v.rank - 1:
+        return "the softmax is not over the keys"
+    scores = _peel(m["scores"])
+    if isinstance(scores, str):
+        return scores
+    q, k = scores.q.meta["value"], scores.k.meta["value"]
+    if not q.rank == k.rank == v.rank or q.rank not in (3, 4):
+        return f"queries, keys and values have ranks {q.rank}, {k.rank}, {v.rank}"
+    if q.shape[:-2] != k.shape[:-2] or q.shape[:-2] != v.shape[:-2]:
+        return "queries, keys and values have different batches or heads"
+    if q.rank == 4 and isinstance(q.shape[1], Dim):
+        return "the number of heads is not static"
+    full = (*q.shape[:-1], k.shape[-1])
+    masks = scores.added + [h for h, _ in scores.hidden]
+    if any(broadcast(x.meta["value"].shape, full) != full for x in masks):
+        return "a mask changes the shape of the scores"
+    return None
+
+
+def _fuse(build: Builder, m: Match) -> fx.Node:
+    scores = _peel(m["scores"])
+    rank = m.value("v").rank
+    heads = scores.q.meta["value"].shape[1] if rank == 4 else 1
+    keys = build.permute(scores.k, dims=(*range(rank - 2), rank - 1, rank - 2))
+    q, k, v = (_merged(build, x) for x in (scores.q, keys, m["v"]))
+    mask = _mask(build, scores, rank)
+    out = build.attention(q, k, v, mask, heads=heads, kv_heads=heads, scale=scores.scale)
+    if rank == 3:
+        return out
+    batch, length, width = out.meta["value"].shape
+    return build.permute(build.reshape(out, shape=(batch, length, heads, width // heads)), dims=(0, 2, 1, 3))
+
+
+def _merged(build: Builder, x: fx.Node) -> fx.Node:
+    if x.meta["value"].rank == 3:
+        return x
+    batch, heads, length, width = x.meta["value"].shape
+    return build.reshape(build.permute(x, dims=(0, 2, 1, 3)), shape=(batch, length, heads * width))
+
+
+def _mask(build: Builder, scores: _Scores, rank: int) -> fx.Node | None:
+    """One mask of rank 4: boolean when all are boolean, else additive."""
+
+    def four(x: fx.Node) -> fx.Node:
+        shape = x.meta["value"].shape
+        if rank == 3 and len(shape) == 3:  # [N, Tq, Tk] -> [N, 1, Tq, Tk]
+            return build.reshape(x, shape=(shape[0], 1, *shape[1:]))
+        return build.reshape(x, shape=(*((1,) * (4 - len(shape))), *shape))
+
+    seen = [build.logical_not(four(c)) if when else four(c) for c, when in scores.hidden]
+    boolean = None
+    for s in seen:
+        boolean = s if boolean is None else build.logical_and(boolean, s)
+    additive = None
+    for a in map(four, scores.added):
+        additive = a if additive is None else build.add(additive, a)
+    if additive is None or boolean is None:
+        return additive if boolean is None else boolean
+    return build.add(additive, build.where(boolean, 0.0, float("-inf")))
+
+
+# -- operands
+
+
+def _with(m: Match, build: Builder, operands: list[Any] | tuple[Any, ...], **changed: Any) -> fx.Node:
+    return build.emit(m.root.target, *operands, **{**m.root.kwargs, **changed})
+
+
+def _scaled_operand(m: Match) -> tuple[int, fx.Node, float] | None:
+    for i in (0, 1):
+        node = m.root.args[i]
+        if is_call(node, "mul", "div") and is_number(node.args[1]) and isinstance(node.args[0], fx.Node):
+            return i, node.args[0], node.args[1] if node.target.name == "mul" else 1 / node.args[1]
+        if is_call(node, "mul") and is_number(node.args[0]):
+            return i, node.args[1], node.args[0]
+    return None
+
+
+def _fold_scale(build: Builder, m: Match) -> fx.Node:
+    i, x, factor = _scaled_operand(m)
+    operands = [x if j == i else a for j, a in enumerate(m.root.args)]
+    return _with(m, build, operands, scale=m.root.kwargs["scale"] * factor)
+
+
+def _repeated(node: Any) -> tuple[fx.Node, Layout, int, int, int] | None:
+    """(source, layout without the repetition, repeated atom, heads before it, repeats) of keys repeated per group."""
+    if not is_call(node, "reshape", "permute", "expand"):
+        return None
+    wide, layout = trace(node)
+    if not is_call(wide, "expand"):
+        return None
+    narrow = wide.args[0]
+    before, after = narrow.meta["value"].shape, wide.meta["value"].shape
+    before = (1,) * (len(after) - len(before)) + before
+    axes = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    if len(axes) != 1 or before[axes[0]] != 1 or isinstance(after[axes[0]], Dim):
+        return None
+    atoms = layout.source[axes[0]]
+    feature = layout.result[-1]
+    if len(atoms) != 1 or atoms[0] not in feature:
+        return None
+    heads = 1
+    for atom in feature[: feature.index(atoms[0])]:
+        heads = heads * layout.sizes[atom]
+    if isinstance(heads, Dim):
+        return None
+    return narrow, layout.resized(atoms[0], 1), atoms[0], heads, after[axes[0]]
+
+
+def _shares_keys(m: Match) -> str | None:
+    k, v = _repeated(m.root.args[1]), _repeated(m.root.args[2])
+    if k is None or v is None:
+        return "keys and values are not both repeated"
+    if k[3:] != v[3:] or k[3] * k[4] != m.root.kwargs["kv_heads"]:
+        return "the repetition does not give the number of heads"
+    return None
+
+
+def _share_keys(build: Builder, m: Match) -> fx.Node:
+    operands = list(m.root.args)
+    for i in (1, 2):
+        source, layout, _, heads, _ = _repeated(operands[i])
+        wanted = len(layout.source)
+        if source.meta["value"].rank != wanted:
+            source = build.reshape(source, shape=layout.shape(layout.source))
+        operands[i] = arrange(build, source, layout)
+    return _with(m, build, operands, kv_heads=heads)
+
+
+RULES = (
+    # matmul(softmax(matmul(q, k^T) * scale + mask), v)  ->  attention(q, k, v, mask) on merged heads
+    Rule(
+        "attention.fuse",
+        P.matmul(P.softmax(P.any("scores")).named("softmax"), P.any("v")),
+        _fuse,
+        _is_attention,
+    ),
+    # attention(q * c, k, v, scale=s)  ->  attention(q, k, v, scale=s*c)
+    Rule(
+        "attention.scale",
+        P.attention(...),
+        _fold_scale,
+        lambda m: None if _scaled_operand(m) else "neither queries nor keys are scaled",
+    ),
+    # attention(q, repeat(k), repeat(v), kv_heads=H)  ->  attention(q, k, v, kv_heads=H/n)
+    Rule("attention.shared_keys", P.attention(...), _share_keys, _shares_keys),
+)

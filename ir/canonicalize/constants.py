@@ -1,0 +1,156 @@
+"""What depends on no input is computed once, here: constants, and tables over one dynamic dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from tersor.ir.canonicalize.affine import is_stored
+from tersor.ir.dims import Dim, evaluate_shape
+from tersor.ir.interpreter import execute
+from tersor.ir.matching import is_call
+from tersor.ir.program import Function
+
+SMALL = 1 << 16  # bytes that a new constant may always have
+LARGEST_TABLE = 1 << 28  # bytes of a table that is tried at all
+
+# These are as good as stored: they take no memory, or their operand is what should be stored.
+_CHEAP = ("full", "expand", "arange")
+
+
+def fold_constants(function: Function) -> list[str]:
+    """Evaluates every maximal value that depends on no input; returns a note for each that stays and why.
+
+    A value of fixed shape becomes a parameter if that is small, or no larger than the parameters it makes unused.
+    A value over one dynamic dimension becomes a table for the dimension's maximum and a slice of it, after its
+    values at smaller sizes have been found to be a prefix of the table.
+    """
+    notes = []
+    free = _input_free(function)
+    for node in _frontier(function, free):
+        if node.op != "call_function" or is_stored(node):
+            continue
+        cone = _cone(node)
+        if any(n.op == "placeholder" for n in cone):
+            continue
+        symbols = sorted(frozenset().union(*(_symbols(n) for n in cone)))
+        if not symbols:
+            reason = _fold(function, node, cone)
+        elif len(symbols) == 1:
+            reason = _tabulate(function, node, cone, symbols[0])
+        else:
+            reason = f"it depends on several dimensions: {', '.join(symbols)}"
+        if reason:
+            notes.append(f"%{node.name} is computed at run time: {reason}")
+    return notes
+
+
+def _input_free(function: Function) -> set[fx.Node]:
+    free: set[fx.Node] = set()
+    for node in function.nodes:
+        if node.op == "get_attr" or (is_call(node) and all(n in free for n in node.all_input_nodes)):
+            free.add(node)
+    return free
+
+
+def _frontier(function: Function, free: set[fx.Node]) -> list[fx.Node]:
+    """Input-free values that something else reads; below a cheap one, what it is made from."""
+    found: dict[fx.Node, None] = {}
+    stack = [n for n in function.nodes if n in free and any(u not in free for u in n.users)]
+    while stack:
+        node = stack.pop(0)
+        if is_call(node, *_CHEAP):
+            stack = [n for n in node.all_input_nodes] + stack
+        else:
+            found.setdefault(node)
+    return list(found)
+
+
+def _cone(node: fx.Node) -> list[fx.Node]:
+    """The node and everything it is computed from, in order."""
+    members, stack = {node}, [node]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in members:
+                members.add(operand)
+                stack.append(operand)
+    return [n for n in node.graph.nodes if n in members]
+
+
+def _symbols(node: fx.Node) -> frozenset[str]:
+    def walk(x: object) -> Iterable[str]:
+        if isinstance(x, Dim):
+            yield from x.symbols
+        elif isinstance(x, list | tuple):
+            for y in x:
+                yield from walk(y)
+
+    shape = node.meta["value"].shape
+    return frozenset(walk((shape, tuple(node.kwargs.values()))))
+
+
+def _evaluate(function: Function, cone: list[fx.Node], sizes: dict[str, int]) -> torch.Tensor:
+    values: dict[fx.Node, torch.Tensor] = {}
+    with torch.no_grad():
+        execute(function, cone, values, sizes, keep={cone[-1]})
+    return values[cone[-1]]
+
+
+def _freed(function: Function, cone: list[fx.Node]) -> int:
+    """Bytes of the parameters that nobody else reads."""
+    members = set(cone)
+    return sum(
+        function.parameters[n.target].tensor.nbytes
+        for n in cone
+        if n.op == "get_attr" and all(u in members for u in n.users)
+    )
+
+
+def _name(node: fx.Node, cone: list[fx.Node]) -> str:
+    """After the only parameter it is made from, else after the module that computes it."""
+    stored = [n.target for n in cone if n.op == "get_attr"]
+    if len(stored) == 1 and all(is_call(n, "permute", "reshape", "slice", "cast") for n in cone if n.op != "get_attr"):
+        return stored[0]
+    return ".".join(filter(None, (node.meta.get("module"), node.name)))
+
+
+def _fold(function: Function, node: fx.Node, cone: list[fx.Node]) -> str | None:
+    if node.meta["value"].bytes > max(SMALL, _freed(function, cone)):
+        return f"as a constant it would take {node.meta['value'].bytes} bytes"
+    build = function.builder(before=node)
+    new = build.parameter(_name(node, cone), _evaluate(function, cone, {}))
+    function.replace(node, new)
+    return None
+
+
+def _tabulate(function: Function, node: fx.Node, cone: list[fx.Node], symbol: str) -> str | None:
+    bounds, value = function.dims[symbol], node.meta["value"]
+    axes = [i for i, d in enumerate(value.shape) if isinstance(d, Dim)]
+    if any(value.shape[i] != Dim.symbol(symbol) for i in axes):
+        return f"its shape {value} is not the dimension itself"
+    largest = max(_bytes_at(n, symbol, bounds.max) for n in cone)
+    if largest > LARGEST_TABLE:
+        return f"its table would need {largest} bytes"
+    table = _evaluate(function, cone, {symbol: bounds.max})
+    for size in {bounds.min, (bounds.min + bounds.max) // 2}:
+        part = table
+        for axis in axes:
+            part = part.narrow(axis, 0, size)
+        if not torch.equal(_evaluate(function, cone, {symbol: size}), part):
+            return f"its values depend on the size of {symbol}"
+    build = function.builder(before=node)
+    new = build.parameter(_name(node, cone), table)
+    for axis in axes:
+        new = build.slice(new, dim=axis, start=0, end=Dim.symbol(symbol))
+    function.replace(node, new)
+    return None
+
+
+def _bytes_at(node: fx.Node, symbol: str, size: int) -> int:
+    value = node.meta["value"]
+    total = value.torch_dtype.itemsize
+    for d in evaluate_shape(value.shape, {symbol: size}):
+        total *= d
+    return total

@@ -1,0 +1,124 @@
+"""Look-ups and comparisons whose index is known: slices, reshapes and constants take their place."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from tersor.ir.canonicalize.affine import Affine, Number, Positions, known
+from tersor.ir.matching import Match, P, Rule
+from tersor.ir.program import Builder
+
+
+def _run(affine: Affine) -> tuple[Number, Number, set[int]] | None:
+    """(start, count, axes) when the values, in row-major order of these axes, are start, start + 1, ...; else None."""
+    expected: Number = 1
+    for axis in reversed(range(len(affine.shape))):
+        if axis in affine.coefficients:
+            if affine.coefficients[axis] != expected:
+                return None
+            expected = expected * affine.shape[axis]
+    return affine.offset, expected, set(affine.coefficients)
+
+
+def _take_run(build: Builder, x: fx.Node, dim: int, affine: Affine) -> fx.Node:
+    """x at the positions of a run along ``dim``: a slice, brought to the index's shape by reshape and expand."""
+    start, count, axes = _run(affine)
+    shape = x.meta["value"].shape
+    taken = build.slice(x, dim=dim, start=start, end=start + count)
+    index = tuple(d if a in axes else 1 for a, d in enumerate(affine.shape))
+    taken = build.reshape(taken, shape=(*shape[:dim], *index, *shape[dim + 1 :]))
+    return build.expand(taken, shape=(*shape[:dim], *affine.shape, *shape[dim + 1 :]))
+
+
+def _index(m: Match) -> Affine | None:
+    return Positions(m.function).affine(m["index"])
+
+
+def _is_run(m: Match) -> str | None:
+    affine = _index(m)
+    if affine is None:
+        return "the index depends on inputs, or is not a linear function of position"
+    return None if _run(affine) else "the index does not count up by one"
+
+
+def _decided(m: Match) -> str | None:
+    return None if known(m.function, m.root) is not None else "it is not the same everywhere"
+
+
+def _decide(build: Builder, m: Match) -> fx.Node:
+    return build.full(shape=m.root.meta["value"].shape, value=bool(known(m.function, m.root)), dtype="bool")
+
+
+def _branch(m: Match) -> str | None:
+    if known(m.function, m["condition"]) is None:
+        return "the condition is not the same everywhere"
+    chosen = _chosen(m)
+    if not isinstance(chosen, fx.Node) or chosen.meta["value"].dtype != m.root.meta["value"].dtype:
+        return "the branch has another type"
+    return None
+
+
+def _chosen(m: Match) -> object:
+    return m["x"] if known(m.function, m["condition"]) else m["y"]
+
+
+def _take_branch(build: Builder, m: Match) -> fx.Node:
+    return build.expand(_chosen(m), shape=m.root.meta["value"].shape)
+
+
+def _gathers_run(m: Match) -> str | None:
+    if reason := _is_run(m):
+        return reason
+    start, count, axes = _run(_index(m))
+    dim, index, x = m.root.kwargs["dim"] % m.value("x").rank, m.value("index").shape, m.value("x").shape
+    if axes - {dim} or any(a != b for i, (a, b) in enumerate(zip(index, x, strict=True)) if i != dim):
+        return "it gathers along several axes"
+    return None
+
+
+def _gather_slice(build: Builder, m: Match) -> fx.Node:
+    start, count, _ = _run(_index(m))
+    dim = m.root.kwargs["dim"] % m.value("x").rank
+    taken = build.slice(m["x"], dim=dim, start=start, end=start + count)
+    return build.expand(taken, shape=m.root.meta["value"].shape)
+
+
+def _and_true(m: Match) -> str | None:
+    return None if known(m.function, m["yes"]) is True else "neither side is always true"
+
+
+RULES = (
+    # embedding(arange(T), table)  ->  table[:T];  embedding(zeros, table)  ->  table[0:1], expanded
+    Rule(
+        "indices.embedding",
+        P.embedding(P.any("index"), P.any("table")),
+        lambda build, m: _take_run(build, m["table"], 0, _index(m)),
+        _is_run,
+    ),
+    # index_select(reshape(x, B*T), arange(B)[:, None]*T + arange(T))  ->  reshape(x)
+    Rule(
+        "indices.select",
+        P.index_select(P.any("x"), P.any("index")),
+        lambda build, m: _take_run(build, m["x"], m.root.kwargs["dim"] % m.value("x").rank, _index(m)),
+        _is_run,
+    ),
+    # gather(x, arange(T))  ->  x[:T]
+    Rule("indices.gather", P.gather(P.any("x"), P.any("index")), _gather_slice, _gathers_run),
+    # arange(T) >= 0  ->  full(true)
+    Rule("indices.compare", P.op(("le", "lt", "ge", "gt"), P.any(), P.optional("other")), _decide, _decided),
+    # where(full(true), x, y)  ->  x
+    Rule(
+        "indices.where",
+        P.where(P.any("condition"), P.optional("x"), P.optional("y")),
+        _take_branch,
+        _branch,
+    ),
+    # x and true  ->  x
+    Rule(
+        "indices.and",
+        P.logical_and(P.any("x"), P.any("yes")),
+        lambda build, m: build.expand(m["x"], shape=m.root.meta["value"].shape),
+        _and_true,
+    ),
+)
+

@@ -1,0 +1,238 @@
+"""Attention masks as the conjunction of what they say: causal, window, and what is left as booleans.
+
+Models build masks from towers of broadcast comparisons, and often turn them into numbers to add to the scores: 0
+where a key is seen, -inf or the smallest float where it is hidden. Here a mask is taken apart into boolean factors;
+those that are always true go, the triangle becomes ``causal``, a band becomes ``window``, the rest is one boolean mask.
+
+A row in which every key is hidden is where the forms differ: with -inf torch gives NaN, with the smallest float the
+mean of all values, with booleans 0. Such rows belong to queries that are padding themselves; turning an additive mask
+into a boolean one is noted for that reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from tersor.ir.canonicalize.affine import Affine, Positions, Predicate
+from tersor.ir.dims import Dim
+from tersor.ir.matching import Match, P, Rule, is_call, is_number
+from tersor.ir.program import Builder, Function
+
+# exp of a score this far below the others is 0 in every float type.
+HIDDEN = -1e4
+
+
+def hides(value: Any) -> bool:
+    """Whether a number added to a score, or put in its place, hides the key."""
+    if is_call(value, "full", "expand"):
+        value = _constant(value)
+    return is_number(value) and value <= HIDDEN
+
+
+def _constant(value: Any) -> Any:
+    """The number that a value is everywhere, when that is written in the graph."""
+    while is_call(value, "expand", "reshape", "cast"):
+        value = value.args[0]
+    return value.kwargs["value"] if is_call(value, "full") else value
+
+
+@dataclass
+class _Factors:
+    """What a mask says, factor by factor; ``build`` emits the small changes that taking it apart needs."""
+
+    build: Builder
+    function: Function
+    booleans: list[fx.Node] = field(default_factory=list)
+    was_additive: bool = False
+
+    def boolean(self, node: fx.Node) -> None:
+        if is_call(node, "logical_and"):
+            for operand in node.args:
+                self.boolean(self._widened(operand, node))
+        elif is_call(node, "expand", "reshape", "permute") and is_call(node.args[0], "logical_and", "expand", "reshape"):
+            inner = _Factors(self.build, self.function)
+            inner.boolean(node.args[0])
+            self.booleans += [self._moved(factor, node) for factor in inner.booleans]
+        else:
+            self.booleans.append(node)
+
+    def additive(self, node: fx.Node) -> str | None:
+        """Takes an additive mask apart; a reason when it is not made from a boolean one."""
+        self.was_additive = True
+        if is_call(node, "add") and all(isinstance(a, fx.Node) for a in node.args):
+            return next((r for a in node.args if (r := self.additive(self._widened(a, node)))), None)
+        if is_call(node, "expand", "reshape", "permute", "slice"):
+            inner = _Factors(self.build, self.function)
+            reason = inner.additive(node.args[0])
+            if reason is None:
+                self.booleans += [self._moved(factor, node) for factor in inner.booleans]
+            return reason
+        if is_call(node, "cast"):
+            return self.additive(node.args[0])
+        if _constant(node) == 0:
+            return None
+        if is_call(node, "where"):
+            return self._choice(node)
+        if is_call(node, "mul"):
+            return self._product(node)
+        if node.op == "get_attr":
+            return self._stored(node)
+        return f"it is computed by {node.target.name}" if is_call(node) else "it is an input of numbers"
+
+    def _choice(self, node: fx.Node) -> str | None:
+        condition, x, y = node.args
+        if hides(y) and not hides(x):
+            self.boolean(self._widened(condition, node))
+            return None if _constant(x) == 0 else self.additive(self._widened(x, node))
+        if hides(x) and not hides(y):
+            self.boolean(self.build.logical_not(self._widened(condition, node)))
+            if _constant(y) == 0 or _is_inverse(condition, y):
+                return None
+            return self.additive(self._widened(y, node))
+        return "it does not choose between seen and hidden"
+
+    def _product(self, node: fx.Node) -> str | None:
+        """(1 - m) * lowest."""
+        x, number = node.args if is_number(node.args[1]) else node.args[::-1]
+        if hides(number) and is_call(x, "sub") and x.args[0] == 1 and isinstance(x.args[1], fx.Node):
+            m = x.args[1]
+            while is_call(m, "cast"):
+                m = m.args[0]
+            self.boolean(m if m.meta["value"].dtype == "bool" else self.build.ne(m, 0))
+            return None
+        return "it is a product of other things than (1 - mask) and a very negative number"
+
+    def _stored(self, node: fx.Node) -> str | None:
+        table: torch.Tensor = self.function.parameters[node.target].tensor
+        if not bool(((table == 0) | (table <= HIDDEN)).all()):
+            return "it is a stored table of other numbers than 0 and very negative ones"
+        self.booleans.append(self.build.parameter(f"{node.target}.seen", table == 0))
+        return None
+
+    def _widened(self, x: Any, like: fx.Node) -> Any:
+        """x with as many axes as ``like``."""
+        missing = like.meta["value"].rank - x.meta["value"].rank
+        return self.build.reshape(x, shape=(1,) * missing + x.meta["value"].shape) if missing > 0 else x
+
+    def _moved(self, factor: fx.Node, move: fx.Node) -> fx.Node:
+        """A factor of the operand of ``move`` as a factor of its result."""
+        whole = move.args[0].meta["value"].shape
+        if move.target.name == "expand":
+            return self._widened(factor, move)
+        if move.target.name == "reshape":
+            kept = [d for d in whole if d != 1]
+            if kept != [d for d in move.kwargs["shape"] if d != 1]:
+                factor = self.build.expand(factor, shape=whole)
+                return self.build.reshape(factor, shape=move.kwargs["shape"])
+            sizes = iter([s for s, w in zip(factor.meta["value"].shape, whole, strict=True) if w != 1])
+            return self.build.reshape(factor, shape=tuple(1 if d == 1 else next(sizes) for d in move.kwargs["shape"]))
+        if move.target.name == "slice" and factor.meta["value"].shape[move.kwargs["dim"]] == 1:
+            return factor
+        return self.build.emit(move.target, factor, **move.kwargs)
+
+
+def _is_inverse(condition: fx.Node, y: Any) -> bool:
+    """where(cast(y, bool), lowest, y) with y = 1 - m: where the condition fails, y is 0."""
+    while is_call(condition, "cast"):
+        condition = condition.args[0]
+    return condition is y or (is_call(condition, "ne") and condition.args[0] is y and condition.args[1] == 0)
+
+
+# -- what a factor says
+
+
+def _triangle(difference: Affine, queries: int | Dim, keys: int | Dim) -> bool:
+    """i - j + (Tk - Tq) >= 0 over [.., Tq, Tk]."""
+    return difference.coefficients == {2: 1, 3: -1} and difference.offset == keys - queries
+
+
+def _band(difference: Affine, queries: int | Dim, keys: int | Dim) -> int | None:
+    """The window w of j - i - (Tk - Tq) + w - 1 >= 0."""
+    if difference.coefficients != {2: -1, 3: 1}:
+        return None
+    window = difference.offset + 1 + (keys - queries)
+    return window if isinstance(window, int) and window >= 1 else None
+
+
+def _factors(m: Match, build: Builder) -> tuple[_Factors, str | None]:
+    factors = _Factors(build, m.function)
+    mask = m["mask"]
+    if mask.meta["value"].dtype == "bool":
+        factors.boolean(mask)
+        return factors, None
+    return factors, factors.additive(mask)
+
+
+def _can_simplify(m: Match) -> str | None:
+    """Tries on scratch nodes; they are removed again."""
+    scratch = m.function.builder(before=m.root)
+    before = set(m.function.graph.nodes)
+    stored = set(m.function.parameters)
+    try:
+        factors, reason = _factors(m, scratch)
+        if reason is not None:
+            return f"the additive mask stays: {reason}"
+        _, changed = _read(m, factors)
+        return None if changed else "nothing to simplify"
+    finally:
+        m.function.erase_dead(*[n for n in reversed(m.function.nodes) if n not in before])
+        for name in set(m.function.parameters) - stored:
+            del m.function.parameters[name]
+
+
+@dataclass
+class _Meaning:
+    causal: bool
+    window: int | None
+    left: list[fx.Node]
+
+
+def _read(m: Match, factors: _Factors) -> tuple[_Meaning, bool]:
+    positions = Positions(m.function)
+    queries, keys = m.root.args[0].meta["value"].shape[1], m.root.args[1].meta["value"].shape[1]
+    meaning = _Meaning(m.root.kwargs.get("causal", False), m.root.kwargs.get("window"), [])
+    square = queries == keys
+    for factor in factors.booleans:
+        predicate = positions.predicate(factor)
+        difference = predicate.difference if isinstance(predicate, Predicate) else None
+        if difference is not None and difference.at_least_zero(m.function.dims) is True:
+            continue
+        if difference is not None and square and _triangle(difference, queries, keys):
+            meaning.causal = True
+        elif difference is not None and square and (window := _band(difference, queries, keys)):
+            meaning.window = min(window, meaning.window or window)
+        else:
+            meaning.left.append(_plain(factor))
+    same = meaning.left == [m["mask"]]
+    return meaning, not same
+
+
+def _plain(factor: fx.Node) -> fx.Node:
+    """Without expansions: an attention mask broadcasts by itself."""
+    while is_call(factor, "expand") and factor.args[0].meta["value"].rank == factor.meta["value"].rank:
+        factor = factor.args[0]
+    return factor
+
+
+def _simplify(build: Builder, m: Match) -> fx.Node:
+    factors, _ = _factors(m, build)
+    meaning, _ = _read(m, factors)
+    mask = None
+    for factor in meaning.left:
+        mask = factor if mask is None else build.logical_and(mask, factor)
+    attributes = {**m.root.kwargs, "causal": meaning.causal, "window": meaning.window}
+    result = build.attention(*m.root.args[:3], mask, **attributes)
+    if factors.was_additive and meaning.left:
+        result.meta["note"] = "its additive mask became boolean: rows that hide every key give 0"
+    return result
+
+
+RULES = (
+    # attention(q, k, v, expand(and(full(true), j <= i, reshape(m))))  ->  attention(q, k, v, reshape(m), causal)
+    Rule("masks.simplify", P.attention(P.any(), P.any(), P.any(), P.any("mask")), _simplify, _can_simplify),
+)
+
