@@ -34,6 +34,7 @@ class GemmTile:
 
     rows: int
     streams: tuple[int, ...]
+    blocks: int = 1
 
 
 def panel_width(target: Target) -> int:

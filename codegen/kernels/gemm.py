@@ -13,17 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import tvm
 from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen import tiles
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.math import evaluate_chain
 from tersor.codegen.packing import packed_shape
+from tersor.codegen.tiles import (
+    CACHE_LINE,
+    PARALLEL_BYTES,
+    PARALLEL_FLOPS,
+    STREAM_AHEAD,
+    GemmTile,
+    choose,
+    partition,
+)
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
 
@@ -32,6 +42,12 @@ IDENTITY = Chain((ChainInput("accumulator"),), (), (0,))
 
 CHUNK = 16
 """Steps of k between two groups of prefetches in a tile that shares its panel with others."""
+
+SHORT_CHAIN = 2
+"""Steps of a chain up to which the epilogue of a tile is unrolled."""
+
+LINE = CACHE_LINE // 4
+"""f32 elements of a cache line."""
 
 
 @dataclass(frozen=True)
@@ -90,218 +106,210 @@ class Gemm:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec((*self.lead, self.n)),) * len(self.chain.outputs)
 
-    def build(self, target: Target, tile: tiles.GemmTile | None = None) -> tirx.PrimFunc:
+    def build(self, target: Target, tile: GemmTile | None = None) -> tirx.PrimFunc:
         """The scheduled function; ``tile`` overrides the chooser. ValueError when the panel does not suit the target."""
         lanes = target.lanes("float32")
         if self.columns % lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {lanes}")
-        return _Builder(self, lanes, tile or tiles.choose(target)).function()
+        return _Builder(self, lanes, tile or choose(target)).function()
+
+
+class _Rows(NamedTuple):
+    """The rows of one register tile: ``at(r)`` is the row of the matrix that the tile's row r < height works on."""
+
+    height: int
+    at: Callable[[Expr | int], Expr | int]
 
 
 class _Builder:
     """Emits one kernel; the attributes are what every part of it refers to."""
 
-    def __init__(self, gemm: Gemm, lanes: int, tile: tiles.GemmTile):
+    def __init__(self, gemm: Gemm, lanes: int, tile: GemmTile):
         self.gemm, self.lanes, self.tile = gemm, lanes, tile
         self.vectors = gemm.panel // lanes
         self.panels = packed_shape(gemm.n, gemm.k, gemm.panel, gemm.weights)[0]
-        self.line = tiles.CACHE_LINE // 4
 
     def function(self) -> tirx.PrimFunc:
         gemm = self.gemm
-        with tvm.script.ir_builder.IRBuilder() as builder:
+        names = [f"{value.kind}_{i}" for i, value in enumerate(gemm.chain.inputs[gemm.weights :])]
+        with IRBuilder() as builder:
             with T.prim_func(s_tir=True):
                 T.func_name(gemm.name())
                 T.func_attr({"tirx.noalias": True})
                 arguments = Arguments()
-                names = [
-                    "a",
-                    "w",
-                    *(f"{v.kind}_{i}" for i, v in enumerate(gemm.chain.inputs[gemm.weights :])),
-                ]
-                inputs = [
-                    arguments.declare(name, spec) for name, spec in zip(names, gemm.inputs(), strict=True)
-                ]
+                a, self.w, *others = (
+                    arguments.declare(name, spec)
+                    for name, spec in zip(["a", "w", *names], gemm.inputs(), strict=True)
+                )
                 outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(gemm.outputs())]
-                self.a, self.w = arguments.flatten(inputs[0]), inputs[1]
+                self.a = arguments.flatten(a)
                 self.others = [
                     (value, arguments.flatten(buffer) if value.kind in ("full", "row") else buffer)
-                    for value, buffer in zip(gemm.chain.inputs[gemm.weights :], inputs[2:], strict=True)
+                    for value, buffer in zip(gemm.chain.inputs[gemm.weights :], others, strict=True)
                 ]
                 self.outputs = [arguments.flatten(buffer) for buffer in outputs]
                 self._schedule(arguments.size(gemm.lead))
         return builder.get()
 
-    def _schedule(self, m: int | tirx.PrimExpr) -> None:
+    def _schedule(self, m: int | Expr) -> None:
         """All panels, on several threads when there is enough to do."""
-        weight_bytes, row_flops = (
-            4 * self.gemm.k * self.gemm.n * self.gemm.weights,
-            2 * self.panels * self.gemm.k * self.gemm.panel,
-        )
-        body = self._static_panel if isinstance(m, int) else self._symbolic_panel
-
-        def loop(kind: Callable) -> None:
-            with kind(self.panels) as panel:
-                body(panel, m)
-
-        if (
-            weight_bytes >= tiles.PARALLEL_BYTES
-            or isinstance(m, int)
-            and row_flops * m >= tiles.PARALLEL_FLOPS
-        ):
-            loop(T.parallel)
-        elif isinstance(m, int):
-            loop(T.serial)
+        weight_bytes = 4 * self.panels * self.gemm.k * self.gemm.panel
+        row_flops = weight_bytes // 2
+        if isinstance(m, int):
+            large = weight_bytes >= PARALLEL_BYTES or row_flops * m >= PARALLEL_FLOPS
+            self._tasks(T.parallel if large else T.serial, m)
+        elif weight_bytes >= PARALLEL_BYTES:
+            self._tasks(T.parallel, m)
         else:
-            with T.If(m >= int(tiles.PARALLEL_FLOPS / row_flops)):
+            with T.If(m >= int(PARALLEL_FLOPS / row_flops)):
                 with T.Then():
-                    loop(T.parallel)
+                    self._tasks(T.parallel, m)
                 with T.Else():
-                    loop(T.serial)
+                    self._tasks(T.serial, m)
 
-    def _static_panel(self, panel: tirx.PrimExpr, m: int) -> None:
+    def _tasks(self, loop: Callable[..., Any], m: int | Expr) -> None:
+        """One task is one panel, for all rows or for one block of them."""
+        blocks = self.tile.blocks
+        with loop(blocks * self.panels) as task:
+            panel, block = (task % self.panels, task // self.panels) if blocks > 1 else (task, 0)
+            if isinstance(m, int):
+                self._static_rows(panel, block, m)
+            else:
+                self._symbolic_rows(panel, block, m)
+
+    def _static_rows(self, panel: Expr, block: Expr | int, m: int) -> None:
         if m <= self.tile.streams[-1]:
-            self._stream(panel, list(range(m)))
+            self._stream(panel, _Rows(m, lambda r: r))
             return
-        parts = tiles.partition(m, self.tile.rows)
-        total, first_tile, first_row = sum(count for count, _ in parts), 0, 0
-        for count, height in parts:
-            with T.serial(count) as i:
-                rows = [first_row + i * height + r for r in range(height)]
-                self._shared(panel, rows, first_tile + i, total)
+        tiles = partition(m, self.tile.rows)
+        total = sum(count for count, _ in tiles)
+        first_tile, first_row = 0, 0
+        for count, height in tiles:
+            with self._tiles_of(block, first_tile, first_tile + count, total) as i:
+                start = first_row + (i - first_tile) * height
+                self._shared(panel, _Rows(height, lambda r, start=start: start + r), i, total)
             first_tile, first_row = first_tile + count, first_row + count * height
 
-    def _symbolic_panel(self, panel: tirx.PrimExpr, m: tirx.PrimExpr) -> None:
+    def _symbolic_rows(self, panel: Expr, block: Expr | int, m: Expr) -> None:
         def streams(heights: Sequence[int]) -> None:
             if not heights:
-                rows = self.tile.rows
-                count = T.ceildiv(m, rows)
-                with T.serial(count) as i:
-                    start = T.bind(T.min(i * rows, m - rows))
-                    self._shared(panel, [start + r for r in range(rows)], i, count)
+                total = T.ceildiv(m, self.tile.rows)
+                with self._tiles_of(block, 0, total, total) as i:
+                    start = T.bind(T.min(i * self.tile.rows, m - self.tile.rows))
+                    self._shared(panel, _Rows(self.tile.rows, lambda r: start + r), i, total)
                 return
             with T.If(m <= heights[0]):
                 with T.Then():
-                    self._stream(panel, [T.bind(T.min(r, m - 1)) if r else 0 for r in range(heights[0])])
+                    self._stream(panel, _Rows(heights[0], lambda r: T.min(r, m - 1)))
                 with T.Else():
                     streams(heights[1:])
 
         streams(self.tile.streams)
 
-    def _stream(self, panel: tirx.PrimExpr, rows: Sequence[tirx.PrimExpr]) -> None:
+    def _tiles_of(self, block: Expr | int, first: Expr | int, last: Expr | int, total: Expr | int) -> Any:
+        """A loop over the tiles first <= i < last that belong to a block of rows."""
+        if self.tile.blocks == 1:
+            return T.serial(first, last)
+        size = T.ceildiv(total, self.tile.blocks)
+        start = T.bind(T.max(block * size, first))
+        return T.serial(start, T.max(start, T.min((block + 1) * size, last)))
+
+    def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
-        ahead = tiles.STREAM_AHEAD // (4 * self.gemm.panel)
-        accumulators = self._zeros(len(rows))
+        ahead = STREAM_AHEAD // (4 * self.gemm.panel)
+        accumulators = self._zeros(rows.height)
         with T.serial(self.gemm.k) as k:
-            for column in range(0, self.gemm.panel, self.line):
+            for column in range(0, self.gemm.panel, LINE):
                 self._prefetch(panel, k + ahead, column)
             self._multiply(accumulators, panel, rows, k)
         self._epilogue(accumulators, panel, rows)
 
-    def _shared(
-        self, panel: tirx.PrimExpr, rows: Sequence[tirx.PrimExpr], tile: tirx.PrimExpr, count: tirx.PrimExpr
-    ) -> None:
-        """Tile number ``tile`` of the ``count`` that read the panel; it prefetches as large a part of the next one."""
-        accumulators = self._zeros(len(rows))
+    def _shared(self, panel: Expr, rows: _Rows, tile: Expr, count: Expr | int) -> None:
+        """One of the ``count`` tiles that read the panel; it prefetches as large a part of the next one."""
+        accumulators = self._zeros(rows.height)
         chunks, rest = divmod(self.gemm.k, CHUNK)
-        lines_a_step = self.gemm.panel // self.line
-        share = T.ceildiv(CHUNK * lines_a_step, count)
-
-        def prefetch(chunk: tirx.PrimExpr, line: tirx.PrimExpr) -> None:
-            number = (tile * chunks + chunk) * share + line
-            self._prefetch(panel + 1, number // lines_a_step, number % lines_a_step * self.line)
-
+        lines = self.gemm.panel // LINE
+        share = -(-CHUNK * lines // count) if isinstance(count, int) else T.ceildiv(CHUNK * lines, count)
         with T.serial(chunks) as chunk:
-            if isinstance(count, int):
-                for line in range(-(-CHUNK * lines_a_step // count)):
-                    prefetch(chunk, line)
-            else:
-                with T.serial(share) as line:
-                    prefetch(chunk, line)
+            with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
+                number = (tile * chunks + chunk) * share + line
+                self._prefetch(panel + 1, number // lines, number % lines * LINE)
             with T.serial(CHUNK) as k:
                 self._multiply(accumulators, panel, rows, chunk * CHUNK + k)
         with T.serial(rest) as k:
             self._multiply(accumulators, panel, rows, chunks * CHUNK + k)
         self._epilogue(accumulators, panel, rows)
 
-    def _zeros(self, rows: int) -> list[tirx.Buffer]:
-        # One buffer a row: TVM keeps only allocations below 1 kB on the stack, and LLVM only those in registers.
-        buffers = [T.alloc_buffer((self.vectors * self.lanes,), scope="global") for _ in range(rows)]
+    def _zeros(self, height: int) -> list[tirx.Buffer]:
+        # TVM keeps allocations below 1 kB, outside scope "local", on the stack; LLVM turns those into registers.
+        buffers = [T.alloc_buffer((self.gemm.panel,), scope="global") for _ in range(height)]
         for buffer in buffers:
             for v in range(self.vectors):
                 T.buffer_store(buffer, T.broadcast(T.float32(0), self.lanes), [self._vector(v)])
         return buffers
 
-    def _vector(self, v: int, base: tirx.PrimExpr | int = 0) -> tirx.PrimExpr:
+    def _vector(self, v: int, base: Expr | int = 0) -> Expr:
         return T.ramp(base + v * self.lanes, 1, self.lanes)
 
-    def _multiply(
-        self,
-        accumulators: list[tirx.Buffer],
-        panel: tirx.PrimExpr,
-        rows: Sequence[tirx.PrimExpr],
-        k: tirx.PrimExpr,
-    ) -> None:
-        for row, buffer in zip(rows, accumulators, strict=True):
+    def _multiply(self, accumulators: list[tirx.Buffer], panel: Expr, rows: _Rows, k: Expr) -> None:
+        for r, buffer in enumerate(accumulators):
             for v in range(self.vectors):
-                product_ = T.broadcast(self.a[row, k], self.lanes) * self.w[panel, k, self._vector(v)]
-                T.buffer_store(buffer, buffer[self._vector(v)] + product_, [self._vector(v)])
+                term = T.broadcast(self.a[rows.at(r), k], self.lanes) * self.w[panel, k, self._vector(v)]
+                T.buffer_store(buffer, buffer[self._vector(v)] + term, [self._vector(v)])
 
-    def _prefetch(self, panel: tirx.PrimExpr, k: tirx.PrimExpr, column: tirx.PrimExpr) -> None:
+    def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
         # Addresses past the end are harmless: a prefetch never faults.
         address = T.address_of(self.w[panel, k, column])
         T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
 
-    def _epilogue(
-        self, accumulators: list[tirx.Buffer], panel: tirx.PrimExpr, rows: Sequence[tirx.PrimExpr]
-    ) -> None:
+    def _epilogue(self, accumulators: list[tirx.Buffer], panel: Expr, rows: _Rows) -> None:
         """Apply the chain and store; the last panel may be narrower than the others."""
         full, tail = divmod(self.gemm.n, self.gemm.columns)
         if not tail:
             self._store(accumulators, panel, rows, self.gemm.columns)
-            return
-        with T.If(panel < full):
-            with T.Then():
-                self._store(accumulators, panel, rows, self.gemm.columns)
-            with T.Else():
-                self._store(accumulators, panel, rows, tail)
+        elif not full:
+            self._store(accumulators, panel, rows, tail)
+        else:
+            with T.If(panel < full):
+                with T.Then():
+                    self._store(accumulators, panel, rows, self.gemm.columns)
+                with T.Else():
+                    self._store(accumulators, panel, rows, tail)
 
-    def _store(
-        self, accumulators: list[tirx.Buffer], panel: tirx.PrimExpr, rows: Sequence[tirx.PrimExpr], width: int
-    ) -> None:
+    def _store(self, accumulators: list[tirx.Buffer], panel: Expr, rows: _Rows, width: int) -> None:
         """``width`` columns of a panel, the last vector masked where they are not whole vectors."""
+        # Short chains stay in registers; a loop keeps the code of long ones small, at no cost in time.
+        loop = T.unroll if len(self.gemm.chain.steps) <= SHORT_CHAIN else T.serial
+        lanes = self._vector(0)
         for v in range(-(-width // self.lanes)):
             columns = self._vector(v, panel * self.gemm.columns)
-            left = width - v * self.lanes
-            mask = None if left >= self.lanes else T.ramp(0, 1, self.lanes) < T.broadcast(left, self.lanes)
-            shared = {
-                i: T.bind(self._load(buffer, columns, mask))
-                for i, (value, buffer) in enumerate(self.others)
-                if value.kind == "column"
-            }
-            for row, accumulator in zip(rows, accumulators, strict=True):
-                values = [
-                    accumulator[self._vector(w * self.vectors // self.gemm.weights + v)]
-                    for w in range(self.gemm.weights)
-                ]
-                for i, (value, buffer) in enumerate(self.others):
-                    if value.kind == "column":
-                        values.append(shared[i])
-                    elif value.kind == "full":
-                        values.append(self._load(buffer, columns, mask, row))
-                    elif value.kind == "row":
-                        values.append(T.broadcast(buffer[row, 0], self.lanes))
-                    else:
-                        values.append(T.broadcast(buffer[()], self.lanes))
-                for output, value in zip(self.outputs, evaluate_chain(self.gemm.chain, values), strict=True):
+            mask = None
+            if width < (v + 1) * self.lanes:
+                mask = T.ramp(0, 1, self.lanes) < T.broadcast(width - v * self.lanes, self.lanes)
+            sums = [T.alloc_buffer((rows.height, self.lanes), scope="global") for _ in range(self.gemm.weights)]
+            for w, buffer in enumerate(sums):
+                place = self._vector(w * self.vectors // self.gemm.weights + v)
+                for r, accumulator in enumerate(accumulators):
+                    T.buffer_store(buffer, accumulator[place], [r, lanes])
+            with loop(rows.height) as r:
+                row = rows.at(r)
+                values = [buffer[r, lanes] for buffer in sums]
+                values += [self._input(value, buffer, row, columns, mask) for value, buffer in self.others]
+                for output, result in zip(self.outputs, evaluate_chain(self.gemm.chain, values), strict=True):
                     if mask is None:
-                        T.buffer_store(output, value, [row, columns])
+                        T.buffer_store(output, result, [row, columns])
                     else:
-                        T.evaluate(T.masked_store(output, value, row, columns, mask))
+                        T.evaluate(T.masked_store(output, result, row, columns, mask))
 
-    def _load(
-        self, buffer: tirx.Buffer, columns: tirx.PrimExpr, mask: tirx.PrimExpr | None, *row: tirx.PrimExpr
-    ) -> tirx.PrimExpr:
+    def _input(
+        self, value: ChainInput, buffer: tirx.Buffer, row: Expr | int, columns: Expr, mask: Expr | None
+    ) -> Expr:
+        """A vector of one of the chain's other inputs."""
+        if value.kind == "scalar":
+            return T.broadcast(buffer[()], self.lanes)
+        if value.kind == "row":
+            return T.broadcast(buffer[row, 0], self.lanes)
+        place = (row, columns) if value.kind == "full" else (columns,)
         if mask is None:
-            return buffer[(*row, columns)]
-        return T.masked_load(f"{buffer.dtype}x{self.lanes}", buffer, *row, columns, mask)
+            return buffer[place]
+        return T.masked_load(f"{value.dtype}x{self.lanes}", buffer, *place, mask)
