@@ -203,6 +203,11 @@ class Pass:
         """The nodes that ``skip`` names: they must not change, even as neighbours of a selected one."""
         return {site.node for site in sites.select(program, self.skip)} if self.skip else set()
 
+    def unselected(self, program: Program) -> set[fx.Node]:
+        """All operation nodes that the pass must leave as they are."""
+        selected = {node for _, node in self.select(program)}
+        return {node for function in program.functions.values() for node in function.calls()} - selected
+
     def rewrite(self, program: Program, *rules: Rule) -> PassResult:
         """Applies rewrite rules (`tersor.ir.matching`) at the selected sites until none fires."""
         result = PassResult()
