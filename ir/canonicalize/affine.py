@@ -228,14 +228,16 @@ class Positions:
         return branch.lifted(shape) if branch else None
 
     def _gather(self, node: fx.Node, shape: Shape) -> Affine | None:
-        """A linear function of an index that is itself one."""
+        """A linear function of an index; the index must be one itself, unless the table is the same all along."""
         x, index = self.affine(node.args[0]), self.affine(node.args[1])
-        if not x or not index:
+        if not x:
             return None
         dim = node.kwargs["dim"] % len(shape)
         slope = x.coefficients.get(dim, 0)
         rest = Affine(shape, x.offset, {a: c for a, c in x.coefficients.items() if a != dim})
-        return rest if slope == 0 else rest.plus(index.times(slope), shape)
+        if slope == 0:
+            return rest
+        return rest.plus(index.times(slope), shape) if index else None
 
 
 def from_tensor(tensor: torch.Tensor) -> Affine | Predicate | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -15,17 +17,25 @@ ELEMENTWISE_BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "pow", "
                       "eq", "ne", "lt", "le", "gt", "ge")  # fmt: skip
 
 
-def remove_dead(function: Function) -> int:
-    """Removes every node that no result depends on; returns how many. Inputs stay."""
-    return function.erase_dead(*reversed(function.nodes))
+def remove_dead(function: Function, spare: Collection[fx.Node] = ()) -> int:
+    """Removes every node that no result depends on; returns how many. Inputs stay, and what ``spare`` names."""
+    gone = 0
+    for node in reversed(function.nodes):
+        if not node.users and node.op in ("call_function", "get_attr") and node not in spare:
+            function.graph.erase_node(node)
+            gone += 1
+    return gone
 
 
-def merge_duplicates(function: Function) -> int:
-    """Common subexpressions: of equal operations on equal operands the first stays; returns how many went."""
+def merge_duplicates(function: Function, spare: Collection[fx.Node] = ()) -> int:
+    """Common subexpressions: of equal operations on equal operands the first stays; returns how many went.
+
+    What ``spare`` names stays, and takes nobody's place.
+    """
     seen: dict[Any, fx.Node] = {}
     gone = 0
     for node in function.nodes:
-        if node.op not in ("call_function", "get_attr"):
+        if node.op not in ("call_function", "get_attr") or node in spare:
             continue
         key = (node.target, node.args, tuple(sorted(node.kwargs.items(), key=lambda item: item[0])), _types(node))
         first = seen.setdefault(key, node)
@@ -99,6 +109,37 @@ def _drop_expansion(build: Builder, m: Match) -> fx.Node:
     return build.emit(m.root.target, *_without_expansion(m), **m.root.kwargs)
 
 
+_NEGATIONS = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
+
+
+def _negated(name: str) -> Callable[[Builder, Match], fx.Node]:
+    return lambda build, m: build.emit(_NEGATIONS[name], m["x"], m["y"])
+
+
+def _no_nan(m: Match) -> str | None:
+    floats = [x for x in (m["x"], m["y"]) if isinstance(x, float) or (isinstance(x, fx.Node) and x.meta["value"].is_float)]
+    return "a comparison with NaN is false either way" if floats else None
+
+
+# Every value of the first type is a value of the others.
+_EXACT = {
+    "bool": ("uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"),
+    "int32": ("int64", "float64"),
+    "bfloat16": ("float32", "float64"),
+    "float16": ("float32", "float64"),
+    "float32": ("float64",),
+}
+
+
+def _inner_is_exact(m: Match) -> str | None:
+    before, between = m.value("x").dtype, m["inner"].meta["value"].dtype
+    return None if between in _EXACT.get(before, ()) else f"{between} does not hold every {before}"
+
+
+def _cast_once(build: Builder, m: Match) -> fx.Node:
+    return build.cast(m["x"], dtype=m.root.kwargs["dtype"])
+
+
 _X = P.any("x")
 
 RULES = (
@@ -109,6 +150,13 @@ RULES = (
     Rule("cleanup.times_one", P.one_of(P.mul(_X, 1), P.div(_X, 1), P.pow(_X, 1)), _first, _unchanged),
     # not not x  ->  x
     Rule("cleanup.not_not", P.logical_not(P.logical_not(_X)), _first, _unchanged),
+    # not (x == y)  ->  x != y
+    *(
+        Rule(f"cleanup.not_{name}", P.logical_not(P.op((name,), P.optional("x"), P.optional("y"))), _negated(name), _no_nan)
+        for name in _NEGATIONS
+    ),
+    # cast(cast(x, int64), float32) of an int32 or boolean x  ->  cast(x, float32)
+    Rule("cleanup.cast_of_cast", P.cast(P.cast(_X).named("inner")), _cast_once, _inner_is_exact),
     # slice(slice(x))  ->  slice(x)
     Rule("cleanup.slice_of_slice", P.slice(P.slice(_X).named("inner")), _compose_slices, _slices_compose),
     # expand(expand(x))  ->  expand(x)

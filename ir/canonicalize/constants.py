@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ LARGEST_TABLE = 1 << 28  # bytes of a table that is tried at all
 _CHEAP = ("full", "expand", "arange")
 
 
-def fold_constants(function: Function) -> list[str]:
+def fold_constants(function: Function, spare: Collection[fx.Node] = ()) -> list[str]:
     """Evaluates every maximal value that depends on no input; returns a note for each that stays and why.
 
     A value of fixed shape becomes a parameter if that is small, or no larger than the parameters it makes unused.
@@ -30,7 +30,7 @@ def fold_constants(function: Function) -> list[str]:
     notes = []
     free = _input_free(function)
     for node in _frontier(function, free):
-        if node.op != "call_function" or is_stored(node):
+        if node.op != "call_function" or node in spare or is_stored(node):
             continue
         cone = _cone(node)
         if any(n.op == "placeholder" for n in cone):

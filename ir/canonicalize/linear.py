@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from tersor.ir.canonicalize.layout import MOVES, Layout, arrange, trace
+from tersor.ir.dims import product
 from tersor.ir.matching import Match, P, Rule, is_call
 from tersor.ir.program import Builder
 
@@ -54,9 +55,9 @@ def _parts(m: Match) -> tuple[fx.Node, Layout, int] | str:
     slices = _leaves(source)
     if slices is None:
         return "the whole output is used too"
-    taken = [s.meta["value"].elements for s in slices]
-    surplus = sum(taken, start=-source.meta["value"].elements)
-    if not isinstance(surplus, int) or surplus > 0:
+    width = source.meta["value"].shape[-1]
+    rows = product(source.meta["value"].shape[:-1])
+    if sum(s.meta["value"].elements // rows for s in slices) > width:
         return "the slices overlap"
     return source, layout, group[0]
 
