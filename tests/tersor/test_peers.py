@@ -80,7 +80,7 @@ class Fake:
         return 0.5, f"{self.name} 1.0"
 
     def turn(self, untimed: int, timed: int) -> Turn:
-        if untimed:
+        if timed > 1:
             self.log.append(self.name)
         return Turn([self.milliseconds] * timed, 0.25)
 
