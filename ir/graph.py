@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from tersor.ir.dims import Dim
-from tersor.ir.parameters import ParameterStore
 from tersor.ir.program import Function, Program
 from tersor.ir.sites import structural_names
 from tersor.ir.structure import AttentionLayer, FeedForward, attention_layers, feed_forwards, is_norm

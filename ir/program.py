@@ -262,6 +262,11 @@ class Program:
             del self.parameters[name]
         return unused
 
+    def __str__(self) -> str:
+        from tersor.ir.text import print_program
+
+        return print_program(self)
+
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Runs ``main`` in torch: tensors by input name -> tensors by output name."""
         from tersor.ir.interpreter import run
