@@ -18,10 +18,16 @@ Extent = int | Expr
 
 
 def flat(buffer: tirx.Buffer) -> tirx.Buffer:
-    """An argument seen as one dimension; call it after all arguments are declared."""
+    """An argument seen as one dimension; call it after all arguments are declared.
+
+    Bools are seen as the bytes they are, to be cast: TVM cannot lower every vector store of bools.
+    """
+    if buffer.dtype == "bool":
+        return T.decl_buffer((product(buffer.shape),), "int8", data=buffer.data)
     if len(buffer.shape) == 1:
         return buffer
     return T.decl_buffer((product(buffer.shape),), buffer.dtype, data=buffer.data)
+
 
 
 def merge_dims(output: Shape, patterns: list[tuple[bool, ...]]) -> list[tuple[Shape, tuple[bool, ...]]]:
@@ -61,17 +67,22 @@ def unravel(index: Extent, extents: Sequence[Extent]) -> list[Extent]:
     return [index, *position] if extents else []
 
 
-def rows(extent: Extent, elements: Extent, body: Callable[[Expr], None]) -> None:
-    """``body(row)`` for each row, on several threads when there are enough ``elements`` in all."""
+def rows(
+    extent: Extent,
+    elements: Extent,
+    body: Callable[[Expr], None],
+    threshold: float = PARALLEL_ELEMENTS,
+) -> None:
+    """``body(row)`` for each row, on several threads when ``elements`` in all reach the threshold."""
 
     def loop(kind: Callable) -> None:
         with kind(extent) as row:
             body(row)
 
     if isinstance(elements, int):
-        loop(T.parallel if elements >= PARALLEL_ELEMENTS and extent != 1 else T.serial)
+        loop(T.parallel if elements >= int(threshold) and extent != 1 else T.serial)
         return
-    with T.If(elements >= PARALLEL_ELEMENTS):
+    with T.If(elements >= int(threshold)):
         with T.Then():
             loop(T.parallel)
         with T.Else():

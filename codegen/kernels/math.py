@@ -96,13 +96,13 @@ def output_dtypes(chain: Chain) -> tuple[str, ...]:
     return tuple(known[index] for index in chain.outputs)
 
 
-def bind(value: Expr) -> Expr:
+def bind(value: Expr | int) -> Expr | int:
     """A register that holds the value, so that it is computed once; variables and constants are returned as they are.
 
     It is a local buffer, not a let: TVM's simplifier looks through lets, at a cost exponential in their depth.
     """
-    if isinstance(value, tirx.Var) or _is_constant(value):
-        return value
+    if isinstance(value, int | tirx.Var) or _is_constant(value) or _element(value) == "bool":
+        return value  # comparisons cost less than keeping them, and TVM cannot lower every store of bools
     lanes = lanes_of(value)
     register = T.alloc_buffer((lanes,), _element(value), scope="global")
     at = T.ramp(0, 1, lanes) if lanes > 1 else 0

@@ -1,0 +1,188 @@
+"""Attention against torch in f64: head sizes, tails in both lengths, masks of every shape, GQA, causal, packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_harness import run_kernel
+
+from tersor.codegen.kernels.attention import Attention
+from tersor.ir.dims import Dim
+
+RNG = np.random.default_rng(0)
+BATCH, QUERIES, KEYS = Dim.symbol("batch"), Dim.symbol("queries"), Dim.symbol("keys")
+
+
+def array(*shape):
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def reference(kernel, q, k, v, mask=None):
+    def split(x, heads):
+        return torch.from_numpy(x).double().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k, v = split(q, kernel.heads), split(k, kernel.kv_heads), split(v, kernel.kv_heads)
+    tq, tk = q.shape[2], k.shape[2]
+    offset = tk - tq if kernel.align == "end" else 0
+    rows, columns = torch.arange(tq).unsqueeze(1) + offset, torch.arange(tk).unsqueeze(0)
+    seen = torch.ones(tq, tk, dtype=torch.bool)
+    if kernel.causal:
+        seen &= columns <= rows
+    if kernel.window is not None:
+        seen &= columns > rows - kernel.window
+    bias = torch.zeros(tq, tk).double().masked_fill(~seen, -np.inf)
+    if mask is not None and mask.dtype == bool:
+        bias = bias + torch.zeros(mask.shape).double().masked_fill(~torch.from_numpy(mask), -np.inf)
+    elif mask is not None:
+        bias = bias + torch.from_numpy(mask).double()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    out = attention(
+        q, k, v, bias.expand(q.shape[0], kernel.heads, tq, tk), scale=kernel.scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2).numpy()
+
+
+def check(kernel, target, b, tq, tk, mask=None):
+    q = array(b, tq, kernel.heads * kernel.head_dim)
+    k, v = array(b, tk, kernel.kv_heads * kernel.head_dim), array(b, tk, kernel.kv_heads * kernel.value_dim)
+    expected = reference(kernel, q, k, v, mask)
+    inputs = {"": [q, k, v], "qkv": [q, k, v], "kv": [q, k, v]}[kernel.packed]
+    if kernel.packed == "qkv":
+        inputs = [np.concatenate([q, k, v], -1)]
+    elif kernel.packed == "kv":
+        inputs = [q, np.concatenate([k, v], -1)]
+    (got,) = run_kernel(kernel, [*inputs, *([] if mask is None else [mask])], target)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def ragged(b, tk):
+    """A padding mask [B, 1, 1, Tk]: the first sequence is full, the others end earlier."""
+    lengths = np.concatenate([[tk], RNG.integers(1, tk + 1, b - 1)])
+    return (np.arange(tk) < lengths[:, None])[:, None, None]
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64, 80, 128, 256])
+def test_head_sizes(head_dim, target):
+    check(Attention(2, 13, 13, 2, 2, head_dim, head_dim, head_dim**-0.5), target, 2, 13, 13)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 24), (40, 8), (5, 33)])
+def test_value_size_differs(head_dim, value_dim, target):
+    check(Attention(1, 9, 20, 3, 3, head_dim, value_dim, 0.3), target, 1, 9, 20)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 31, 32, 33, 50, 197])
+def test_static_lengths(length, target):
+    check(Attention(1, length, length, 2, 2, 32, 32, 0.2), target, 1, length, length)
+    check(Attention(1, length, length, 2, 2, 32, 32, 0.2, causal=True), target, 1, length, length)
+
+
+LENGTHS = [(1, 1), (1, 5), (2, 3), (7, 16), (8, 8), (9, 17), (16, 33), (33, 64), (65, 65), (100, 130)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "keys", "full", "per_head"])
+def test_symbolic_lengths(causal, mask, target):
+    shape = {
+        "none": None,
+        "keys": (BATCH, 1, 1, KEYS),
+        "full": (BATCH, 1, QUERIES, KEYS),
+        "per_head": (1, 4, QUERIES, KEYS),
+    }[mask]
+    kernel = Attention(BATCH, QUERIES, KEYS, 4, 2, 24, 24, 0.25, causal=causal, mask=shape)
+    for i, (tq, tk) in enumerate(LENGTHS):
+        b = 1 + i % 3
+        sizes = {BATCH: b, QUERIES: tq, KEYS: tk}
+        keep = None if shape is None else ragged(b, tk)
+        if mask in ("full", "per_head"):
+            keep = RNG.random([sizes.get(d, d) for d in shape]) < 0.7
+        check(kernel, target, b, tq, tk, keep)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 19), (1, 1, 11, 19), (2, 3, 11, 19), (1, 3, 1, 19), (2, 1, 11, 1), (1, 1, 1, 1)]
+)
+@pytest.mark.parametrize("dtype", ["bool", "float32"])
+def test_mask_shapes(shape, dtype, target):
+    mask = RNG.random(shape) < 0.8 if dtype == "bool" else array(*shape)
+    check(Attention(2, 11, 19, 3, 3, 16, 16, 0.25, mask=shape, mask_dtype=dtype), target, 2, 11, 19, mask)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (9, 3)])
+def test_grouped_heads(heads, target):
+    check(Attention(2, 17, 17, *heads, 32, 32, 0.2, causal=True), target, 2, 17, 17)
+
+
+@pytest.mark.parametrize("align", ["end", "start"])
+@pytest.mark.parametrize(("tq", "tk"), [(3, 40), (40, 3), (17, 33), (1, 64)])
+def test_causal_alignment(align, tq, tk, target):
+    """Also more queries than keys: with "end" the first queries see nothing and give zeros."""
+    kernel = Attention(1, tq, tk, 2, 2, 16, 16, 0.25, causal=True, align=align)
+    check(kernel, target, 1, tq, tk)
+    symbolic = Attention(BATCH, QUERIES, KEYS, 2, 2, 16, 16, 0.25, causal=True, align=align)
+    check(symbolic, target, 1, tq, tk)
+
+
+@pytest.mark.parametrize("window", [1, 4, 20, 100])
+@pytest.mark.parametrize("causal", [False, True])
+def test_window(window, causal, target):
+    kernel = Attention(BATCH, QUERIES, KEYS, 2, 2, 16, 16, 0.25, causal=causal, window=window)
+    for tq, tk in [(1, 1), (5, 5), (33, 33), (70, 70), (9, 50)]:
+        check(kernel, target, 1, tq, tk)
+
+
+@pytest.mark.parametrize("packed", ["qkv", "kv"])
+def test_packed_inputs(packed, target):
+    length = QUERIES if packed == "qkv" else KEYS
+    kernel = Attention(BATCH, QUERIES, length, 4, 2, 24, 40, 0.2, packed=packed, mask=(BATCH, 1, 1, length))
+    for b, tq, tk in [(1, 1, 1), (2, 9, 9), (3, 30, 30)]:
+        tk = tq if packed == "qkv" else tk + 5
+        check(kernel, target, b, tq, tk, ragged(b, tk))
+
+
+def test_rows_without_any_key_give_zeros(target):
+    mask = np.ones((2, 1, 9, 20), bool)
+    mask[0, 0, 3], mask[1] = False, False
+    check(Attention(2, 9, 20, 2, 2, 16, 16, 0.25, mask=mask.shape), target, 2, 9, 20, mask)
+
+
+def test_lowest_finite_mask(target):
+    """An additive mask of the lowest float, as some models make it: a row of it alone gives the mean, as in torch."""
+    mask = np.zeros((1, 1, 4, 20), np.float32)
+    mask[0, 0, :, 15:] = np.finfo(np.float32).min
+    mask[0, 0, 2] = np.finfo(np.float32).min
+    kernel = Attention(1, 4, 20, 1, 1, 16, 16, 0.25, mask=mask.shape, mask_dtype="float32")
+    q, k, v = array(1, 4, 16), array(1, 20, 16), array(1, 20, 16)
+    (got,) = run_kernel(kernel, [q, k, v, mask], target)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    np.testing.assert_allclose(got, sdpa(*map(torch.from_numpy, (q, k, v, mask[0])), scale=0.25), atol=2e-6)
+    np.testing.assert_allclose(got[0, 2], v[0].mean(0), atol=2e-6)
+
+
+def test_large_scores(target):
+    """Scores of +-1000 differ by more than f32's exponential reaches."""
+    q, k, v = 40 * array(1, 10, 16), 40 * array(1, 40, 16), array(1, 40, 16)
+    kernel = Attention(1, 10, 40, 1, 1, 16, 16, 0.25)
+    (got,) = run_kernel(kernel, [q, k, v], target)
+    np.testing.assert_allclose(got, reference(kernel, q, k, v), atol=2e-4)
+
+
+def test_many_rows_on_threads(target):
+    check(Attention(3, 120, 120, 4, 4, 32, 32, 0.2, causal=True), target, 3, 120, 120)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_heads": 3}, "cannot share"),
+        ({"packed": "qkv", "kv_len": 9}, "one length"),
+        ({"mask": (1, 1, 7, 8)}, "does not broadcast"),
+    ],
+)
+def test_impossible_descriptions(change, message):
+    fields = (
+        dict(batch=1, q_len=8, kv_len=8, heads=4, kv_heads=4, head_dim=8, value_dim=8, scale=1.0) | change
+    )
+    with pytest.raises(ValueError, match=message):
+        Attention(**fields)
