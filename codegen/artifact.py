@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,8 @@ from tersor.codegen.runtime.folder import new_folder, write_manifest
 from tersor.codegen.runtime.manifest import MODULE, REPORT, WEIGHTS, Manifest
 from tersor.codegen.runtime.weights import header, padding
 from tersor.errors import ArtifactError
-from tersor.targets import Target
 
 _BLOCK = 16 << 20
-
-
-def target_record(target: Target) -> dict[str, Any]:
-    """What a manifest keeps of a target: what decides which CPU runs the code, and nothing of this machine."""
-    kept = ("name", "arch", "mcpu", "mattr", "features", "os")
-    return {key: value for key, value in target.to_dict().items() if key in kept}
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what makes an artifact, for `Manifest.versions`."""
-    packages = {"tersor": "tersor", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
-    return {key: metadata.version(package) for key, package in packages.items()}
 
 
 def write_artifact(
