@@ -1,1 +1,68 @@
-"""Outside models in: torch.export, transformers."""
+"""Outside models in: whatever it is, `capture` gives a `tersor.ir.Program` in canonical form.
+
+    torch_export    any torch.nn.Module, through torch.export; `aten` has what each operator becomes
+    transformers    model objects and local folders of Hugging Face transformers
+    dynamic         named dynamic dimensions; `symbols` translates torch's
+    origin          module paths, source lines, and torch.export's failures in our words
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tersor.ir import Program
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: nn.Module | str | Path,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]] | str | None = None,
+    *,
+    name: str = "main",
+    allow_nonfinite: bool = False,
+) -> Program:
+    """Captures a model as a program.
+
+    Args:
+        model: a ``torch.nn.Module``, a transformers model, or a local folder with config.json and safetensors.
+        example_inputs: arguments of ``forward`` by name, or a tuple in its order; may be left out for transformers
+            models, for which they are made.
+        dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``; ``"auto"`` gives a transformers
+            model a batch of 1 to 8 and every length it can take. Everything is static when left out.
+        name: of the program's function.
+        allow_nonfinite: accept NaN and infinity in parameters.
+
+    Raises:
+        InputError: the folder, the example inputs, the dynamic dimensions or a weight are unusable.
+        UnsupportedOpError: the model has operators outside the dialect; the message lists all of them.
+        CaptureError: torch.export cannot trace the model.
+    """
+    from tersor.errors import InputError
+    from tersor.frontends import torch_export, transformers
+
+    options = {"name": name, "allow_nonfinite": allow_nonfinite}
+    if isinstance(model, str | Path):
+        model = transformers.load(model)
+    model = transformers.unwrap(model)
+    if transformers.is_transformers_model(model):
+        return transformers.capture(model, example_inputs, dynamic, **options)
+    if example_inputs is None:
+        raise InputError(
+            f"a {type(model).__name__} needs example inputs",
+            why="they are made up for transformers models only",
+            fix="give a dict of tensors by argument name, or a tuple in the order of forward",
+        )
+    if isinstance(dynamic, str):
+        raise InputError(
+            f"dynamic is {dynamic!r}",
+            why="dimensions are chosen automatically for transformers models only",
+            fix='name them: {"x": {0: ("batch", 1, 8)}}',
+        )
+    return torch_export.capture(model, example_inputs, dynamic, **options)

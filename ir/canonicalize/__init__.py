@@ -48,16 +48,19 @@ def canonicalize(program: Program) -> list[str]:
     keys are all hidden) are among the notes.
     """
     known = set(program.parameters)
-    notes: list[str] = []
-    for function in program.functions.values():
-        for rules in STAGES:
+    functions = program.functions.values()
+    for rules in STAGES:
+        for function in functions:
             _settle(function, rules)
+        _restore_names(program, known)
+    notes: list[str] = []
+    for function in functions:
         notes += fold_constants(function)
         _settle(function, _SHAPED)
         notes += [f"%{n.name}: {n.meta.pop('note')}" for n in function.calls() if "note" in n.meta]
-        assign_sites(function)
-    program.drop_unused_parameters()
     _restore_names(program, known)
+    for function in functions:
+        assign_sites(function)
     return notes
 
 
@@ -71,7 +74,8 @@ def _settle(function: Function, rules: tuple[Rule, ...]) -> RuleReport:
 
 
 def _restore_names(program: Program, known: set[str]) -> None:
-    """A parameter that took the place of a transposed or reshaped one takes its name too."""
+    """Drops unused parameters; one that took the place of a transposed or folded one takes its name too."""
+    program.drop_unused_parameters()
     for name in list(program.parameters):
         original = re.sub(r"_\d+$", "", name)
         if name not in known and original in known and original not in program.parameters:
