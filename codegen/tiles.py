@@ -24,12 +24,19 @@ PARALLEL_BYTES = 400e3
 """Work below both (about 10 us on one core) is not worth waking other threads for."""
 
 
+BLOCK_ROWS = 32
+"""Rows of a block below which splitting rows between threads costs more than it balances."""
+
+MOST_BLOCKS = 4
+
+
 @dataclass(frozen=True)
 class GemmTile:
     """How one GEMM is cut.
 
-    rows: rows of a register tile when there are several tiles; streams: tile heights for few rows, ascending: up to
-    the last of them all rows fit one tile, and the kernel streams the weights.
+    rows: height of the register tiles when a panel needs several of them.
+    streams: tile heights for few rows, ascending; up to the last of them all rows make one tile.
+    blocks: parts that the rows are split into, to give every thread the same number of tasks.
     """
 
     rows: int
@@ -48,11 +55,23 @@ def most_rows(target: Target) -> int:
     return (target.vector_registers - spare) // PANEL_VECTORS
 
 
-def choose(target: Target) -> GemmTile:
-    """The analytic tile: 8x32 with AVX-512, 6x16 with AVX2."""
+def choose(target: Target, panels: int) -> GemmTile:
+    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2."""
     most = most_rows(target)
     rows = min(8, most)
-    return GemmTile(rows, tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most})))
+    streams = tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most}))
+    return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
+
+
+def _blocks(panels: int, cores: int) -> int:
+    """The fewest blocks of rows that keep 95 % of the cores busy, or the busiest split there is."""
+
+    def busy(blocks: int) -> float:
+        tasks = panels * blocks
+        return tasks / (-(-tasks // cores) * cores)
+
+    counts = range(1, MOST_BLOCKS + 1)
+    return next((b for b in counts if busy(b) >= 0.95), max(counts, key=busy))
 
 
 def partition(m: int, rows: int) -> tuple[tuple[int, int], ...]:

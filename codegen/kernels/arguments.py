@@ -23,7 +23,7 @@ class Arguments:
         return T.arg(name, T.buffer(self.extents(spec.shape), spec.dtype))
 
     def flatten(self, buffer: tirx.Buffer, trailing: int = 1) -> tirx.Buffer:
-        """A declared argument with all but its last ``trailing`` dimensions seen as one; call it after the last ``declare``."""
+        """A declared argument with all but its last dimensions seen as one; call it after the last ``declare``."""
         lead = len(buffer.shape) - trailing
         if lead == 1:
             return buffer

@@ -24,8 +24,10 @@ from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.math import evaluate_chain
+from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.packing import packed_shape
 from tersor.codegen.tiles import (
+    BLOCK_ROWS,
     CACHE_LINE,
     PARALLEL_BYTES,
     PARALLEL_FLOPS,
@@ -85,6 +87,11 @@ class Gemm:
         return self.panel // self.weights
 
     @property
+    def panels(self) -> int:
+        """How many panels the weights are packed into."""
+        return -(-self.n // self.columns)
+
+    @property
     def rows(self) -> int | Dim:
         """Rows of the product: all leading dimensions together."""
         return product(self.lead)
@@ -107,11 +114,11 @@ class Gemm:
         return (TensorSpec((*self.lead, self.n)),) * len(self.chain.outputs)
 
     def build(self, target: Target, tile: GemmTile | None = None) -> tirx.PrimFunc:
-        """The scheduled function; ``tile`` overrides the chooser. ValueError when the panel does not suit the target."""
+        """The scheduled function; ``tile`` overrides the chooser. ValueError when the panel is another target's."""
         lanes = target.lanes("float32")
         if self.columns % lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {lanes}")
-        return _Builder(self, lanes, tile or choose(target)).function()
+        return _Builder(self, lanes, tile or choose(target, self.panels)).function()
 
 
 class _Rows(NamedTuple):
@@ -127,7 +134,7 @@ class _Builder:
     def __init__(self, gemm: Gemm, lanes: int, tile: GemmTile):
         self.gemm, self.lanes, self.tile = gemm, lanes, tile
         self.vectors = gemm.panel // lanes
-        self.panels = packed_shape(gemm.n, gemm.k, gemm.panel, gemm.weights)[0]
+        self.panels = gemm.panels
 
     def function(self) -> tirx.PrimFunc:
         gemm = self.gemm
@@ -170,33 +177,37 @@ class _Builder:
     def _tasks(self, loop: Callable[..., Any], m: int | Expr) -> None:
         """One task is one panel, for all rows or for one block of them."""
         blocks = self.tile.blocks
+        if blocks > 1:
+            enough = m >= blocks * BLOCK_ROWS
+            blocks = (blocks if enough else 1) if isinstance(m, int) else T.Select(enough, blocks, 1)
         with loop(blocks * self.panels) as task:
-            panel, block = (task % self.panels, task // self.panels) if blocks > 1 else (task, 0)
+            panel, block = (task, 0) if _is_one(blocks) else (task % self.panels, task // self.panels)
             if isinstance(m, int):
-                self._static_rows(panel, block, m)
+                self._static_rows(panel, m, block, blocks)
             else:
-                self._symbolic_rows(panel, block, m)
+                self._symbolic_rows(panel, m, block, blocks)
 
-    def _static_rows(self, panel: Expr, block: Expr | int, m: int) -> None:
+    def _static_rows(self, panel: Expr, m: int, block: Expr | int, blocks: int) -> None:
         if m <= self.tile.streams[-1]:
             self._stream(panel, _Rows(m, lambda r: r))
             return
-        tiles = partition(m, self.tile.rows)
-        total = sum(count for count, _ in tiles)
+        parts = partition(m, self.tile.rows)
+        total = sum(count for count, _ in parts)
         first_tile, first_row = 0, 0
-        for count, height in tiles:
-            with self._tiles_of(block, first_tile, first_tile + count, total) as i:
+        for count, height in parts:
+            with _share_of(block, blocks, total, first_tile, first_tile + count) as i:
                 start = first_row + (i - first_tile) * height
                 self._shared(panel, _Rows(height, lambda r, start=start: start + r), i, total)
             first_tile, first_row = first_tile + count, first_row + count * height
 
-    def _symbolic_rows(self, panel: Expr, block: Expr | int, m: Expr) -> None:
+    def _symbolic_rows(self, panel: Expr, m: Expr, block: Expr | int, blocks: Expr | int) -> None:
         def streams(heights: Sequence[int]) -> None:
             if not heights:
-                total = T.ceildiv(m, self.tile.rows)
-                with self._tiles_of(block, 0, total, total) as i:
-                    start = T.bind(T.min(i * self.tile.rows, m - self.tile.rows))
-                    self._shared(panel, _Rows(self.tile.rows, lambda r: start + r), i, total)
+                rows = self.tile.rows
+                total = T.ceildiv(m, rows)
+                with _share_of(block, blocks, total, 0, total) as i:
+                    start = T.bind(T.min(i * rows, m - rows))
+                    self._shared(panel, _Rows(rows, lambda r: start + r), i, total)
                 return
             with T.If(m <= heights[0]):
                 with T.Then():
@@ -206,27 +217,19 @@ class _Builder:
 
         streams(self.tile.streams)
 
-    def _tiles_of(self, block: Expr | int, first: Expr | int, last: Expr | int, total: Expr | int) -> Any:
-        """A loop over the tiles first <= i < last that belong to a block of rows."""
-        if self.tile.blocks == 1:
-            return T.serial(first, last)
-        size = T.ceildiv(total, self.tile.blocks)
-        start = T.bind(T.max(block * size, first))
-        return T.serial(start, T.max(start, T.min((block + 1) * size, last)))
-
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
         ahead = STREAM_AHEAD // (4 * self.gemm.panel)
-        accumulators = self._zeros(rows.height)
+        sums = RegisterTile(rows.height, self.vectors, self.lanes)
         with T.serial(self.gemm.k) as k:
             for column in range(0, self.gemm.panel, LINE):
                 self._prefetch(panel, k + ahead, column)
-            self._multiply(accumulators, panel, rows, k)
-        self._epilogue(accumulators, panel, rows)
+            self._multiply(sums, panel, rows, k)
+        self._epilogue(sums, panel, rows)
 
     def _shared(self, panel: Expr, rows: _Rows, tile: Expr, count: Expr | int) -> None:
         """One of the ``count`` tiles that read the panel; it prefetches as large a part of the next one."""
-        accumulators = self._zeros(rows.height)
+        sums = RegisterTile(rows.height, self.vectors, self.lanes)
         chunks, rest = divmod(self.gemm.k, CHUNK)
         lines = self.gemm.panel // LINE
         share = -(-CHUNK * lines // count) if isinstance(count, int) else T.ceildiv(CHUNK * lines, count)
@@ -235,48 +238,37 @@ class _Builder:
                 number = (tile * chunks + chunk) * share + line
                 self._prefetch(panel + 1, number // lines, number % lines * LINE)
             with T.serial(CHUNK) as k:
-                self._multiply(accumulators, panel, rows, chunk * CHUNK + k)
+                self._multiply(sums, panel, rows, chunk * CHUNK + k)
         with T.serial(rest) as k:
-            self._multiply(accumulators, panel, rows, chunks * CHUNK + k)
-        self._epilogue(accumulators, panel, rows)
-
-    def _zeros(self, height: int) -> list[tirx.Buffer]:
-        # TVM keeps allocations below 1 kB, outside scope "local", on the stack; LLVM turns those into registers.
-        buffers = [T.alloc_buffer((self.gemm.panel,), scope="global") for _ in range(height)]
-        for buffer in buffers:
-            for v in range(self.vectors):
-                T.buffer_store(buffer, T.broadcast(T.float32(0), self.lanes), [self._vector(v)])
-        return buffers
+            self._multiply(sums, panel, rows, chunks * CHUNK + k)
+        self._epilogue(sums, panel, rows)
 
     def _vector(self, v: int, base: Expr | int = 0) -> Expr:
         return T.ramp(base + v * self.lanes, 1, self.lanes)
 
-    def _multiply(self, accumulators: list[tirx.Buffer], panel: Expr, rows: _Rows, k: Expr) -> None:
-        for r, buffer in enumerate(accumulators):
-            for v in range(self.vectors):
-                term = T.broadcast(self.a[rows.at(r), k], self.lanes) * self.w[panel, k, self._vector(v)]
-                T.buffer_store(buffer, buffer[self._vector(v)] + term, [self._vector(v)])
+    def _multiply(self, tile: RegisterTile, panel: Expr, rows: _Rows, k: Expr) -> None:
+        tile.multiply(lambda r: self.a[rows.at(r), k], lambda v: self.w[panel, k, self._vector(v)])
 
     def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
         # Addresses past the end are harmless: a prefetch never faults.
         address = T.address_of(self.w[panel, k, column])
         T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
 
-    def _epilogue(self, accumulators: list[tirx.Buffer], panel: Expr, rows: _Rows) -> None:
+    def _epilogue(self, sums: RegisterTile, panel: Expr, rows: _Rows) -> None:
         """Apply the chain and store; the last panel may be narrower than the others."""
         full, tail = divmod(self.gemm.n, self.gemm.columns)
         if not tail:
-            self._store(accumulators, panel, rows, self.gemm.columns)
+            self._store(sums, panel, rows, self.gemm.columns)
         elif not full:
-            self._store(accumulators, panel, rows, tail)
+            self._store(sums, panel, rows, tail)
         else:
             with T.If(panel < full):
                 with T.Then():
-                    self._store(accumulators, panel, rows, self.gemm.columns)
+                    self._store(sums, panel, rows, self.gemm.columns)
                 with T.Else():
-                    self._store(accumulators, panel, rows, tail)
+                    self._store(sums, panel, rows, tail)
 
-    def _store(self, accumulators: list[tirx.Buffer], panel: Expr, rows: _Rows, width: int) -> None:
+    def _store(self, sums: RegisterTile, panel: Expr, rows: _Rows, width: int) -> None:
         """``width`` columns of a panel, the last vector masked where they are not whole vectors."""
         # Short chains stay in registers; a loop keeps the code of long ones small, at no cost in time.
         loop = T.unroll if len(self.gemm.chain.steps) <= SHORT_CHAIN else T.serial
@@ -286,14 +278,10 @@ class _Builder:
             mask = None
             if width < (v + 1) * self.lanes:
                 mask = T.ramp(0, 1, self.lanes) < T.broadcast(width - v * self.lanes, self.lanes)
-            sums = [T.alloc_buffer((rows.height, self.lanes), scope="global") for _ in range(self.gemm.weights)]
-            for w, buffer in enumerate(sums):
-                place = self._vector(w * self.vectors // self.gemm.weights + v)
-                for r, accumulator in enumerate(accumulators):
-                    T.buffer_store(buffer, accumulator[place], [r, lanes])
+            accumulators = [sums.column(w * self.vectors // self.gemm.weights + v) for w in range(self.gemm.weights)]
             with loop(rows.height) as r:
                 row = rows.at(r)
-                values = [buffer[r, lanes] for buffer in sums]
+                values = [buffer[r, lanes] for buffer in accumulators]
                 values += [self._input(value, buffer, row, columns, mask) for value, buffer in self.others]
                 for output, result in zip(self.outputs, evaluate_chain(self.gemm.chain, values), strict=True):
                     if mask is None:
@@ -313,3 +301,16 @@ class _Builder:
         if mask is None:
             return buffer[place]
         return T.masked_load(f"{value.dtype}x{self.lanes}", buffer, *place, mask)
+
+
+def _share_of(block: Expr | int, blocks: Expr | int, total: Expr | int, first: Expr | int, last: Expr | int) -> Any:
+    """A loop over those tiles first <= i < last that belong to one of the blocks into which ``total`` tiles are cut."""
+    if _is_one(blocks):
+        return T.serial(first, last)
+    size = T.ceildiv(total, blocks)
+    start = T.bind(T.max(block * size, first))
+    return T.serial(start, T.max(start, T.min((block + 1) * size, last)))
+
+
+def _is_one(count: Expr | int) -> bool:
+    return isinstance(count, int) and count == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from kernel_harness import run_kernel
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.gemm import IDENTITY, Gemm
 from tersor.codegen.packing import pack
-from tersor.codegen.tiles import panel_width
+from tersor.codegen.tiles import choose, panel_width
 from tersor.ir.dims import Dim
 
 RNG = np.random.default_rng(0)
@@ -31,9 +33,15 @@ def check(target, a, w, lead=None):
     np.testing.assert_allclose(got, product(a, w), atol=2e-6 * k, rtol=1e-5)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 127, 197])
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
-def test_static_rows_and_columns(m, n, target):
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 127, 128, 197])
+@pytest.mark.parametrize("n", [32, 33])
+def test_rows(m, n, target):
+    check(target, random(m, 47), random(n, 47))
+
+
+@pytest.mark.parametrize("m", [5, 20])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 64, 100])
+def test_columns(m, n, target):
     check(target, random(m, 47), random(n, 47))
 
 
@@ -58,6 +66,17 @@ def test_symbolic_rows(n, target):
     w = random(n, 40)
     for b, t in [(1, t) for t in (*range(1, 20), 31, 127, 128, 129)] + [(2, 1), (3, 5), (8, 16), (5, 7)]:
         check(target, random(b, t, 40), w, (batch, length))
+
+
+@pytest.mark.parametrize("cores", [2, 8])
+@pytest.mark.parametrize("m", [20, 128, 197])
+def test_rows_split_between_threads(cores, m, target):
+    """Three panels cannot be shared evenly by so many threads."""
+    several = replace(target, cores=cores, sources={**target.sources, "cores": "assumed: for this test"})
+    assert choose(several, panels=3).blocks > 1
+    a, w = random(m, 40), random(3 * panel_width(target), 40)
+    check(several, a, w)
+    check(several, a, w, (Dim.symbol("rows"),))
 
 
 def test_symbolic_extent_that_is_not_a_name(target):
