@@ -45,6 +45,13 @@ def _infer_logical(*operands: Value) -> Value:
     return Value("bool", broadcast(*(x.shape for x in operands)))
 
 
+def _infer_pow(x: Any, y: Any) -> Value:
+    result = _infer(x, y)
+    if result.dtype == "bool":
+        raise ProgramError(f"a power of booleans: {x}, {y}", fix="cast to int64 first")
+    return result
+
+
 def _arithmetic(rule: Callable[..., Value]) -> Callable[..., Value]:
     """The rule of an operation that torch does not define on booleans."""
 
@@ -244,8 +251,9 @@ def _register(function: Callable[..., Any], infer: Callable[..., Value], chain: 
     return ops.register(Op(name, function, infer, elementwise=chain or name))
 
 
-for _function in (add, mul, pow):
+for _function in (add, mul):
     _register(_function, _infer)
+_register(pow, _infer_pow)
 for _function in (sub, neg, abs, floor, relu):
     _register(_function, _arithmetic(_infer))
 _register(maximum, _infer, "max")
