@@ -44,7 +44,7 @@ def save_program(program: Program, folder: str | os.PathLike[str]) -> None:
         ProgramError: an attribute is not plain data, something else is at that place, or the disk refuses.
     """
     folder = Path(folder)
-    text = json.dumps(_program_to_json(program), indent=1, allow_nan=False)
+    text = json.dumps(program_to_json(program), indent=1, allow_nan=False)
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (folder / PROGRAM).is_file())
     ):
@@ -77,7 +77,7 @@ def load_program(folder: str | os.PathLike[str]) -> Program:
         if (folder / PROGRAM).stat().st_size > _LARGEST_JSON:
             raise ProgramError("the file is larger than any program")
         data = json.loads((folder / PROGRAM).read_text(encoding="utf-8"), parse_constant=_no_constant)
-        program = _program_from_json(data, load_file(folder / PARAMETERS))
+        program = program_from_json(data, load_file(folder / PARAMETERS))
         verify(program)
         return program
     except FileNotFoundError as error:
@@ -99,7 +99,12 @@ def load_program(folder: str | os.PathLike[str]) -> Program:
 # -- writing
 
 
-def _program_to_json(program: Program) -> dict[str, Any]:
+def program_to_json(program: Program) -> dict[str, Any]:
+    """Everything but the contents of parameters, as plain data.
+
+    Raises:
+        ProgramError: an attribute is not plain data.
+    """
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -191,7 +196,13 @@ def _unwritable(folder: Path, error: Exception) -> ProgramError:
 # -- reading
 
 
-def _program_from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
+def program_from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program:
+    """The inverse of `program_to_json`, not verified yet; parameters tied to another may be missing in ``tensors``.
+
+    Raises:
+        ProgramError: the data is not a program, or uses operations that are not installed.
+        ValueError, TypeError, KeyError, AttributeError, RecursionError: the data is damaged.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ProgramError(f"{PROGRAM} is not a program of Tersor")
     if data["version"] != VERSION:

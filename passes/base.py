@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Self
 from torch import fx
 
 from tersor.errors import PipelineError
-from tersor.ir import Function, Program, sites
+from tersor.ir import Function, Program
 from tersor.ir.matching import Match, Rule, apply_rules
+from tersor.ir.sites import select as select_sites
 from tersor.passes.config import Mismatch, conform, plain
 from tersor.passes.context import Context
 from tersor.passes.sites import site_of
@@ -190,7 +191,7 @@ class Pass:
         Raises:
             InputError: ``only`` or ``skip`` names, without wildcards, a site that the program does not have.
         """
-        chosen = None if self.only is None else {site.node for site in sites.select(program, self.only)}
+        chosen = None if self.only is None else {site.node for site in select_sites(program, self.only)}
         protected = self.protected(program)
         return [
             (function, node)
@@ -201,7 +202,7 @@ class Pass:
 
     def protected(self, program: Program) -> set[fx.Node]:
         """The nodes that ``skip`` names: they must not change, even as neighbours of a selected one."""
-        return {site.node for site in sites.select(program, self.skip)} if self.skip else set()
+        return {site.node for site in select_sites(program, self.skip)} if self.skip else set()
 
     def unselected(self, program: Program) -> set[fx.Node]:
         """All operation nodes that the pass must leave as they are."""
@@ -216,7 +217,8 @@ class Pass:
             left = [replace(rule, check=_only_at(selected, rule.check)) for rule in rules]
             report = apply_rules(function, left)
             result.changes += [Finding(e.place, e.rule) for e in report.fired]
-            result.skips += [Finding(e.place, f"{e.rule}: {e.reason}") for e in report.skipped if e.reason != _DESELECTED]
+            near = [e for e in report.skipped if e.reason != _DESELECTED]
+            result.skips += [Finding(e.place, f"{e.rule}: {e.reason}") for e in near]
         return result
 
     def __str__(self) -> str:

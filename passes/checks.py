@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from tersor.ir import Function, Program
 from tersor.ir.sites import select
 from tersor.passes import facts
-from tersor.passes.base import Finding, Pass, PassResult
+from tersor.passes.base import Finding, Pass
 from tersor.passes.facts import Place, Records
-from tersor.passes.sites import names
+from tersor.passes.sites import places
 
 Present = Set[tuple[str, Place]]
 
@@ -39,28 +39,29 @@ def changed_signature(before: Program, after: Program) -> Fault | None:
     return None
 
 
-def broken_promise(pass_: Pass, after: Program, had: Present, result: PassResult, records: Records) -> Fault | None:
-    """A fact in ``provides`` does not hold at a site that the pass says it changed."""
-    changed = {finding.site for finding in result.changes}
+def broken_promise(
+    pass_: Pass, after: Program, has: Present, sites: Set[str], records: Records
+) -> Fault | None:
+    """A fact in ``provides`` does not hold, at one of the ``sites`` that the pass changed or for the program."""
     for name in sorted(pass_.provides):
         fact = facts.get(name)
         if fact.site is None:
-            missing = [] if facts.holds(name, after, records) else ["the program"]
+            missing = set() if facts.holds(name, after, records) else {"the program"}
         else:
-            places = facts.relevant(pass_, fact, after)
-            missing = sorted(site for function, site in places if site in changed and (name, (function, site)) not in had)
+            places = {place for place in facts.relevant(pass_, fact, after) if place[1] in sites}
+            missing = {site for function, site in places if (name, (function, site)) not in has}
         if missing:
-            return Fault(f"it provides {name!r}, which does not hold at {', '.join(missing)}")
+            return Fault(f"it provides {name!r}, which does not hold at {', '.join(sorted(missing))}")
     return None
 
 
 def lost_facts(pass_: Pass, after: Program, had: Present, has: Present) -> Fault | None:
     """A fact that is not in ``invalidates`` held before and does not any more, at a site that is still there."""
-    places = {(f.name, name) for node, name in names(after).items() for f in after.functions.values() if node.graph is f.graph}
+    still_there = {("", "")} | places(after)
     lost = sorted(
-        f"{name!r} at {site or 'the program'}"
-        for name, (function, site) in had - has
-        if name not in pass_.invalidates and (not site or (function, site) in places)
+        f"{name!r} at {place[1] or 'the program'}"
+        for name, place in had - has
+        if name not in pass_.invalidates and place in still_there
     )
     if not lost:
         return None

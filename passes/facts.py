@@ -172,13 +172,18 @@ class Unmet:
 
     def __str__(self) -> str:
         where = f" at {_some(self.sites)}" if self.sites else ""
-        return f"needs {self.fact!r}{where}" if self.required else f"forbids {self.fact!r}, which holds{where}"
+        return (
+            f"needs {self.fact!r}{where}" if self.required else f"forbids {self.fact!r}, which holds{where}"
+        )
 
 
 def unmet(pass_: Pass, program: Program, records: Records | None = None) -> list[Unmet]:
     """What of a pass's ``requires`` and ``forbids`` this program does not meet, at the sites the pass selects."""
     found = []
-    for name, required in [*((n, True) for n in sorted(pass_.requires)), *((n, False) for n in sorted(pass_.forbids))]:
+    for name, required in [
+        *((n, True) for n in sorted(pass_.requires)),
+        *((n, False) for n in sorted(pass_.forbids)),
+    ]:
         subject = get(name)
         if subject.site is None:
             if holds(name, program, records) is not required:
@@ -230,7 +235,8 @@ def quantized(function: Function, node: fx.Node) -> bool:
     """The weights are stored as integers."""
     constants = _constants(node.args[1])
     return bool(constants) and any(
-        not DTYPES[c.meta["value"].dtype].is_floating_point and c.meta["value"].dtype != "bool" for c in constants
+        not DTYPES[c.meta["value"].dtype].is_floating_point and c.meta["value"].dtype != "bool"
+        for c in constants
     )
 
 
@@ -245,7 +251,12 @@ def masked(function: Function, node: fx.Node) -> bool:
 def factorized(function: Function, node: fx.Node) -> bool:
     """It is the second of two linear layers, without a bias between, that replace a larger one."""
     inner = node.args[0]
-    if inner.op != "call_function" or inner.target.name != "linear" or len(inner.users) > 1 or inner.args[2:] not in ((), (None,)):
+    if (
+        inner.op != "call_function"
+        or inner.target.name != "linear"
+        or len(inner.users) > 1
+        or inner.args[2:] not in ((), (None,))
+    ):
         return False
     (rank, width), outputs = inner.args[1].meta["value"].shape, node.meta["value"].shape[-1]
     return rank * (width + outputs) < width * outputs

@@ -101,10 +101,14 @@ class Stage:
         if not self.passes:
             raise PipelineError(f"stage {self.name!r} has no passes")
         if self.on_fail not in ("revert", "stop", "warn"):
-            raise PipelineError(f"stage {self.name!r}: on_fail={self.on_fail!r}", fix="use revert, stop or warn")
+            raise PipelineError(
+                f"stage {self.name!r}: on_fail={self.on_fail!r}", fix="use revert, stop or warn"
+            )
 
     def __str__(self) -> str:
-        limits = [f"{f.name}={v!r}" for f in fields(Budget) if (v := getattr(self.budget, f.name)) != f.default]
+        limits = [
+            f"{f.name}={v!r}" for f in fields(Budget) if (v := getattr(self.budget, f.name)) != f.default
+        ]
         return f"stage {self.name} ({', '.join([*limits, f'on_fail={self.on_fail}'])})"
 
 
@@ -163,5 +167,7 @@ def budget_from(config: Mapping[str, Any], where: str) -> Budget:
     """
     known = [f.name for f in fields(Budget)]
     if unknown := [name for name in config if name not in known]:
-        raise PipelineError(f"{where}: a budget has no {', '.join(unknown)}", why=f"it has {', '.join(known)}")
+        raise PipelineError(
+            f"{where}: a budget has no {', '.join(unknown)}", why=f"it has {', '.join(known)}"
+        )
     return Budget(**config)

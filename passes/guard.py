@@ -19,12 +19,20 @@ class NoParameterWrites(TorchDispatchMode):
         super().__init__()
         self._names = {_storage(p.tensor): name for name, p in parameters.items() if p.tensor.numel()}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True would import torch._dynamo, two seconds, to keep it from tracing what nobody traces
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func._schema.is_mutable:
-            for argument, value in [*zip(func._schema.arguments, args, strict=False), *self._named(func, kwargs)]:
+            for argument, value in [
+                *zip(func._schema.arguments, args, strict=False),
+                *self._named(func, kwargs),
+            ]:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._refuse(func, value)
         return func(*args, **kwargs)

@@ -13,11 +13,20 @@ from tersor.ir import Program, verify
 from tersor.ir.cost import cost
 from tersor.passes import checks, facts
 from tersor.passes.base import Equivalent, Exact, Finding, Pass, PassResult
+from tersor.passes.cache import StepCache
 from tersor.passes.checks import Fault, Present
 from tersor.passes.context import Context
 from tersor.passes.gates import Stage
 from tersor.passes.guard import NoParameterWrites
-from tersor.passes.numerics import Inputs, Outputs, identical, outputs, relative_error, small_inputs, small_sizes
+from tersor.passes.numerics import (
+    Inputs,
+    Outputs,
+    identical,
+    outputs,
+    relative_error,
+    small_inputs,
+    small_sizes,
+)
 from tersor.passes.report import GateReport, Report, Size, StepReport
 from tersor.passes.sites import names
 
@@ -48,6 +57,7 @@ class Manager:
     def __init__(self, context: Context, pipeline: str = "custom"):
         self.context = context
         self.report = Report(pipeline)
+        self._cache = StepCache(context.cache) if context.cache is not None else None
         self._done: list[str] = []
         self._reverted: dict[str, str] = {}  # fact -> the stage that gave it and was taken back
         self._inputs: Inputs | None = None
@@ -65,7 +75,9 @@ class Manager:
         version = self._start = _Version.of(program)
         self._inputs = self._comparison_inputs(version)
         for step in steps:
-            version = self._run_stage(step, version) if isinstance(step, Stage) else self._run_pass(step, version)
+            version = (
+                self._run_stage(step, version) if isinstance(step, Stage) else self._run_pass(step, version)
+            )
         return version.program, self.report
 
     # -- one pass
@@ -93,11 +105,36 @@ class Manager:
         unmet = facts.unmet(pass_, version.program, self.context.records)
         if all(u.required and u.fact in self._reverted for u in unmet):
             return [f"it {u}; stage {self._reverted[u.fact]!r}, which gave it, was reverted" for u in unmet]
-        raise self._failure(pass_, Fault(f"it {'; '.join(map(str, unmet))}", "check the order with pipeline.check(program)"))
+        raise self._failure(
+            pass_, Fault(f"it {'; '.join(map(str, unmet))}", "check the order with pipeline.check(program)")
+        )
 
     def _execute(self, pass_: Pass, before: _Version, step: StepReport) -> _Version:
+        """The version after a pass: from the cache, or by running and checking it."""
+        key = self._cache.key(pass_, self.context, before.program) if self._cache is not None else None
+        if key is not None and (program := self._cache.load(key, before.program, step)) is not None:
+            return before if program is before.program else _Version.of(program)
+        program = self._perform(pass_, before, step)
+        if program.digest() == before.digest:
+            after = before
+            if step.changes:
+                step.notes.append(
+                    f"it names {len(step.changes)} places as changed, but the program is the same"
+                )
+        else:
+            after, step.status = _Version.of(program), "changed"
+            if not step.changes:
+                step.notes.append("it changed the program without saying where")
+            if fault := self._fault(pass_, before, after, step):
+                raise self._failure(pass_, fault)
+        if key is not None:
+            self._cache.store(key, before.program, after.program, step)
+        return after
+
+    def _perform(self, pass_: Pass, before: _Version, step: StepReport) -> Program:
+        """Runs a pass on a copy; the result is well formed."""
         program = before.program.copy()
-        names_before = names(program)
+        known = {f"%{node.name}": name for node, name in names(program).items()}
         started = time.perf_counter()
         try:
             with NoParameterWrites(program.parameters):
@@ -107,37 +144,31 @@ class Manager:
         step.seconds = time.perf_counter() - started
         if not isinstance(result, PassResult):
             raise self._failure(pass_, Fault(f"run returned {type(result).__name__}", "return a PassResult"))
-        known = {f"%{node.name}": name for node, name in names_before.items()}
-        step.changes, step.skips = (
-            [Finding(known.get(f.site, f.site), f.reason) for f in findings] for findings in (result.changes, result.skips)
-        )
+        step.changes = [Finding(known.get(c.site, c.site), c.reason) for c in result.changes]
+        step.skips = [Finding(known.get(s.site, s.site), s.reason) for s in result.skips]
         step.skips += checks.idle_patterns(pass_, before.program)
         program.drop_unused_parameters()
         try:
             verify(program)
         except ProgramError as error:
             raise self._failure(pass_, Fault(str(error))) from error
-        if fault := checks.changed_signature(before.program, program):
-            raise self._failure(pass_, fault)
-        if program.digest() == before.digest:
-            if result.changes:
-                step.notes.append(f"it says that it changed {len(result.changes)} places, but the program is the same")
-            return before
-        step.status = "changed"
-        if not result.changes:
-            step.notes.append("it changed the program without saying where")
-        after = _Version.of(program)
-        had, has = self._present(before), self._present(after)
-        fault = checks.broken_promise(pass_, program, has, result, self.context.records) or checks.lost_facts(
-            pass_, program, had, has
+        return program
+
+    def _fault(self, pass_: Pass, before: _Version, after: _Version, step: StepReport) -> Fault | None:
+        """The first thing that a pass broke, if any."""
+        had, has, changed = self._present(before), self._present(after), {c.site for c in step.changes}
+        return (
+            checks.changed_signature(before.program, after.program)
+            or checks.broken_promise(pass_, after.program, has, changed, self.context.records)
+            or checks.lost_facts(pass_, after.program, had, has)
+            or self._compare(pass_, before, after, step)
         )
-        if fault := fault or self._compare(pass_, before, after, step):
-            raise self._failure(pass_, fault)
-        return after
 
     def _failure(self, pass_: Pass, fault: Fault) -> PipelineError:
         after = f"after {', '.join(self._done)}" if self._done else "the first to run"
-        return PipelineError(f"pass {pass_.name!r} failed: {fault.what}", where=f"{pass_}, {after}", fix=fault.fix)
+        return PipelineError(
+            f"pass {pass_.name!r} failed: {fault.what}", where=f"{pass_}, {after}", fix=fault.fix
+        )
 
     @staticmethod
     def _present(version: _Version) -> Present:
@@ -172,7 +203,9 @@ class Manager:
         if not same:
             return Fault(f"it is declared exact, but results differ (in float64 by {step.error:.2e})")
         if isinstance(pass_.numerics, Equivalent) and not step.error <= pass_.numerics.rtol:
-            return Fault(f"it is declared {pass_.numerics}, but results in float64 differ by {step.error:.2e}")
+            return Fault(
+                f"it is declared {pass_.numerics}, but results in float64 differ by {step.error:.2e}"
+            )
         return None
 
     def _results(self, version: _Version) -> Outputs:

@@ -19,7 +19,9 @@ _SIZES = (2, 7, 5, 3, 11, 13)  # small, and different, so that mixed-up dimensio
 
 def small_sizes(function: Function) -> dict[str, int]:
     """Small sizes of a function's dynamic dimensions, within their ranges."""
-    return {n: max(r.min, min(r.max, _SIZES[i % len(_SIZES)])) for i, (n, r) in enumerate(function.dims.items())}
+    return {
+        n: max(r.min, min(r.max, _SIZES[i % len(_SIZES)])) for i, (n, r) in enumerate(function.dims.items())
+    }
 
 
 def small_inputs(program: Program, seed: int = 0) -> Inputs:

@@ -131,7 +131,9 @@ class _Walk:
             if not self._meets(step, fact, holder):
                 continue
             if holder.step is None:
-                sites = sorted(site for _, site in (self._places(step, fact) or set()) & (holder.places or set()))
+                sites = sorted(
+                    site for _, site in (self._places(step, fact) or set()) & (holder.places or set())
+                )
                 where = f" at {', '.join(sites[:5])}" + (", ..." if len(sites) > 5 else "") if sites else ""
                 yield Violation(
                     "forbidden", self.label(step), f"forbids {fact.name!r}, which the program is already{where}",
@@ -143,8 +145,9 @@ class _Walk:
                     "keep one of the two, or give them different sites with only= and skip=",
                 )  # fmt: skip
             else:
+                giver = self.label(holder.step)
                 yield Violation(
-                    "order", self.label(step), f"forbids {fact.name!r}, which {self.label(holder.step)} gives before it",
+                    "order", self.label(step), f"forbids {fact.name!r}, which {giver} gives before it",
                     f"move {pass_.name} before {self.passes[holder.step].name}",
                 )  # fmt: skip
 
@@ -166,7 +169,12 @@ class _Walk:
                 if places is not None and holder.places is not None and (rest := holder.places - places):
                     kept.append(_Holder(holder.step, rest))
                 given_again = any(name in p.provides for p in self.passes[step:])
-                if holder.step is not None and not recorded and name not in pass_.requires and not given_again:
+                if (
+                    holder.step is not None
+                    and not recorded
+                    and name not in pass_.requires
+                    and not given_again
+                ):
                     yield Violation(
                         "order", self.label(step), f"ends {name!r}, the work of {self.label(holder.step)}",
                         f"move {pass_.name} before {self.passes[holder.step].name}",
@@ -226,7 +234,9 @@ def arranged(groups: Sequence[Sequence[Pass]]) -> list[int]:
     except nx.NetworkXUnfeasible:
         circle = [graph.edges[i, j]["reason"] for i, j in nx.find_cycle(graph)]
         raise PipelineError(
-            "no order of these passes is right", why="; ".join(circle), fix="remove one of them, or give them other sites"
+            "no order of these passes is right",
+            why="; ".join(circle),
+            fix="remove one of them, or give them other sites",
         ) from None
 
 

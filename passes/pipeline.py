@@ -63,7 +63,9 @@ class Pipeline:
                 more than once.
         """
         if (after is None) == (before is None):
-            raise PipelineError("insert needs one of after= and before=", fix="name the pass to put it next to")
+            raise PipelineError(
+                "insert needs one of after= and before=", fix="name the pass to put it next to"
+            )
         new = step if isinstance(step, Stage) else make(step)
         index, inner = self._find(after or before)
         if inner is None:
@@ -105,7 +107,9 @@ class Pipeline:
 
     def _find(self, name: str) -> tuple[int, int | None]:
         """Index of a step and, for a pass inside a stage, its index there."""
-        found: list[tuple[int, int | None]] = [(i, None) for i, step in enumerate(self.steps) if step.name == name]
+        found: list[tuple[int, int | None]] = [
+            (i, None) for i, step in enumerate(self.steps) if step.name == name
+        ]
         for i, step in enumerate(self.steps):
             if isinstance(step, Stage):
                 found += [(i, j) for j, inner in enumerate(step.passes) if inner.name == name]
@@ -115,7 +119,9 @@ class Pipeline:
         if found:
             places = ", ".join(str(i + 1) for i, _ in found)
             raise PipelineError(
-                f"{name!r} is in the pipeline {len(found)} times", why=f"at {places}", fix="edit pipeline.steps, a list"
+                f"{name!r} is in the pipeline {len(found)} times",
+                why=f"at {places}",
+                fix="edit pipeline.steps, a list",
             )
         near = difflib.get_close_matches(name, names, 1)
         raise PipelineError(

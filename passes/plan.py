@@ -67,7 +67,9 @@ class Plan:
 
     @staticmethod
     def _entry(pass_: Pass, gate: str | None) -> dict[str, Any]:
-        facts = {kind: sorted(getattr(pass_, kind)) for kind in ("requires", "forbids", "provides", "invalidates")}
+        facts = {
+            kind: sorted(getattr(pass_, kind)) for kind in ("requires", "forbids", "provides", "invalidates")
+        }
         return {
             "pass": pass_.name, "config": pass_.config(), "summary": summary(type(pass_)), "gate": gate,
             "numerics": str(pass_.numerics), "order": pass_.stage, **facts,

@@ -1,16 +1,16 @@
 """Recipes: pipelines by name, or from a TOML file.
 
-    name = "mine"
+name = "mine"
 
-    [[steps]]
-    pass = "fold.norm_beta"
-    skip = ["*.lm_head"]
+[[steps]]
+pass = "fold.norm_beta"
+skip = ["*.lm_head"]
 
-    [[steps]]
-    stage = "prune"
-    budget = { min_cosine = 0.99 }
-    on_fail = "revert"
-    passes = ["mylib.prune", { pass = "fold.zero_heads" }]
+[[steps]]
+stage = "prune"
+budget = { min_cosine = 0.99 }
+on_fail = "revert"
+passes = ["mylib.prune", { pass = "fold.zero_heads" }]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FOLDS = (
 
 RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "none": ("the program as captured", ()),
-    "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS, *CLEANUP)),
+    "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS)),
 }
 """Name -> what it is for, and its steps."""
 

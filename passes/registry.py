@@ -41,7 +41,8 @@ def register(name: str) -> Callable[[PassType], PassType]:
             raise PipelineError(f"{cls!r} is registered as pass {name!r} but is no subclass of Pass")
         if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+", name):
             raise PipelineError(
-                f"{name!r} is no name for a pass", fix="write family.pass in lower case, such as 'fold.norm_beta'"
+                f"{name!r} is no name for a pass",
+                fix="write family.pass in lower case, such as 'fold.norm_beta'",
             )
         taken = _passes.get(name)
         # a notebook cell or a reloaded module defines the same class again
@@ -71,7 +72,9 @@ def get(name: str) -> type[Pass]:
         fix = f"did you mean {' or '.join(map(repr, near))}?" if near else "`tersor passes` lists all passes"
         raise PipelineError(
             f"there is no pass {name!r}",
-            why="these plugins failed to load: " + "; ".join(map(": ".join, _broken.items())) if _broken else None,
+            why="these plugins failed to load: " + "; ".join(map(": ".join, _broken.items()))
+            if _broken
+            else None,
             fix=fix,
         )
     return known[name]

@@ -37,7 +37,9 @@ class Size:
     @staticmethod
     def of(program: Program) -> Size:
         return Size(
-            sum(p.tensor.numel() for p in program.parameters.values()), program.parameters.bytes, cost(program).macs
+            sum(p.tensor.numel() for p in program.parameters.values()),
+            program.parameters.bytes,
+            cost(program).macs,
         )
 
 
@@ -82,7 +84,9 @@ class StepReport:
     @staticmethod
     def of(pass_: Pass, stage: str | None, size: Size) -> StepReport:
         """The report of a pass that has not run yet."""
-        return StepReport(pass_.name, pass_.config(), str(pass_.numerics), stage, "unchanged", 0.0, size, size)
+        return StepReport(
+            pass_.name, pass_.config(), str(pass_.numerics), stage, "unchanged", 0.0, size, size
+        )
 
     def judged(self, figures: Mapping[str, float]) -> None:
         """Takes over what a stage measured after this pass."""
@@ -161,7 +165,9 @@ class Report:
         parts: list[Any] = [self._table()]
         for gate in self.gates:
             style = {"kept": "green", "unchanged": "dim"}.get(gate.decision, "red")
-            parts.append(Text(f"stage {gate.stage}: {gate.decision}" + "".join(f"; {r}" for r in gate.reasons), style))
+            parts.append(
+                Text(f"stage {gate.stage}: {gate.decision}" + "".join(f"; {r}" for r in gate.reasons), style)
+            )
         for step in self.steps:
             parts += [Text(f"{step.name}: {note}") for note in step.notes]
             parts += [Text(f"{step.name} left alone {line}", "dim") for line in _by_reason(step.skips)]
@@ -174,7 +180,10 @@ class Report:
         return capture.get()
 
     def _table(self) -> Table:
-        table = Table(title=f"pipeline {self.pipeline}: {len(self.steps)} passes, {self.seconds:.2f} s", title_justify="left")
+        table = Table(
+            title=f"pipeline {self.pipeline}: {len(self.steps)} passes, {self.seconds:.2f} s",
+            title_justify="left",
+        )
         for heading in ("pass", "result", "places", "parameters", "bytes", "MACs", "error", "seconds"):
             table.add_column(heading, justify="left" if heading in ("pass", "result") else "right")
         for step in self.steps:
@@ -197,7 +206,10 @@ def _change(before: int, after: int) -> str:
 
 def _by_reason(findings: list[Finding]) -> list[str]:
     """One line per reason, with how many places and the first of them."""
-    places = {reason: [f.site for f in findings if f.reason == reason] for reason in Counter(f.reason for f in findings)}
+    places = {
+        reason: [f.site for f in findings if f.reason == reason]
+        for reason in Counter(f.reason for f in findings)
+    }
     return [
         f"{', '.join(sites[:3])}{f' and {len(sites) - 3} more' if len(sites) > 3 else ''}: {reason}"
         for reason, sites in places.items()

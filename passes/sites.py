@@ -16,4 +16,12 @@ def site_of(place: fx.Node | str) -> str:
 def names(program: Program) -> dict[fx.Node, str]:
     """The name of every operation node: given at capture, else found from the graph, else ``%name``."""
     found = {site.node: site.name for site in sites(program)}
-    return {node: found.get(node) or site_of(node) for _, node in program.nodes() if node.op == "call_function"}
+    return {
+        node: found.get(node) or site_of(node) for _, node in program.nodes() if node.op == "call_function"
+    }
+
+
+def places(program: Program) -> set[tuple[str, str]]:
+    """Function and site of every operation node."""
+    functions = {function.graph: name for name, function in program.functions.items()}
+    return {(functions[node.graph], site) for node, site in names(program).items()}

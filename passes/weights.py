@@ -77,7 +77,9 @@ class WeightChange:
             weight = linear.args[1].target
             self.created[linear, 2] = (weight.removesuffix("weight") + "bias", delta)
         else:
-            self.derived[linear, 2] = Derivation(("add", tuple(delta.tolist())), lambda bias: bias.double() + delta)
+            self.derived[linear, 2] = Derivation(
+                ("add", tuple(delta.tolist())), lambda bias: bias.double() + delta
+            )
 
 
 def operand(node: fx.Node, index: int) -> object:
@@ -116,7 +118,10 @@ def apply_changes(pass_: Pass, program: Program, changes: Iterable[WeightChange]
     readers = _readers(program)
     while refused := _untying(program, readers, accepted):
         for change, other in refused:
-            result.skip(change.anchor, f"its weight is also read by {other}, where it would not change in the same way")
+            result.skip(
+                change.anchor,
+                f"its weight is also read by {other}, where it would not change in the same way",
+            )
             accepted.remove(change)
     touched: dict[str, set[fx.Node]] = defaultdict(set)
     for change in accepted:
@@ -193,7 +198,9 @@ def _untying(
     return list(refused.values())
 
 
-def _derive(program: Program, name: str, places: list[Reader], changes: list[WeightChange]) -> list[tuple[Function, fx.Node]]:
+def _derive(
+    program: Program, name: str, places: list[Reader], changes: list[WeightChange]
+) -> list[tuple[Function, fx.Node]]:
     """Computes the new contents of one parameter; returns the nodes that read them."""
     groups: dict[tuple, list[Reader]] = defaultdict(list)
     steps: dict[tuple, list[Derivation]] = {}

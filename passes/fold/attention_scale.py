@@ -37,9 +37,14 @@ class FoldAttentionScale(Pass):
             elif isinstance(query, str):
                 result.skip(attention, query)
             elif query.has("rms_norm", "layer_norm"):
-                result.skip(attention, "between the query projection and the attention lies a norm, which undoes a scale")
+                result.skip(
+                    attention,
+                    "between the query projection and the attention lies a norm, which undoes a scale",
+                )
             else:
-                change = WeightChange(function, attention, f"scale {scale:.6g} moved into the query projection")
+                change = WeightChange(
+                    function, attention, f"scale {scale:.6g} moved into the query projection"
+                )
                 times = Derivation(("scale", scale), lambda tensor, scale=scale: tensor.double() * scale)
                 change.derived[query.linear, 1] = times
                 if bias_of(function, query.linear) is not None:

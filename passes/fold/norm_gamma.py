@@ -52,7 +52,9 @@ class FoldNormGamma(Pass):
     def _change(function: Function, norm, linears: list, gamma: torch.Tensor) -> WeightChange:
         change = WeightChange(function, norm, f"gamma moved into {len(linears)} linear layers")
         change.dropped.add((norm, 1))
-        scale = Derivation(("scale columns", norm.args[1].target), lambda weight: weight.double() * gamma.double())
+        scale = Derivation(
+            ("scale columns", norm.args[1].target), lambda weight: weight.double() * gamma.double()
+        )
         for linear in linears:
             change.derived[linear, 1] = scale
         return change

@@ -5,7 +5,14 @@ from __future__ import annotations
 from tersor.ir import Program
 from tersor.passes.base import Equivalent, Pass, PassResult
 from tersor.passes.context import Context
-from tersor.passes.fold.attentions import VALUE, bias_of, every_query_sees_a_key, head_sizes, output_projection, projection
+from tersor.passes.fold.attentions import (
+    VALUE,
+    bias_of,
+    every_query_sees_a_key,
+    head_sizes,
+    output_projection,
+    projection,
+)
 from tersor.passes.registry import register
 from tersor.passes.weights import WeightChange, apply_changes, parameter
 
@@ -38,9 +45,14 @@ class FoldValueBias(Pass):
             elif (bias := bias_of(function, value.linear)) is None:
                 result.skip(attention, "the value projection has no bias")
             elif value.between:
-                result.skip(attention, f"between the value projection and the attention lies {value.between[0].target.name}")
+                result.skip(
+                    attention,
+                    f"between the value projection and the attention lies {value.between[0].target.name}",
+                )
             elif not every_query_sees_a_key(attention):
-                result.skip(attention, "its mask may hide every key from a query, whose result must not get the bias")
+                result.skip(
+                    attention, "its mask may hide every key from a query, whose result must not get the bias"
+                )
             else:
                 heads, kv_heads = attention.kwargs["heads"], attention.kwargs["kv_heads"]
                 per_head = bias.double().reshape(kv_heads, head_sizes(attention)[1])

@@ -8,7 +8,17 @@ from torch import fx
 from tersor.ir import Function, Program
 from tersor.passes.base import Equivalent, Pass, PassResult
 from tersor.passes.context import Context
-from tersor.passes.fold.attentions import KEY, MASK, QUERY, VALUE, Projection, bias_of, head_sizes, output_projection, projection
+from tersor.passes.fold.attentions import (
+    KEY,
+    MASK,
+    QUERY,
+    VALUE,
+    Projection,
+    bias_of,
+    head_sizes,
+    output_projection,
+    projection,
+)
 from tersor.passes.registry import register
 from tersor.passes.weights import WeightChange, apply_changes, operand, parameter
 
@@ -46,7 +56,9 @@ class FoldZeroHeads(Pass):
             if obstacle := next((p for p in (*projections, out) if isinstance(p, str)), None):
                 result.skip(attention, obstacle)
                 continue
-            heads, groups, stuck = _remaining(_zero_heads(function, attention, projections[VALUE].linear, out))
+            heads, groups, stuck = _remaining(
+                _zero_heads(function, attention, projections[VALUE].linear, out)
+            )
             if stuck:
                 listed = ", ".join(map(str, stuck))
                 result.skip(attention, f"heads {listed} are zero but stay: their groups would become unequal")
@@ -93,7 +105,12 @@ def _remaining(zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int
 
 
 def _change(
-    function: Function, attention: fx.Node, projections: list[Projection], out: fx.Node, heads: torch.Tensor, groups: torch.Tensor
+    function: Function,
+    attention: fx.Node,
+    projections: list[Projection],
+    out: fx.Node,
+    heads: torch.Tensor,
+    groups: torch.Tensor,
 ) -> WeightChange | str:
     old_heads, old_groups = attention.kwargs["heads"], attention.kwargs["kv_heads"]
     mask = operand(attention, MASK)
@@ -102,8 +119,10 @@ def _change(
     key_size, value_size = head_sizes(attention)
     change = WeightChange(function, attention, f"{old_heads - len(heads)} of {old_heads} heads removed")
     for role, kept, old, size in (
-        (QUERY, heads, old_heads, key_size), (KEY, groups, old_groups, key_size), (VALUE, groups, old_groups, value_size),
-    ):  # fmt: skip
+        (QUERY, heads, old_heads, key_size),
+        (KEY, groups, old_groups, key_size),
+        (VALUE, groups, old_groups, value_size),
+    ):
         channels = _channels(kept, size)
         change.select((projections[role].linear, 1), channels, 0)
         change.select((projections[role].linear, 2), channels, 0)

@@ -90,7 +90,11 @@ def _hidden(function: Function, down: fx.Node) -> _Hidden | str | None:
         hidden.steps.append(node)
         for index, argument in enumerate(node.args):
             constant = function.parameter(argument)
-            if constant is not None and constant.numel() == constant.shape[-1:].numel() == width and constant.ndim:
+            if (
+                constant is not None
+                and constant.numel() == constant.shape[-1:].numel() == width
+                and constant.ndim
+            ):
                 hidden.vectors.append((node, index))
             elif isinstance(argument, fx.Node) and (constant is None or constant.numel() != 1):
                 stack.append(argument)
