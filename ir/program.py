@@ -95,7 +95,10 @@ class Function:
     # -- writing
 
     def add_input(self, name: str, value: Value) -> fx.Node:
-        node = self.graph.create_node("placeholder", name, name=name)
+        """One more input, behind the others."""
+        others = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(others[-1]) if others else self.graph.inserting_before(None):
+            node = self.graph.create_node("placeholder", name, name=name)
         node.meta["value"] = value
         return node
 

@@ -78,6 +78,18 @@ def test_builder_emits_before_the_output():
     assert function.outputs == ("y",)
 
 
+def test_inputs_stay_first_and_in_order():
+    program = tiny()
+    value = Value("int64", (N,))
+    program.main.add_input("late", value)
+    verify(program)
+    assert list(program.main.inputs) == ["x", "late"]
+    bare = Program().add_function("main")
+    bare.builder().full(shape=(1,), value=0, dtype="int64")
+    first = bare.add_input("first", value)
+    assert bare.nodes[0] is first
+
+
 def test_builder_before_a_node_inherits_its_provenance_but_not_its_site():
     program = tiny()
     gelu, linear = only(program, "gelu"), only(program, "linear")
