@@ -315,6 +315,25 @@ def test_a_disk_that_fills_up_while_writing(artifact: Path, monkeypatch: pytest.
             assert os.listdir(artifact.parent) == ["tiny.tersor"]
 
 
+def test_the_old_artifact_comes_back_when_the_new_cannot_take_its_place(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: (artifact / name).read_bytes() for name in FILES}
+    rename, calls = os.rename, []
+
+    def second_fails(source: Path, destination: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write(artifact, report={"second": True})
+    assert {name: (artifact / name).read_bytes() for name in FILES} == before
+    assert os.listdir(artifact.parent) == ["tiny.tersor"]
+
+
 def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
     """A real failure in the middle of a file, which needs no rights: a limit on the size of files."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
