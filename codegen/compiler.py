@@ -12,9 +12,10 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from tersor.codegen import lowering
+from tersor.codegen import lowering, rules  # noqa: F401  rules registers the lowerings
 from tersor.codegen.artifact import write_artifact
 from tersor.codegen.compare import compare
+from tersor.codegen.linker import link
 from tersor.codegen.runtime import load
 from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
 from tersor.codegen.weights import Weight
@@ -108,7 +109,7 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
     """Compiles a lowered module to a shared library.
 
     Raises:
-        CompileError: TVM refused the module, or no C compiler could link it.
+        CompileError: TVM refused the module, or it could not be linked.
     """
     description = {
         "kind": "llvm",
@@ -120,20 +121,13 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
     try:
         pipeline = tvm.transform.Sequential([make() for make in LOWERING_PASSES])
         executable = relax.build(module, llvm, relax_pipeline=pipeline, exec_mode="compiled")
-    except tvm.error.TVMError as error:
+    except Exception as error:  # TVM raises builtin exceptions of every kind
         raise CompileError(
             "TVM could not compile the lowered program",
             why=str(error).strip().splitlines()[-1],
             fix="report it with the program (tersor inspect)",
         ) from error
-    try:
-        executable.export_library(str(path))
-    except RuntimeError as error:
-        raise CompileError(
-            "the generated code could not be linked",
-            why=str(error).strip().splitlines()[-1],
-            fix="install a C compiler (gcc or clang); `tersor doctor` shows what was found",
-        ) from error
+    executable.export_library(str(path), fcompile=link)
 
 
 def compare_all(program: Program, artifact: Path, threads: int | None) -> dict[str, Any]:
@@ -156,7 +150,7 @@ def check_target(program: Program, target: Target) -> None:
             fix="choose one of the targets listed by `tersor targets`",
         )
     totals = cost(program)
-    check_memory(target, totals.parameter_bytes + totals.peak_activation_bytes, "the weights and activations")
+    check_memory(target, totals.parameter_bytes + totals.peak_bytes, "the weights and activations")
 
 
 def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignature:

@@ -13,8 +13,11 @@ import tvm
 from torch import fx
 from tvm import relax, tirx
 
-from tersor.codegen import fusion
+from tersor.codegen import fusion, tiles
 from tersor.codegen.kernels.base import Kernel
+from tersor.codegen.kernels.chain import Chain, ChainInput
+from tersor.codegen.kernels.elementwise import Elementwise
+from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
 from tersor.ir.dialect import Op
@@ -154,11 +157,26 @@ class Lowering:
         self._builder.update_func(handle, function.with_attr("num_input", len(inputs)))
 
     def _lower(self, node: fx.Node) -> relax.Expr:
-        from tersor.codegen.rules import lower_group
-
         if node in self.plan.groups:
-            return lower_group(self, self.plan.groups[node])
+            return self._lower_group(self.plan.groups[node])
         return _rules[node.target.name](self, node)
+
+    def _lower_group(self, group: fusion.Group) -> relax.Expr:
+        """A GEMM with an epilogue, or element-wise work by itself."""
+        chain, feeds = fusion.build_chain(group)
+        shape = group.root.meta["value"].shape
+        if not group.anchors:
+            shapes = tuple(opaque(feed.meta["value"].shape) for feed in feeds)
+            kernel = Elementwise(chain, shapes, opaque(shape))
+            return self.call(kernel, [self.value(feed) for feed in feeds], [shape])
+        weights = [anchor.args[1] for anchor in group.anchors]
+        n, k = weights[0].meta["value"].shape
+        panel = tiles.panel_width(self.target)
+        gemm = Gemm(opaque(shape[:-1]), k, n, chain, panel, len(weights))
+        join = "beside" if len(weights) > 1 else "stacked"
+        packed = self.weight(Weight(tuple(w.target for w in weights), panel, join))
+        extra = [self.view(feed, spec.shape) for feed, spec in zip(feeds, gemm.inputs()[2:], strict=True)]
+        return self.call(gemm, [self.value(group.anchors[0].args[0]), packed, *extra], [shape])
 
     def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
         """Results the caller may keep: an input, a weight or a value returned twice is copied."""
@@ -196,7 +214,8 @@ class Lowering:
         Returns the output, or a list where the kernel has several.
         """
         if kernel not in self._kernels:
-            function = kernel.build(self.target)
+            # the module's own name for it becomes the symbol: two kernels may suggest the same one
+            function = kernel.build(self.target).without_attr("global_symbol")
             self._kernels[kernel] = self._builder.add_func(function, kernel.name()).name_hint
         handle = self._builder.get().get_global_var(self._kernels[kernel])
         outputs = kernel.outputs()
@@ -217,8 +236,6 @@ class Lowering:
 
     def copy(self, x: relax.Expr, shape: Shape, dtype: str) -> relax.Expr:
         """The same contents in memory of their own."""
-        from tersor.codegen.rules import copy_kernel
-
         return self.call(copy_kernel(opaque(shape), dtype), [x], [shape])
 
     def shape(self, shape: Shape) -> list[Any]:
@@ -227,6 +244,11 @@ class Lowering:
 
     def type(self, value: Any) -> relax.TensorType:
         return relax.TensorType(self.shape(value.shape), value.dtype)
+
+
+def copy_kernel(shape: Shape, dtype: str, output: Shape | None = None) -> Elementwise:
+    """Writes its input to new memory, repeated along the dimensions of ``output`` where it has size 1."""
+    return Elementwise(Chain((ChainInput("full", dtype),), (), (0,)), (shape,), output or shape)
 
 
 def opaque(shape: Shape) -> Shape:
@@ -242,4 +264,4 @@ def _identifier(dim: Dim) -> str:
     text = str(dim)
     for old, new in (("**", "_pow_"), ("*", "_x_"), (" + ", "_plus_"), (" - ", "_minus_"), ("-", "minus_")):
         text = text.replace(old, new)
-    return text
+    return f"size_{text}"

@@ -9,6 +9,7 @@ import numpy as np
 
 from tersor.codegen import packing
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.ir.dims import product
 from tersor.ir.parameters import ParameterStore
 
 
@@ -41,8 +42,7 @@ class Weight:
                 *shape[1:],
             )
         if self.panel is not None:
-            n, k = shape
-            shape = packing.packed_shape(n, k, self.panel, len(self.sources) if self.join == "beside" else 1)
+            shape = packing.packed_shape(shape[0], product(shape[1:]), self.panel, len(self.sources) if self.join == "beside" else 1)
         return TensorSpec(shape, dtype)
 
     def load(self, store: ParameterStore) -> np.ndarray:
@@ -52,4 +52,6 @@ class Weight:
         ]
         if len(arrays) > 1 and self.join == "stacked":
             arrays = [np.concatenate(arrays)]
-        return arrays[0] if self.panel is None else packing.pack(arrays, self.panel)
+        if self.panel is None:
+            return arrays[0]
+        return packing.pack([a.reshape(len(a), -1) for a in arrays], self.panel)

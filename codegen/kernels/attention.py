@@ -110,7 +110,11 @@ class _Rows:
 
 
 class _Builder:
-    """Emits one kernel; the attributes are what every part of it refers to."""
+    """Emits one kernel; the attributes are what every part of it refers to.
+
+    TVM keeps buffers below 1 kB on the stack, and LLVM those at constant places in registers: a tile's accumulators
+    are one buffer per row.
+    """
 
     def __init__(self, attention: Attention, target: Target):
         self.spec = attention
@@ -159,8 +163,8 @@ class _Builder:
         self.keys = T.alloc_buffer((self.blocks, spec.head_dim, self.lanes))
         self.values = T.alloc_buffer((self.kv_len, self.value_vectors * self.lanes))
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
-        self.maxima = T.alloc_buffer((self.rows, self.lanes), scope="local")
-        self.inverses = T.alloc_buffer((self.rows,), scope="local")
+        self.maxima = T.alloc_buffer((self.rows, self.lanes))
+        self.inverses = T.alloc_buffer((self.rows,))
         self._pack_keys(batch, group)
         self._pack_values(batch, group)
         self.bias = self._key_bias(batch, head)
@@ -235,7 +239,7 @@ class _Builder:
         else:
             value = loops.load(self.mask, start, lanes, inside)
         if spec.mask_dtype == "bool":
-            return tirx.Select(tirx.And(inside, value), zero, minus_infinity)
+            return tirx.Select(tirx.And(inside, math.cast(value, "bool")), zero, minus_infinity)
         return tirx.Select(inside, value, minus_infinity)
 
     def _tile(self, batch: Expr, head: Expr, first: Expr | int, rows: int) -> None:
@@ -288,8 +292,7 @@ class _Builder:
     def _scores(self, batch, head, queries: list[Expr], block: Expr, vectors: int, diagonal: bool) -> None:
         """The scores of the tile's rows for a few blocks of keys, into ``scores``; raises the rows' maxima."""
         spec, lanes = self.spec, self.lanes
-        rows = len(queries)
-        accumulators = T.alloc_buffer((rows, vectors, lanes), scope="local")
+        accumulators = [T.alloc_buffer((vectors * lanes,)) for _ in queries]
         for n in range(vectors):
             shared = None
             if self.bias is not None:
@@ -298,7 +301,7 @@ class _Builder:
                 shared = tirx.const(0.0, f"float32x{lanes}")
             for r, query in enumerate(queries):
                 start = self._mask_vector(batch, head, query, block + n) if shared is None else shared
-                T.buffer_store(accumulators, start, [r, n, self.ramp])
+                T.buffer_store(accumulators[r], start, [self._vector(n)])
         starts = [
             (batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim) for q in queries
         ]
@@ -308,12 +311,12 @@ class _Builder:
             for r, start in enumerate(starts):
                 value = math.bind(tirx.Broadcast(self.q.buffer[start + d], lanes))
                 for n, key in enumerate(keys):
-                    total = accumulators[r, n, self.ramp] + value * key
-                    T.buffer_store(accumulators, total, [r, n, self.ramp])
+                    total = accumulators[r][self._vector(n)] + value * key
+                    T.buffer_store(accumulators[r], total, [self._vector(n)])
         for r, query in enumerate(queries):
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
-                score = accumulators[r, n, self.ramp]
+                score = accumulators[r][self._vector(n)]
                 if diagonal:
                     score = math.bind(self._see(score, query, block + n))
                 T.buffer_store(self.scores, score, [r, T.ramp((block + n) * lanes, 1, lanes)])
@@ -333,13 +336,17 @@ class _Builder:
             score = tirx.Select(ahead > -spec.window, score, hidden)
         return score
 
+    def _vector(self, n: int) -> Expr:
+        """The place of vector ``n`` in an array of vectors."""
+        return T.ramp(n * self.lanes, 1, self.lanes)
+
     def _softmax(self, rows: int, begin, end) -> None:
         """exp(score - maximum) in place of the scores, and each row's inverse sum (0 where no key is seen)."""
         lanes = self.lanes
         with T.serial(rows) as r:
             highest = math.horizontal(tirx.max, self.maxima[r, self.ramp])
             highest = math.bind(math.broadcast(highest, lanes))
-            total = T.alloc_buffer((lanes,), scope="local")
+            total = T.alloc_buffer((lanes,))
             T.buffer_store(total, tirx.const(0.0, f"float32x{lanes}"), [self.ramp])
             with T.serial(end - begin) as i:
                 at = T.ramp((begin + i) * lanes, 1, lanes)
@@ -354,25 +361,25 @@ class _Builder:
         """out = weights @ values * inverse sum."""
         spec, lanes = self.spec, self.lanes
         for columns in _groups(self.value_vectors, VECTORS):
-            accumulators = T.alloc_buffer((len(queries), len(columns), lanes), scope="local")
-            for r in range(len(queries)):
+            accumulators = [T.alloc_buffer((len(columns) * lanes,)) for _ in queries]
+            for accumulator in accumulators:
                 for n in range(len(columns)):
-                    T.buffer_store(accumulators, tirx.const(0.0, f"float32x{lanes}"), [r, n, self.ramp])
+                    T.buffer_store(accumulator, tirx.const(0.0, f"float32x{lanes}"), [self._vector(n)])
             with T.serial(end - begin) as step:
                 j = begin + step
                 values = [math.bind(self.values[j, T.ramp(c * lanes, 1, lanes)]) for c in columns]
-                for r in range(len(queries)):
+                for r, accumulator in enumerate(accumulators):
                     weight = math.bind(tirx.Broadcast(self.scores[r, j], lanes))
                     for n, value in enumerate(values):
-                        total = accumulators[r, n, self.ramp] + weight * value
-                        T.buffer_store(accumulators, total, [r, n, self.ramp])
+                        total = accumulator[self._vector(n)] + weight * value
+                        T.buffer_store(accumulator, total, [self._vector(n)])
             for r, query in enumerate(queries):
                 inverse = math.bind(tirx.Broadcast(self.inverses[r], lanes))
                 start = (batch * self.q_len + query) * self.out.stride + head * spec.value_dim
                 for n, c in enumerate(columns):
                     left = spec.value_dim - c * lanes
                     where = None if left >= lanes else loops.mask(left, lanes)
-                    result = accumulators[r, n, self.ramp] * inverse
+                    result = accumulators[r][self._vector(n)] * inverse
                     loops.store(self.out.buffer, start + c * lanes, result, lanes, where)
 
 

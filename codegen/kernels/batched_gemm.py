@@ -97,11 +97,11 @@ class _Builder:
     def _tasks(self, loop: Callable[..., Any], batch: list[Expr | int]) -> None:
         panels = _ceildiv(self.n, self.width)
         with loop(product(batch) * panels) as task:
-            place, rest = [], task // panels
+            place, rest = [], T.bind(task // panels)
             for extent in reversed(batch):
-                place.insert(0, rest % extent)
-                rest = rest // extent
-            first = task % panels * self.width
+                place.insert(0, T.bind(rest % extent))
+                rest = T.bind(rest // extent)
+            first = T.bind(task % panels * self.width)
             if self.kernel.transposed:
                 right = self._transposed_panel(place, first)
             else:

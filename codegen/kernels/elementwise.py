@@ -14,7 +14,7 @@ from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain
-from tersor.codegen.kernels.math import evaluate_chain, output_dtypes
+from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
 
@@ -67,12 +67,13 @@ class Elementwise:
 
                 def vector(position: list[Expr], where: Expr | None) -> None:
                     values = []
-                    for buffer, along in sources:
+                    for (buffer, along), chain_input in zip(sources, self.chain.inputs, strict=True):
                         at = loops.ravel(position, extents, along)
-                        values.append(loops.load(buffer, at, lanes, where) if along[-1] else buffer[at])
+                        value = loops.load(buffer, at, lanes, where) if along[-1] else buffer[at]
+                        values.append(cast(value, chain_input.dtype))
                     at = loops.ravel(position, extents)
                     for buffer, value in zip(results, evaluate_chain(self.chain, values), strict=True):
-                        loops.store(buffer, at, value, lanes, where)
+                        loops.store(buffer, at, cast(value, buffer.dtype), lanes, where)
 
                 work = product(extents) * (1 + len(self.chain.steps) // 4)
                 _nest(extents, work, lanes, vector)

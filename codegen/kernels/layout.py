@@ -14,7 +14,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels import loops
+from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.ir.dims import Dim, Shape, product
@@ -57,7 +57,8 @@ class _Mapped:
                 lead, extents = output.shape[:-1], arguments.extents(output.shape)
 
                 def row(index: Expr) -> None:
-                    position = loops.unravel(index, extents[:-1])
+                    # divisions stay out of the innermost loop: LLVM 22 vectorises guarded ones wrongly
+                    position = [math.bind(p) for p in loops.unravel(index, extents[:-1])]
                     with T.serial(extents[-1]) as last:
                         at = [*position, last]
                         T.buffer_store(result, self.element(read, at, arguments.number), at)
@@ -131,10 +132,9 @@ class Concat(_Mapped):
 
         def source(i: int) -> Expr:
             start = ends[i - 1] if i else 0
-            value = read(i, [*at[: self.dim], at[self.dim] - start, *at[self.dim + 1 :]])
-            return (
-                value if i == len(ends) else tirx.if_then_else(at[self.dim] < ends[i], value, source(i + 1))
-            )
+            along = _clamp(at[self.dim] - start, number(self.sizes[i]))
+            value = read(i, [*at[: self.dim], along, *at[self.dim + 1 :]])
+            return value if i == len(ends) else tirx.Select(at[self.dim] < ends[i], value, source(i + 1))
 
         return source(0)
 
@@ -156,15 +156,14 @@ class Pad(_Mapped):
         return (TensorSpec(shape, self.dtype),)
 
     def element(self, read: Read, at: Position, number: Callable) -> Expr:
-        source = [i - before for i, (before, _) in zip(at, self.pads, strict=True)]
-        inside = [
-            condition
-            for i, size, pads in zip(source, self.shape, self.pads, strict=True)
-            if pads != (0, 0)
-            for condition in (i >= 0, i < number(size))
-        ]
-        value = read(0, source)
-        return _guarded(inside, value, tirx.const(self.value, self.dtype))
+        source, inside = [], []
+        for i, size, (before, after) in zip(at, self.shape, self.pads, strict=True):
+            position = i - before
+            if before or after:
+                inside += [position >= 0, position < number(size)]
+                position = _clamp(position, number(size))
+            source.append(position)
+        return _guarded(inside, read(0, source), tirx.const(self.value, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -186,9 +185,9 @@ class IndexSelect(_Mapped):
         return (TensorSpec((*self.shape[: self.dim], *self.index, *self.shape[self.dim + 1 :]), self.dtype),)
 
     def element(self, read: Read, at: Position, number: Callable) -> Expr:
-        selected = read(1, at[self.dim : self.dim + len(self.index)])
-        source = [*at[: self.dim], selected, *at[self.dim + len(self.index) :]]
-        return _checked(selected, number(self.shape[self.dim]), read(0, source), self.dtype)
+        selected, size = read(1, at[self.dim : self.dim + len(self.index)]), number(self.shape[self.dim])
+        source = [*at[: self.dim], _clamp(selected, size), *at[self.dim + len(self.index) :]]
+        return _checked(selected, size, read(0, source), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,9 @@ class Gather(_Mapped):
         return (TensorSpec(self.index, self.dtype),)
 
     def element(self, read: Read, at: Position, number: Callable) -> Expr:
-        selected = read(1, at)
-        value = read(0, [*at[: self.dim], selected, *at[self.dim + 1 :]])
-        return _checked(selected, number(self.shape[self.dim]), value, self.dtype)
+        selected, size = read(1, at), number(self.shape[self.dim])
+        value = read(0, [*at[: self.dim], _clamp(selected, size), *at[self.dim + 1 :]])
+        return _checked(selected, size, value, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -271,14 +270,15 @@ class Unfold(_Mapped):
         return (TensorSpec((self.batch, product(self.windows), self.channels * product(self.kernel))),)
 
     def element(self, read: Read, at: Position, number: Callable) -> Expr:
-        window = loops.unravel(at[1], [number(d) for d in self.windows])
+        window = [math.bind(p) for p in loops.unravel(at[1], [number(d) for d in self.windows])]
         channel, *inner = loops.unravel(at[2], [self.channels, *self.kernel])
         source, inside = [], []
         for i, size in enumerate(self.sizes):
             position = window[i] * self.stride[i] + inner[i] * self.dilation[i] - self.padding[i]
-            source.append(position)
             if self.padding[i]:
                 inside += [position >= 0, position < number(size)]
+                position = _clamp(position, number(size))
+            source.append(position)
         return _guarded(inside, read(0, [at[0], channel, *source]), tirx.const(0.0, "float32"))
 
 
@@ -314,11 +314,12 @@ class Rotary(_Mapped):
 
         if self.interleaved:
             first = tirx.floormod(channel, 2) == 0
-            partner = tirx.Select(first, channel + 1, channel - 1)
+            partner = tirx.Select(first, tirx.min(channel + 1, self.size - 1), channel - 1)
         else:
             first = channel < half
-            partner = tirx.Select(first, channel + half, channel - half)
-        angle = [0 if self.shared_angles else batch, position, channel]
+            partner = tirx.Select(first, channel + half, channel - half)  # a valid channel in either case
+        inside = channel < self.rotated
+        angle = [0 if self.shared_angles else batch, position, tirx.min(channel, self.rotated - 1)]
         sign = tirx.Select(first, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
         turned = x(channel) * read(1, angle) + sign * x(partner) * read(2, angle)
         return (
@@ -328,11 +329,14 @@ class Rotary(_Mapped):
         )
 
 
+def _clamp(index: Expr, size: Expr | int) -> Expr:
+    """The nearest valid index: elements that a condition rules out are read there and thrown away."""
+    return tirx.max(tirx.min(index, size - 1), 0)
+
+
 def _guarded(conditions: Sequence[Expr], value: Expr, otherwise: Expr) -> Expr:
-    """The value, evaluated only where all conditions hold."""
-    for condition in reversed(conditions):
-        value = tirx.if_then_else(condition, value, otherwise)
-    return value
+    """The value where all conditions hold."""
+    return tirx.Select(tirx.all(*conditions), value, otherwise) if conditions else value
 
 
 def _checked(index: Expr, size: Expr | int, value: Expr, dtype: str) -> Expr:

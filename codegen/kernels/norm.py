@@ -258,6 +258,10 @@ class Reduce:
     def _combine(self, a: Expr, b: Expr) -> Expr:
         return {"max": math.maximum, "min": math.minimum}.get(self.op, lambda a, b: a + b)(a, b)
 
+    def _stored(self) -> str:
+        """The dtype of the computation: bools are bytes in memory."""
+        return "int8" if self.dtype == "bool" else self.dtype
+
     def _identity(self) -> float | int:
         if self.op in ("sum", "mean"):
             return 0
@@ -265,8 +269,8 @@ class Reduce:
         return largest if self.op == "min" else 0 if self.dtype == "bool" else -largest
 
     def _accumulator(self, lanes: int) -> tirx.Buffer:
-        total = T.alloc_buffer((lanes,), self.dtype, scope="local")
-        loops.store(total, 0, tirx.const(self._identity(), self.dtype), lanes)
+        total = T.alloc_buffer((lanes,), self._stored())
+        loops.store(total, 0, tirx.const(self._identity(), self._stored()), lanes)
         return total
 
     def _accumulate(self, total: tirx.Buffer, value: Expr, where: Expr | None) -> None:
@@ -285,7 +289,7 @@ class Reduce:
 def _row_sum(size: int, lanes: int, value: Lanes) -> Expr:
     """The sum of a row's values, in several partial sums."""
     full, rest = divmod(size, lanes)
-    totals = T.alloc_buffer((SUMS, lanes), scope="local")
+    totals = T.alloc_buffer((SUMS, lanes))
     at = T.ramp(0, 1, lanes)
     for j in range(SUMS):
         T.buffer_store(totals, tirx.const(0.0, f"float32x{lanes}"), [j, at])

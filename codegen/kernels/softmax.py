@@ -89,7 +89,7 @@ def _fold(
     value: Callable[[loops.Extent, Expr | None], Expr],
 ) -> Expr:
     """A row's vectors combined into one; ``value`` gives the identity outside its mask."""
-    total = T.alloc_buffer((lanes,), scope="local")
+    total = T.alloc_buffer((lanes,))
     at = T.ramp(0, 1, lanes)
     T.buffer_store(total, tirx.const(identity, f"float32x{lanes}"), [at])
     loops.vectors(

@@ -1,0 +1,120 @@
+"""Every operation of the dialect, compiled and held against its torch reference at several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tersor.codegen.compiler import build
+from tersor.codegen.runtime import load
+from tersor.errors import CompileError
+from tersor.ir import Dim, Function, Program, Range, Value
+from tersor.targets import resolve
+
+B, T = Dim.symbol("batch"), Dim.symbol("length")
+X = Value("float32", (B, T, 24))
+LONG = Value("int64", (B, T))
+
+
+def program(*inputs: Value, body: Callable) -> Program:
+    made = Program()
+    names = {name for value in inputs for d in value.shape if isinstance(d, Dim) for name in d.symbols}
+    ranges = {"batch": Range(1, 3), "length": Range(1, 20)}
+    function = made.add_function("main", {name: r for name, r in ranges.items() if name in names})
+    nodes = [function.add_input(f"x{i}", value) for i, value in enumerate(inputs)]
+    results = body(function.builder(), *nodes)
+    results = results if isinstance(results, tuple) else (results,)
+    function.set_outputs({f"y{i}": node for i, node in enumerate(results)})
+    return made
+
+
+def errors(made: Program, folder) -> list[float]:
+    """Worst relative error at each of the sizes that the compiler probes (it raises beyond 1e-4)."""
+    build(made, resolve("native"), folder / "model.tersor", threads=1)
+    manifest = load(folder / "model.tersor", threads=1).manifest
+    assert manifest.verified
+    return [max(probe["errors"].values()) for probe in manifest.errors["main"]]
+
+
+def weight(b, *shape):
+    return b.parameter("w", torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+
+
+CASES = {
+    "linear": ((X,), lambda b, x: b.linear(x, weight(b, 40, 24), weight(b, 40))),
+    "linear without bias": ((X,), lambda b, x: b.linear(x, weight(b, 33, 24))),
+    "feed forward": (
+        (X,),
+        lambda b, x: b.add(x, b.linear(b.gelu(b.linear(x, weight(b, 40, 24), weight(b, 40))), weight(b, 24, 40))),
+    ),
+    "gated feed forward": (
+        (X,),
+        lambda b, x: b.linear(
+            b.mul(b.silu(b.linear(x, weight(b, 40, 24))), b.linear(x, weight(b, 40, 24))), weight(b, 24, 40)
+        ),
+    ),
+    "layer norm": ((X,), lambda b, x: b.layer_norm(x, weight(b, 24), weight(b, 24), eps=1e-5)),
+    "plain layer norm": ((X,), lambda b, x: b.layer_norm(x, None, None)),
+    "rms norm": ((X,), lambda b, x: b.rms_norm(x, weight(b, 24))),
+    "embedding": ((LONG,), lambda b, ids: b.embedding(ids, weight(b, 50, 24))),
+    "tied embedding": (
+        (LONG,),
+        lambda b, ids: b.linear(b.embedding(ids, (t := weight(b, 50, 24))), b.read(t.target)),
+    ),
+    "softmax": ((X,), lambda b, x: b.softmax(x, dim=-1)),
+    "softmax over another dimension": ((X,), lambda b, x: b.softmax(x, dim=1)),
+    "log softmax": ((X,), lambda b, x: b.log_softmax(x, dim=2)),
+    "sum": ((X,), lambda b, x: b.sum(x, dims=(1,))),
+    "sum of integers": ((LONG,), lambda b, x: b.sum(b.gt(x, 0), dims=(1,), keepdim=True)),
+    "mean": ((X,), lambda b, x: b.mean(x, dims=(-1,), keepdim=True)),
+    "amax": ((X,), lambda b, x: b.amax(x, dims=(0, 2))),
+    "amin": ((X,), lambda b, x: b.amin(x, dims=(2,))),
+    "reshape": ((X,), lambda b, x: b.neg(b.reshape(x, shape=(B * T, 24)))),
+    "permute": ((X,), lambda b, x: b.permute(x, dims=(2, 0, 1))),
+    "permute of unit dimensions": (
+        (X,),
+        lambda b, x: b.add(b.permute(b.mean(x, dims=(1,), keepdim=True), dims=(1, 0, 2)), 1.0),
+    ),
+    "expand": ((X,), lambda b, x: b.expand(b.mean(x, dims=(2,), keepdim=True), shape=(B, T, 24))),
+    "slice": ((X,), lambda b, x: b.slice(x, dim=2, start=3, end=20, step=2)),
+    "slice to the length": ((X,), lambda b, x: b.add(x, b.slice(weight(b, 20, 24), dim=0, end=T))),
+    "last position": ((X,), lambda b, x: b.slice(x, dim=1, start=T - 1)),
+    "concat": ((X, X), lambda b, x, y: b.concat((x, y, x), dim=1)),
+    "pad": ((X,), lambda b, x: b.pad(x, pads=(1, 2, 0, 3), value=0.5)),
+    "index select": ((X,), lambda b, x: b.index_select(x, b.parameter("i", torch.tensor([[3, 0]])), dim=2)),
+    "gather": ((X,), lambda b, x: b.gather(x, b.full(shape=(B, T, 2), value=5, dtype="int64"), dim=2)),
+    "arange": ((X,), lambda b, x: b.mul(x, b.reshape(b.arange(end=T), shape=(T, 1)))),
+    "conv1d": (
+        (Value("float32", (B, 3, 16)),),
+        lambda b, x: b.conv1d(x, weight(b, 24, 3, 3), weight(b, 24), stride=2, padding=1),
+    ),
+    "conv2d": (
+        (Value("float32", (B, 3, 8, 12)),),
+        lambda b, x: b.conv2d(x, weight(b, 24, 3, 4, 4), weight(b, 24), stride=(4, 4)),
+    ),
+    "mask arithmetic": ((LONG,), lambda b, m: b.mul(b.sub(1.0, m), -10000.0)),
+    "where": ((X, LONG), lambda b, x, m: b.where(b.reshape(b.eq(m, 0), shape=(B, T, 1)), 0.0, x)),
+    "rotary": (
+        (X, Value("float32", (1, T, 8))),
+        lambda b, x, angle: b.rotary_embedding(x, b.cos(angle), b.sin(angle), heads=3),
+    ),
+    "an input twice": ((X,), lambda b, x: (x, x)),
+    "a weight": ((X,), lambda b, x: (b.add(x, 1.0), weight(b, 3, 4))),
+    "a scalar weight": ((X,), lambda b, x: b.mul(x, b.parameter("s", torch.tensor(0.25)))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operation(case, tmp_path):
+    inputs, body = CASES[case]
+    assert max(errors(program(*inputs, body=body), tmp_path)) <= 1e-5
+
+
+def test_everything_unsupported_is_listed_at_once(tmp_path):
+    made = program(X, body=lambda b, x: (b.cumsum(x, dim=1), b.argmax(x, dim=1), b.cast(x, dtype="float64")))
+    with pytest.raises(CompileError) as caught:
+        build(made, resolve("native"), tmp_path / "model.tersor")
+    assert all(word in str(caught.value) for word in ("'cumsum'", "'argmax'", "float64", "register_lowering"))
+    assert not list(tmp_path.iterdir())
