@@ -42,6 +42,9 @@ define environment
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) torch
 	@echo "installing tersor"
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) -e .
+	@for name in g++ gcc clang++ clang c++ cc; do command -v $$name >/dev/null && exit 0; done; \
+		echo "installing ziglang: there is no C compiler to link with"; \
+		$(1)/bin/python -m pip install $(PIP_FLAGS) ziglang
 	@touch $@
 endef
 

@@ -6,10 +6,9 @@ The exit code is 1 when something that compiling needs is missing.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import re
-import shutil
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,11 +79,16 @@ def packages(requires: Callable[[str], list[str] | None] = metadata.requires) ->
 
 
 def linker() -> Iterator[Check]:
-    """The compiler that links generated code, looked for as TVM does."""
-    wanted = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "c++", "cc"]
-    found = next((path for name in wanted if name and (path := shutil.which(name))), None)
-    fix = "" if found else "install gcc or clang, e.g. apt-get install gcc"
-    yield Check("C compiler (links the code)", found is not None, found or "none", fix=fix)
+    """The compiler that links generated code."""
+    from tersor.codegen.linker import FIX, command
+
+    found = command()
+    yield Check(
+        "C compiler (links the code)",
+        found is not None,
+        shlex.join(found or ["none"]),
+        fix="" if found else FIX,
+    )
 
 
 def target(name: str) -> Iterator[Check]:
