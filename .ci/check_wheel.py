@@ -21,6 +21,6 @@ model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.L
 x = torch.randn(4, 32)
 compiled = tersor.compile(model, (x,))
 with torch.no_grad():
-    error = (compiled(x) - model(x)).abs().max().item()
+    error = (compiled(x)[0] - model(x)).abs().max().item()
 assert error < 1e-4, f"the compiled model differs from torch by {error}"
 print(f"wheel {tersor.__version__}: compiled and ran a small model, error {error:.1e}")
