@@ -7,6 +7,8 @@ from tvm import relax
 
 from tersor.codegen import tiles
 from tersor.codegen.kernels import layout
+from tersor.codegen.kernels.attention import Attention
+from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.chain import Chain, ChainInput, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Embedding
@@ -88,6 +90,60 @@ def _rotary_embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
         kernel, [lowering.value(a) for a in node.args], [(*shape[:2], heads, width // heads)]
     )
     return lowering.reshape(turned, shape)
+
+
+@register_lowering("attention")
+def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    q, k, v, mask = (*node.args, None)[:4]
+    (batch, q_len, width), kv_len = opaque(q.meta["value"].shape), opaque(k.meta["value"].shape)[1]
+    heads, kv_heads = node.kwargs["heads"], node.kwargs["kv_heads"]
+    joined = node in lowering.plan.joined
+    kernel = Attention(
+        batch,
+        q_len,
+        kv_len,
+        heads,
+        kv_heads,
+        width // heads,
+        v.meta["value"].shape[-1] // kv_heads,
+        node.kwargs["scale"],
+        causal=node.kwargs.get("causal", False),
+        window=node.kwargs.get("window"),
+        mask=None if mask is None else opaque(mask.meta["value"].shape),
+        mask_dtype="bool" if mask is None else mask.meta["value"].dtype,
+        packed="qkv" if joined else "",
+    )
+    args = [_joined(lowering, (q, k, v))] if joined else [lowering.value(a) for a in (q, k, v)]
+    args += [lowering.value(mask)] if mask is not None else []
+    return lowering.call(kernel, args, [node.meta["value"].shape])
+
+
+def _joined(lowering: Lowering, projections: tuple[fx.Node, ...]) -> relax.Expr:
+    """Linear layers of one input as one, their outputs side by side."""
+    x, sizes = projections[0].args[0], [p.meta["value"].shape[-1] for p in projections]
+    biases = [p.args[2] if len(p.args) > 2 else None for p in projections]
+    weight = Weight(tuple(p.args[1].target for p in projections), tiles.panel_width(lowering.target))
+    bias = Weight(tuple(n if b is None else b.target for n, b in zip(sizes, biases, strict=True)))
+    lead, k = x.meta["value"].shape[:-1], x.meta["value"].shape[-1]
+    return _projection(
+        lowering, lowering.value(x), lead, weight, sum(sizes), k, bias if any(biases) else None
+    )
+
+
+@register_lowering("matmul")
+def _matmul(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    x, y = node.args
+    (a, b), rank = (opaque(n.meta["value"].shape) for n in node.args), node.meta["value"].rank
+    # a transposition right before is read in place
+    swap = (*range(rank - 2), rank - 1, rank - 2)
+    transposed = y.op == "call_function" and y.target.name == "permute" and tuple(y.kwargs["dims"]) == swap
+    if transposed:
+        y = y.args[0]
+        b = (*b[:-2], b[-1], b[-2])
+    shapes = [(1,) * (rank - len(s)) + tuple(s) for s in (a, b)]
+    kernel = BatchedGemm(*shapes, transposed=transposed)
+    args = [lowering.view(n, s) for n, s in zip((x, y), shapes, strict=True)]
+    return lowering.call(kernel, args, [node.meta["value"].shape])
 
 
 @register_lowering("linear")

@@ -47,7 +47,9 @@ CASES = {
     "linear without bias": ((X,), lambda b, x: b.linear(x, weight(b, 33, 24))),
     "feed forward": (
         (X,),
-        lambda b, x: b.add(x, b.linear(b.gelu(b.linear(x, weight(b, 40, 24), weight(b, 40))), weight(b, 24, 40))),
+        lambda b, x: b.add(
+            x, b.linear(b.gelu(b.linear(x, weight(b, 40, 24), weight(b, 40))), weight(b, 24, 40))
+        ),
     ),
     "gated feed forward": (
         (X,),
@@ -100,6 +102,39 @@ CASES = {
         (X, Value("float32", (1, T, 8))),
         lambda b, x, angle: b.rotary_embedding(x, b.cos(angle), b.sin(angle), heads=3),
     ),
+    "attention": (
+        (X, LONG),
+        lambda b, x, m: b.attention(
+            *(b.linear(x, weight(b, 24, 24), weight(b, 24)) for _ in range(2)),
+            b.linear(x, weight(b, 24, 24)),
+            b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T)),
+            heads=3,
+            kv_heads=3,
+            scale=0.3,
+        ),
+    ),
+    "grouped causal attention": (
+        (X,),
+        lambda b, x: b.attention(
+            x,
+            b.linear(x, weight(b, 8, 24)),
+            b.linear(x, weight(b, 8, 24)),
+            heads=6,
+            kv_heads=2,
+            scale=0.3,
+            causal=True,
+        ),
+    ),
+    "cross attention": (
+        (X, Value("float32", (B, 7, 24))),
+        lambda b, x, y: b.attention(x, y, y, heads=2, kv_heads=2, scale=0.3),
+    ),
+    "window and additive mask": (
+        (X, Value("float32", (1, 1, T, T))),
+        lambda b, x, m: b.attention(x, x, x, m, heads=2, kv_heads=2, scale=0.3, causal=True, window=4),
+    ),
+    "matmul": ((X,), lambda b, x: b.matmul(x, b.permute(x, dims=(0, 2, 1)))),
+    "matmul of a matrix": ((X,), lambda b, x: b.matmul(x, weight(b, 24, 5))),
     "an input twice": ((X,), lambda b, x: (x, x)),
     "a weight": ((X,), lambda b, x: (b.add(x, 1.0), weight(b, 3, 4))),
     "a scalar weight": ((X,), lambda b, x: b.mul(x, b.parameter("s", torch.tensor(0.25)))),
