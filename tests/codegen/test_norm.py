@@ -126,6 +126,14 @@ def test_reduce_integers(op, target):
         np.testing.assert_array_equal(got, NUMPY[op](x, axis=dims))
 
 
+def test_any_and_all_are_maximum_and_minimum_of_bools(target):
+    x = RNG.random((20, 37)) < 0.05
+    for op, function in (("max", np.any), ("min", np.all)):
+        for dims in ((0,), (1,)):
+            (got,) = run_kernel(Reduce(op, (20, 37), dims, dtype="bool"), [x], target)
+            np.testing.assert_array_equal(got, function(x, axis=dims))
+
+
 def test_reduce_refuses_a_dimension_that_is_not_there():
     with pytest.raises(ValueError, match="cannot reduce"):
         Reduce("sum", (3, 4), (2,))
