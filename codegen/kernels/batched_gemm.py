@@ -102,21 +102,20 @@ class _Builder:
                 place.insert(0, T.bind(rest % extent))
                 rest = T.bind(rest // extent)
             first = T.bind(task % panels * self.width)
-            if self.kernel.transposed:
-                right = self._transposed_panel(place, first)
-            else:
-                right = self._panel(place, first)
-            self._all_rows(place, first, right)
+            self.columns = [T.ramp(first + v * self.lanes, 1, self.lanes) for v in range(PANEL_VECTORS)]
+            whole = isinstance(self.n, int) and self.n % self.width == 0
+            self.masks = [None if whole else self._inside(columns) for columns in self.columns]
+            right = self._transposed_panel(place, first) if self.kernel.transposed else self._panel(place)
+            self._all_rows(place, right)
 
-    def _panel(self, place: list[Expr], first: Expr) -> Callable[[Expr, int], Expr]:
+    def _panel(self, place: list[Expr]) -> Callable[[Expr, int], Expr]:
         """Vectors of b read in place; lanes beyond the last column are not touched."""
         place = _place_in(place, self.kernel.b)
 
         def right(k: Expr, v: int) -> Expr:
-            columns = T.ramp(first + v * self.lanes, 1, self.lanes)
-            if isinstance(self.n, int) and self.n % self.width == 0:
-                return self.b[(*place, k, columns)]
-            return T.masked_load(f"float32x{self.lanes}", self.b, *place, k, columns, self._inside(columns))
+            if self.masks[v] is None:
+                return self.b[(*place, k, self.columns[v])]
+            return T.masked_load(f"float32x{self.lanes}", self.b, *place, k, self.columns[v], self.masks[v])
 
         return right
 
@@ -129,41 +128,39 @@ class _Builder:
                 T.buffer_store(copy, self.b[(*place, T.min(first + c, self.n - 1), k)], [k, c])
         return lambda k, v: copy[k, T.ramp(v * self.lanes, 1, self.lanes)]
 
-    def _all_rows(self, place: list[Expr], first: Expr, right: Callable[[Expr, int], Expr]) -> None:
+    def _all_rows(self, place: list[Expr], right: Callable[[Expr, int], Expr]) -> None:
         """Tiles of full height, the last overlapping its neighbour; fewer rows than that one by one."""
         rows = self.rows
         if isinstance(self.m, int):
             height = rows if self.m >= rows else self.m
             with T.serial(-(-self.m // height)) as i:
-                self._tile(place, first, right, T.min(i * height, self.m - height), height)
+                self._tile(place, right, T.min(i * height, self.m - height), height)
             return
         with T.If(self.m >= rows):
             with T.Then():
                 with T.serial(T.ceildiv(self.m, rows)) as i:
-                    self._tile(place, first, right, T.min(i * rows, self.m - rows), rows)
+                    self._tile(place, right, T.min(i * rows, self.m - rows), rows)
             with T.Else():
                 with T.serial(self.m) as i:
-                    self._tile(place, first, right, i, 1)
+                    self._tile(place, right, i, 1)
 
     def _tile(
-        self, place: list[Expr], first: Expr, right: Callable[[Expr, int], Expr], start: Expr, height: int
+        self, place: list[Expr], right: Callable[[Expr, int], Expr], start: Expr, height: int
     ) -> None:
         start = T.bind(start)
         sums = RegisterTile(height, PANEL_VECTORS, self.lanes)
         left = _place_in(place, self.kernel.a)
         with T.serial(self.k) as k:
             sums.multiply(lambda r: self.a[(*left, start + r, k)], lambda v: right(k, v))
-        for v in range(PANEL_VECTORS):
-            columns = T.ramp(first + v * self.lanes, 1, self.lanes)
+        for v, (columns, mask) in enumerate(zip(self.columns, self.masks, strict=True)):
             for r in range(height):
-                if isinstance(self.n, int) and self.n % self.width == 0:
+                if mask is None:
                     T.buffer_store(self.out, sums.vector(r, v), [*place, start + r, columns])
                 else:
-                    T.evaluate(
-                        T.masked_store(self.out, sums.vector(r, v), *place, start + r, columns, self._inside(columns))
-                    )
+                    T.evaluate(T.masked_store(self.out, sums.vector(r, v), *place, start + r, columns, mask))
 
     def _inside(self, columns: Expr) -> Expr:
+        """Which of these columns exist."""
         return columns < T.broadcast(T.cast(self.n, columns.ty.dtype.with_lanes(1)), self.lanes)
 
 
