@@ -34,7 +34,7 @@ def write_artifact(
     manifest    without `files`, which are filled in here
     report      plain data for report.json
 
-    The same arguments give the same bytes. An artifact that lies at `path` is replaced in one step; on any
+    The same arguments give the same bytes. An artifact that lies at `path` is replaced by renaming; on any
     failure it stays as it was and nothing else is left behind. Raises ArtifactError: full disk, no
     permission, `path` is no artifact, weights and manifest disagree, the report is not plain data.
     """

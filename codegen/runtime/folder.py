@@ -25,13 +25,17 @@ def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     artifact is replaced (`overwrite`), anything else at `path` is left alone. Raises ArtifactError for
     whatever the file system refuses.
     """
-    path = Path(os.path.realpath(path))
-    _check_place(path, overwrite)
     try:
+        path = Path(os.path.realpath(path))
+        _check_place(path, overwrite)
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except ValueError as error:  # a zero byte in the path
+        raise ArtifactError(
+            f"cannot write {str(path)!r}", why=str(error), fix="choose another name"
+        ) from error
     except OSError as error:
         raise _unwritable(path, size, error) from error
     try:
@@ -57,12 +61,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`; ArtifactError when there is none."""
-    if not (folder / MANIFEST).is_file():
-        why = "there is no manifest.json in it" if folder.is_dir() else "there is no such folder"
-        raise ArtifactError(
-            f"{str(folder)!r} is not an artifact", why=why, fix="pass a folder written by compiled.save()"
-        )
     try:
+        if not (folder / MANIFEST).is_file():
+            why = "there is no manifest.json in it" if folder.is_dir() else "there is no such folder"
+            raise ArtifactError(
+                f"{str(folder)!r} is not an artifact", why=why, fix="pass a folder written by compiled.save()"
+            )
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(

@@ -61,7 +61,8 @@ def load(
     """The compiled model in the artifact folder `path`.
 
     Every byte is compared with the manifest's hashes; weights are mapped, not copied. An artifact is native
-    code: hashes detect damage, not malice, so load only what you trust.
+    code: hashes detect damage, not malice, so load only what you trust. Its files must not be changed in place
+    while it is loaded; `save` and compiling to the same path replace them instead.
 
     threads     as `CompiledModel.threads`
     temporary   the folder is removed when the model is no longer used
@@ -69,7 +70,7 @@ def load(
     Raises ArtifactError (missing, damaged, written by another version), TargetError (compiled for another
     CPU), InputError (threads).
     """
-    folder = Path(path).resolve()
+    folder = Path(path).absolute()
     manifest = read_manifest(folder)
     _check_versions(manifest, folder)
     _check_target(manifest, folder)

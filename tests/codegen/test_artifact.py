@@ -253,6 +253,16 @@ def test_a_link_to_an_artifact_stays_a_link(artifact: Path, tmp_path: Path) -> N
     assert load(artifact).report == {"second": True}
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_impossible_names(artifact: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError):
+        load(tmp_path / name)
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write(tmp_path / name)
+    with pytest.raises(ArtifactError, match="cannot write"):
+        load(artifact).save(tmp_path / name)
+
+
 def test_a_place_that_cannot_be_written_is_an_error() -> None:
     with pytest.raises(ArtifactError, match="does not exist.*\n.*create it"):
         write(Path("/nowhere/tiny.tersor"))
