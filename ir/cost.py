@@ -162,8 +162,7 @@ def function_cost(function: Function, sizes: Mapping[str, int] | None = None) ->
 
 
 def _peak(function: Function, sizes: Mapping[str, int]) -> tuple[int, str]:
-    """Most bytes that values hold at once and the node at which they do; a view keeps what it looks at alive.
-    """
+    """Most bytes that values hold at once and the node at which they do; a view keeps what it looks at alive."""
     nodes = [n for n in function.graph.nodes if n.op != "get_attr"]
     owner: dict[fx.Node, fx.Node] = {}
     last_use: dict[fx.Node, fx.Node] = {}

@@ -153,8 +153,7 @@ def _name_feed_forward(layer: FeedForward, name: str, names: _Names) -> None:
 
 
 def _name_norms(function: Function, layers: dict[AttentionLayer | FeedForward, str], names: _Names) -> None:
-    """A norm belongs to the layer behind whose residual it stands (post-norm), or to the one that reads it.
-    """
+    """A norm belongs to the layer behind whose residual it stands (post-norm), or to the one that reads it."""
     joins = {residual_join(layer): name for layer, name in layers.items()}
     readers = {node: name for layer, name in layers.items() for node in _own_inputs(layer)}
     results = {layer.last: name for layer, name in layers.items()}

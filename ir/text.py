@@ -101,13 +101,16 @@ def _origins(node: fx.Node, keys: Iterable[str]) -> list[str]:
 
 def _line(node: fx.Node, show: Callable[[Any], str] | None = None) -> str:
     show = show or _show
+    return f"{show(node)} = {_call(node, show)}  : {node.meta['value']}"
+
+
+def _call(node: fx.Node, show: Callable[[Any], str]) -> str:
     given = len(node.args)
     while given and node.args[given - 1] is None:
         given -= 1
     operands = [show(arg) for arg in node.args[:given]]
     attributes = [f"{k}={show(v)}" for k, v in node.kwargs.items() if node.target.attributes[k] != v]
-    call = f"{node.target.name}({', '.join(operands + attributes)})"
-    return f"{show(node)} = {call}  : {node.meta['value']}"
+    return f"{node.target.name}({', '.join(operands + attributes)})"
 
 
 def _show(arg: Any, name: Callable[[fx.Node], str] | None = None) -> str:
@@ -122,52 +125,41 @@ def _show(arg: Any, name: Callable[[fx.Node], str] | None = None) -> str:
 
 
 def _function_diff(old: Function, new: Function, context: int) -> list[str]:
+    # First pair the calls that are alike but for the operands; then compare with the operands named by the
+    # pairing.
     old_calls, new_calls = old.calls(), new.calls()
+    keys = [
+        [_call(node, lambda arg: _show(arg, _kind)) for node in calls] for calls in (old_calls, new_calls)
+    ]
+    pairs = difflib.SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks()
+    partner = {new_calls[j + k]: old_calls[i + k] for i, j, size in pairs for k in range(size)}
     parameters: dict[str, str] = {}
     for function in (old, new):
         for node in function.graph.find_nodes(op="get_attr"):
             parameters.setdefault(function.parameters[node.target].digest, node.target)
 
-    def unnamed(function: Function) -> Callable[[fx.Node], str]:
+    def lines(function: Function) -> list[str]:
         def name(node: fx.Node) -> str:
             if node.op == "get_attr":
                 digest = function.parameters[node.target].digest
                 return f"@{parameters[digest]}#{digest[:8]}"
-            return f"%{node.target}" if node.op == "placeholder" else "%"
-
-        return name
-
-    # First pair the nodes that are the same but for where their operands come from, then compare with
-    # operands named.
-    def keys(function: Function) -> list[str]:
-        name = unnamed(function)
-        return [_line(node, lambda arg: _show(arg, name)) for node in function.calls()]
-
-    matcher = difflib.SequenceMatcher(None, keys(old), keys(new), autojunk=False)
-    partner = {
-        new_calls[j + k]: old_calls[i + k]
-        for i, j, size in matcher.get_matching_blocks()
-        for k in range(size)
-    }
-
-    def named(function: Function) -> Callable[[Any], str]:
-        constant = unnamed(function)
-
-        def name(node: fx.Node) -> str:
-            if node.op != "call_function":
-                return constant(node)
+            if node.op == "placeholder":
+                return f"%{node.target}"
             if function is old:
                 return f"%{node.name}"
             return f"%{partner[node].name}" if node in partner else f"%{node.name}'"
 
-        return lambda arg: _show(arg, name)
+        def show(arg: Any) -> str:
+            return _show(arg, name)
 
-    def lines(function: Function) -> list[str]:
-        show = named(function)
         results = ", ".join(
             f"{n} = {show(r)}" for n, r in zip(function.outputs, function.results, strict=True)
         )
-        return [_signature(function), *(_line(n, show) for n in function.calls()), f"return {results}"]
+        return [_signature(function), *(_line(node, show) for node in function.calls()), f"return {results}"]
 
     compared = difflib.unified_diff(lines(old), lines(new), "before", "after", n=context, lineterm="")
     return [f"function {old.name}:", *compared]
+
+
+def _kind(node: fx.Node) -> str:
+    return "@" if node.op == "get_attr" else f"%{node.target}" if node.op == "placeholder" else "%"

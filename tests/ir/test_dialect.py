@@ -79,7 +79,9 @@ def test_an_operation_with_a_decomposition_needs_no_shape_rule(own_ops):
 
 
 def test_a_decomposition_over_several_values(own_ops):
-    op = register_op("test.join", lambda xs: torch.cat(xs), decompose=lambda build, xs: build.concat(xs, dim=0))
+    op = register_op(
+        "test.join", lambda xs: torch.cat(xs), decompose=lambda build, xs: build.concat(xs, dim=0)
+    )
     assert infer(op, ((X, X),), {}) == Value("float32", (4, Dim.symbol("n")))
 
 

@@ -80,13 +80,21 @@ def test_text():
 
 @pytest.mark.parametrize(
     ("text", "dim"),
-    [("2 * a*b - 3", 2 * A * B - 3), (" a ** 2", A * A), ("-b + a", A - B), ("a*2", 2 * A), ("1 + a + 1", A + 2)],
+    [
+        ("2 * a*b - 3", 2 * A * B - 3),
+        (" a ** 2", A * A),
+        ("-b + a", A - B),
+        ("a*2", 2 * A),
+        ("1 + a + 1", A + 2),
+    ],
 )
 def test_parse_reads_what_people_write(text, dim):
     assert Dim.parse(text) == dim
 
 
-@pytest.mark.parametrize("text", ["", "a b", "a/2", "a**b", "a**-1", "(a)", "2a", "a**1000000000", "a +", "a**", "+"])
+@pytest.mark.parametrize(
+    "text", ["", "a b", "a/2", "a**b", "a**-1", "(a)", "2a", "a**1000000000", "a +", "a**", "+"]
+)
 def test_parse_refuses(text):
     with pytest.raises(ProgramError):
         Dim.parse(text)
@@ -100,7 +108,9 @@ def test_constants_become_ints():
     assert 0 // A == 0
 
 
-@pytest.mark.parametrize("division", [lambda: A // 2, lambda: (A + 1) // A, lambda: A // 0, lambda: A // B, lambda: 3 // A])
+@pytest.mark.parametrize(
+    "division", [lambda: A // 2, lambda: (A + 1) // A, lambda: A // 0, lambda: A // B, lambda: 3 // A]
+)
 def test_inexact_division_is_an_error(division):
     with pytest.raises(ProgramError, match="not exact"):
         division()

@@ -27,8 +27,16 @@ def test_dims_are_read_off_the_inputs():
 @pytest.mark.parametrize(
     ("x", "y", "said"),
     [
-        (torch.ones(2, 4), torch.ones(2, 5), r"'x' has shape \[2, 4\]\n  why: .*float32\[a, 3\].*'y': \[2, 5\]"),
-        (torch.ones(2, 3), torch.ones(3, 5), r"'y' has shape \[3, 5\]\n  why: .*int64\[a, b\].*'x': \[2, 3\]"),
+        (
+            torch.ones(2, 4),
+            torch.ones(2, 5),
+            r"'x' has shape \[2, 4\]\n  why: .*float32\[a, 3\].*'y': \[2, 5\]",
+        ),
+        (
+            torch.ones(2, 3),
+            torch.ones(3, 5),
+            r"'y' has shape \[3, 5\]\n  why: .*int64\[a, b\].*'x': \[2, 3\]",
+        ),
         (torch.ones(2, 3), torch.ones(2, 5, 1), r"'y' has shape \[2, 5, 1\]"),
         (torch.ones(2, 3), None, "input 'y' is missing\n  fix: give y: int64"),
     ],
@@ -66,7 +74,9 @@ def test_results_by_name_inputs_and_repeats_included():
 
 def test_observers_see_every_operation_in_order():
     program, seen = chain(), []
-    result = run(program.main, {"x": torch.ones(1, 4)}, observe=lambda node, value: seen.append((node, value)))
+    result = run(
+        program.main, {"x": torch.ones(1, 4)}, observe=lambda node, value: seen.append((node, value))
+    )
     assert [node for node, _ in seen] == program.main.calls()
     assert all(Value("float32", tuple(value.shape)).rank == node.meta["value"].rank for node, value in seen)
     assert seen[-1][1] is result["y"]

@@ -55,7 +55,8 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
     "permute": [((f32(B, L, 4),), {"dims": (2, 0, 1)})],
     "expand": [((f32(B, 1, 4),), {"shape": (B, L, 4)}), ((f32(4),), {"shape": (B, L, 4)})],
     "slice": [((f32(B, L, 8),), {"dim": -1, "start": 2, "end": 6}), ((f32(B, 8),), {"dim": 1, "start": 1, "step": 3}),
-              ((f32(B, L),), {"dim": 1}), ((f32(9, 4),), {"dim": 0, "end": L}), ((f32(B, L),), {"dim": 1, "start": L - 1}),
+              ((f32(B, L),), {"dim": 1}), ((f32(9, 4),), {"dim": 0, "end": L}),
+              ((f32(B, L),), {"dim": 1, "start": L - 1}),
               ((f32(B, 8),), {"dim": 1, "start": 3, "end": 3})],
     "concat": [(((f32(B, L, 4), f32(B, 1, 4)),), {"dim": 1}), (((i64(B),),), {"dim": 0}),
                (((f32(B, 2), f32(B, 3), f32(B, 2)),), {"dim": -1})],
@@ -64,7 +65,8 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
     "index_select": [((f32(4, 6), i64(B, L)), {"dim": 0}), ((f32(B, 4), i64()), {"dim": -1})],
     "gather": [((f32(B, 4), i64(B, L)), {"dim": 1}), ((f32(B, L, 4), i64(B, L, 1)), {"dim": 2})],
     "arange": [((), {"end": L}), ((), {"end": 7, "dtype": "float32"})],
-    "full": [((), {"shape": (B, 3), "value": 1.5, "dtype": "float32"}), ((), {"shape": (), "value": True, "dtype": "bool"})],
+    "full": [((), {"shape": (B, 3), "value": 1.5, "dtype": "float32"}),
+             ((), {"shape": (), "value": True, "dtype": "bool"})],
     "cumsum": [((i64(B, L),), {"dim": 1}), ((boolean(B, L),), {"dim": -1}), ((f32(B),), {"dim": 0})],
     "sum": [((f32(B, L),), {"dims": (1,)}), ((i64(B, L, 2),), {"dims": (0, -1), "keepdim": True}),
             ((boolean(B, L),), {"dims": (1,)})],
@@ -73,8 +75,10 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
        ("amax", "amin")},
     "argmax": [((f32(B, L),), {"dim": -1}), ((i64(B, L),), {"dim": 0, "keepdim": True})],
     **{name: [((f32(B, L),), {"dim": -1}), ((f32(B, L, 2),), {"dim": 1})] for name in ("softmax", "log_softmax")},
-    "linear": [((f32(B, L, 6), f32(4, 6)), {}), ((f32(B, L, 6), f32(4, 6), f32(4)), {}), ((f32(6), f32(4, 6), None), {})],
-    "matmul": [((f32(B, 2, L, 4), f32(B, 2, 4, L)), {}), ((f32(L, 4), f32(4, 3)), {}), ((f32(B, 1, L, 4), f32(2, 4, 3)), {})],
+    "linear": [((f32(B, L, 6), f32(4, 6)), {}), ((f32(B, L, 6), f32(4, 6), f32(4)), {}),
+               ((f32(6), f32(4, 6), None), {})],
+    "matmul": [((f32(B, 2, L, 4), f32(B, 2, 4, L)), {}), ((f32(L, 4), f32(4, 3)), {}),
+               ((f32(B, 1, L, 4), f32(2, 4, 3)), {})],
     "layer_norm": [((f32(B, L, 6), f32(6), f32(6)), {"eps": 1e-6}), ((f32(B, 6),), {}), ((f32(B, 6), f32(6)), {})],
     "rms_norm": [((f32(B, L, 6), f32(6)), {"eps": 1e-6}), ((f32(B, 6),), {})],
     "embedding": [((i64(B, L), f32(4, 6)), {}), ((i64(), f32(4, 6)), {})],
@@ -89,7 +93,8 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
         ((f32(B, L, 16), f32(1, L, 8), f32(1, L, 8)), {"heads": 2}),
         ((f32(B, L, 16), f32(B, L, 4), f32(B, L, 4)), {"heads": 2, "interleaved": True}),
     ],
-    "conv1d": [((f32(B, 4, 9), f32(6, 4, 3), f32(6)), {"stride": 2, "padding": 1}), ((f32(B, 4, L), f32(6, 2, 1)), {"groups": 2}),
+    "conv1d": [((f32(B, 4, 9), f32(6, 4, 3), f32(6)), {"stride": 2, "padding": 1}),
+               ((f32(B, 4, L), f32(6, 2, 1)), {"groups": 2}),
                ((f32(B, 4, 2 * L), f32(6, 4, 2), None), {"stride": 2})],
     "conv2d": [((f32(B, 3, 8, 8), f32(6, 3, 4, 4), f32(6)), {"stride": (4, 4)}),
                ((f32(B, 4, 9, 7), f32(4, 1, 3, 3)), {"groups": 4, "padding": (1, 0), "dilation": (2, 1)})],
@@ -115,7 +120,7 @@ REFUSED: list[tuple[str, tuple, dict]] = [
     ("embedding", (f32(B), f32(4, 6)), {}), ("layer_norm", (i64(B, 6),), {}),
     ("attention", (f32(B, L, 8), f32(B, L, 8), f32(B, L, 8)), {"heads": 3, "kv_heads": 3, "scale": 1.0}),
     ("attention", (f32(B, L, 8), f32(B, L, 8), f32(B, L, 8)), {"heads": 4, "kv_heads": 2, "scale": 1.0}),
-    ("attention", (f32(B, L, 8), f32(B, L, 8), f32(B, L, 8), f32(B, 3, 1, 1)), {"heads": 2, "kv_heads": 2, "scale": 1.0}),
+    ("attention", (f32(B, L, 8),) * 3 + (f32(B, 3, 1, 1),), {"heads": 2, "kv_heads": 2, "scale": 1.0}),
     ("attention", (f32(B, L, 8), f32(B, L, 8), f32(B, 2, 8)), {"heads": 2, "kv_heads": 2, "scale": 1.0}),
     ("rotary_embedding", (f32(B, L, 16), f32(1, L, 10), f32(1, L, 10)), {"heads": 2}),
     ("conv1d", (f32(B, 4, 9), f32(6, 3, 3)), {}), ("conv1d", (f32(B, 4, 2), f32(6, 4, 3)), {}),
@@ -188,7 +193,20 @@ def test_rule_is_stricter_than_torch(name, operands, attributes):
 
 
 OF_TWO = ("add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "lt", "ge")
-OF_ONE = ("neg", "abs", "floor", "relu", "sqrt", "exp", "erf", "sigmoid", "silu", "gelu", "gelu_tanh", "logical_not")
+OF_ONE = (
+    "neg",
+    "abs",
+    "floor",
+    "relu",
+    "sqrt",
+    "exp",
+    "erf",
+    "sigmoid",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "logical_not",
+)
 DTYPES = ("float64", "float32", "bfloat16", "int64", "int32", "uint8", "bool")
 
 
@@ -286,6 +304,7 @@ def test_macs():
 
     assert macs("linear", f32(B, L, 6), f32(4, 6), None) == B * L * 24
     assert macs("matmul", f32(B, L, 6), f32(6, 5)) == B * L * 30
-    assert macs("attention", f32(B, L, 8), f32(B, 3, 4), f32(B, 3, 6), heads=4, kv_heads=2, scale=1.0) == B * L * 3 * 4 * 5
+    heads = {"heads": 4, "kv_heads": 2, "scale": 1.0}
+    assert macs("attention", f32(B, L, 8), f32(B, 3, 4), f32(B, 3, 6), **heads) == B * L * 3 * 4 * (2 + 3)
     assert macs("conv2d", f32(2, 3, 8, 8), f32(6, 3, 4, 4), stride=(4, 4)) == 2 * 6 * 4 * 48
     assert macs("conv1d", f32(2, 4, 9), f32(6, 2, 3), groups=2) == 2 * 6 * 7 * 6

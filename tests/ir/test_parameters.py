@@ -68,7 +68,13 @@ def test_a_stored_parameter_keeps_its_hash():
 def test_tied_memory_counts_once():
     tensor = torch.zeros(4, 4)
     store = ParameterStore()
-    for name, t in (("a", tensor), ("b", torch.zeros(4, 4)), ("c", tensor), ("d", tensor[:2]), ("e", tensor[2:])):
+    for name, t in (
+        ("a", tensor),
+        ("b", torch.zeros(4, 4)),
+        ("c", tensor),
+        ("d", tensor[:2]),
+        ("e", tensor[2:]),
+    ):
         store.add(name, t)
     store["f"] = store["b"]
     assert store.tied() == {"c": "a", "f": "b"}

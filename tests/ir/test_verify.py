@@ -126,10 +126,16 @@ VIOLATIONS = {
     "no value": (_drop_value, r"%gelu: has no value metadata"),
     "stale shape": (_stale_shape, r"%gelu: says float32\[n, 5\], its operands give float32\[n, 4\]"),
     "stale parameter": (_stale_parameter, r"%w: says float32\[4, 4\], the parameter is float64\[4, 4\]"),
-    "operands do not fit": (_misfit, r"%linear \(site layer, source model.py:7\): linear: x float32\[n, 4\], weight"),
+    "operands do not fit": (
+        _misfit,
+        r"%linear \(site layer, source model.py:7\): linear: x float32\[n, 4\], weight",
+    ),
     "no such parameter": (_no_parameter, r"%w: reads the parameter 'w', which does not exist"),
     "dimension without a range": (_unknown_dimension, r"%x: uses dimensions without a range: n"),
-    "the same in an attribute": (_unknown_dimension_in_attribute, r"%slice_1: uses dimensions without a range: m"),
+    "the same in an attribute": (
+        _unknown_dimension_in_attribute,
+        r"%slice_1: uses dimensions without a range: m",
+    ),
     "dimension bound by no input": (_unbound_dimension, r"'main': 'm' is alone in no input's shape"),
     "no output": (_no_output, "'main' has no output node at its end"),
     "two outputs": (_two_outputs, "'main' has no output node at its end"),
@@ -185,5 +191,3 @@ def test_a_long_list_is_cut():
         del build.neg(only(program, "linear")).meta["value"]
     with pytest.raises(ProgramError, match=r"30 violations(.|\n)*and 10 more"):
         verify(program)
-
-
