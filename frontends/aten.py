@@ -148,6 +148,11 @@ def _ceil(c: Context, x: fx.Node) -> fx.Node:
     return c.build.neg(c.build.floor(c.build.neg(x)))
 
 
+@converts(aten.sign.default)
+def _sign(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.sub(c.cast(c.build.gt(x, 0), c.dtype), c.cast(c.build.lt(x, 0), c.dtype))
+
+
 @converts(aten.floor_divide.default)
 def _floor_divide(c: Context, x: Operand, y: Operand) -> fx.Node:
     return _div_mode(c, x, y, rounding_mode="floor")
@@ -507,6 +512,14 @@ def _mean(c: Context, x: fx.Node, dims: Any = None, keepdim: bool = False, **_: 
 @converts(aten.sum.dim_IntList, aten.sum.default)
 def _sum(c: Context, x: fx.Node, dims: Any = None, keepdim: bool = False, **_: Any) -> fx.Node:
     return c.build.sum(c.cast(x, c.dtype), dims=_dims(x, dims), keepdim=keepdim)
+
+
+@converts(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+def _pool(c: Context, x: fx.Node, sizes: Any) -> fx.Node:
+    sizes = [sizes] if isinstance(sizes, int) else sizes
+    if any(s != 1 for s in sizes):
+        raise CaptureError(f"the model averages into {tuple(sizes)} bins", why="the dialect averages whole axes")
+    return c.build.mean(x, dims=tuple(range(len(size(x)) - len(sizes), len(size(x)))), keepdim=True)
 
 
 @converts(aten.amax.default, aten.max.default, aten.any.dim, aten.any.default, aten.any.dims)

@@ -7,6 +7,7 @@ dialect operations (`tersor.frontends.aten`), and the program is brought to its 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tersor.frontends.symbols import Symbols
 from tersor.ir import Dim, Program, Value, ops, verify
 from tersor.ir.canonicalize import canonicalize
 
+log = logging.getLogger("tersor.capture")
 ROOT = "model"  # the attribute under which `_Traced` holds the user's model
 
 
@@ -61,7 +63,8 @@ def capture(
     traced = _Traced(model, constants)
     exported = _export(traced, dims.enlarge(tensors), dims)
     program = _convert(exported, traced.outputs.names, dims, name)
-    canonicalize(program)
+    for note in canonicalize(program):
+        log.info(note)
     verify(program)
     return program
 
@@ -140,15 +143,19 @@ def _evaluation(model: nn.Module):
             module.training = flag
 
 
+def as_tuple(example_inputs: Any) -> Sequence[Any]:
+    """Positional example inputs; a tensor alone is the first argument."""
+    return (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+
+
 def _bind_inputs(
     model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and constants by name, in the order of the model's forward."""
     parameters = inspect.signature(model.forward).parameters
     named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if isinstance(example_inputs, torch.Tensor):
-        example_inputs = (example_inputs,)
     if not isinstance(example_inputs, Mapping):
+        example_inputs = as_tuple(example_inputs)
         if len(example_inputs) > len(named):
             raise InputError(
                 f"{len(example_inputs)} example inputs for a model of {len(named)} arguments",

@@ -55,12 +55,17 @@ def capture(
     Raises:
         InputError, CaptureError, UnsupportedOpError: see `tersor.frontends.capture`.
     """
+    arguments = inspect.signature(model.forward).parameters
     if example_inputs is None:
         example_inputs = make_example_inputs(model)
+    elif not isinstance(example_inputs, Mapping):
+        example_inputs = dict(zip(arguments, torch_export.as_tuple(example_inputs), strict=False))
     if isinstance(dynamic, str):
         if dynamic != "auto":
             raise InputError(f"dynamic is {dynamic!r}", fix='give "auto", or dimensions by input and axis')
         dynamic = default_dynamic(model, example_inputs)
+    if "use_cache" in arguments:
+        example_inputs = {"use_cache": False, **example_inputs}
     with _inference_settings(model):
         return torch_export.capture(model, example_inputs, dynamic, **options)
 
@@ -141,11 +146,9 @@ def _text(
 
 
 def default_dynamic(
-    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]
+    model: nn.Module, example_inputs: Mapping[str, Any]
 ) -> dict[str, dict[int, tuple[str, int, int]]]:
-    """Batch for every input, length for token ids and their masks, up to what the model's positions allow."""
-    if not isinstance(example_inputs, Mapping):
-        example_inputs = dict(zip(inspect.signature(model.forward).parameters, example_inputs, strict=False))
+    """Batch for every input; length for token ids and masks, up to 512 or what the model's positions allow."""
     longest = _longest_text(model)
     dims: dict[str, dict[int, tuple[str, int, int]]] = {}
     for name, value in example_inputs.items():
@@ -159,14 +162,14 @@ def default_dynamic(
 
 
 def _longest_text(model: nn.Module) -> int:
-    """The rows of learned positions where there are such; models without have no limit, and get a usual one."""
+    """At most `LARGEST_LENGTH`, and no longer than the model has positions for."""
     config = getattr(model.config, "text_config", model.config)
     limit = getattr(config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from after the padding id.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - offset
+            limit = module.num_embeddings - offset
     return LARGEST_LENGTH if limit is None else min(limit, LARGEST_LENGTH)
 
 

@@ -109,6 +109,20 @@ def _drop_expansion(build: Builder, m: Match) -> fx.Node:
     return build.emit(m.root.target, *_without_expansion(m), **m.root.kwargs)
 
 
+def _filled(m: Match) -> tuple[fx.Node, ...]:
+    axis = _axis(m.root)
+    return tuple(t for t in m.root.args[0] if t.meta["value"].shape[axis] != 0)
+
+
+def _has_empty(m: Match) -> str | None:
+    return None if 0 < len(_filled(m)) < max(len(m.root.args[0]), 2) else "no operand is empty"
+
+
+def _drop_empty(build: Builder, m: Match) -> fx.Node:
+    filled = _filled(m)
+    return filled[0] if len(filled) == 1 else build.concat(filled, dim=m.root.kwargs["dim"])
+
+
 _NEGATIONS = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
@@ -161,6 +175,8 @@ RULES = (
     Rule("cleanup.slice_of_slice", P.slice(P.slice(_X).named("inner")), _compose_slices, _slices_compose),
     # expand(expand(x))  ->  expand(x)
     Rule("cleanup.expand_of_expand", P.expand(P.expand(_X)), lambda b, m: b.expand(m["x"], shape=m.root.kwargs["shape"])),
+    # concat(x, empty)  ->  x
+    Rule("cleanup.concat_of_one", P.concat(...), _drop_empty, _has_empty),
     # x + expand(y)  ->  x + y where the sum has the same shape
     Rule("cleanup.broadcast", P.op(ELEMENTWISE_BINARY, ...), _drop_expansion, _broadcasts_alone),
 )

@@ -207,8 +207,14 @@ def _read(m: Match, factors: _Factors) -> tuple[_Meaning, bool]:
             meaning.window = min(window, meaning.window or window)
         else:
             meaning.left.append(_plain(factor))
-    same = meaning.left == [m["mask"]]
-    return meaning, not same
+    return meaning, factors.was_additive or meaning.left != _conjunction(m["mask"])
+
+
+def _conjunction(mask: fx.Node) -> list[fx.Node]:
+    """The factors of a mask as it stands."""
+    if is_call(mask, "logical_and"):
+        return [factor for operand in mask.args for factor in _conjunction(operand)]
+    return [mask]
 
 
 def _plain(factor: fx.Node) -> fx.Node:

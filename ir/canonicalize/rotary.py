@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from tersor.ir.dims import Dim
-from tersor.ir.matching import Match, P, Rule
+from tersor.ir.matching import Match, P, Rule, is_call
 from tersor.ir.program import Builder
 
 _X, _COS, _SIN = P.any("x"), P.any("cos"), P.any("sin")
@@ -29,9 +29,13 @@ def _rotation(m: Match) -> str | None:
 def _is_rotation(m: Match) -> str | None:
     if reason := _rotation(m):
         return reason
-    size = m.value("x").shape[-1]
-    low, high = m["low"], m["high"]
-    if _cut(low) != (0, size // 2) or _cut(high) != (size // 2, size):
+    x, base, size, start = m["x"], m["base"], m.value("x").shape[-1], 0
+    if base is not x:  # x is itself a slice, and a slice of a slice has become one slice
+        if not is_call(x, "slice") or x.args[0] is not base or _cut(x) is None:
+            return "the two parts are of another value"
+        start = _cut(x)[0]
+    middle, end = start + size // 2, start + size
+    if _cut(m["low"]) != (start, middle) or _cut(m["high"]) != (middle, end):
         return "the two parts are not the halves of each head"
     return None
 
@@ -45,10 +49,14 @@ def _cut(node: fx.Node) -> tuple[object, object] | None:
 
 
 def _rotate(build: Builder, m: Match) -> fx.Node:
-    batch, heads, length, size = m.value("x").shape
-    merged = build.reshape(build.permute(m["x"], dims=(0, 2, 1, 3)), shape=(batch, length, heads * size))
-    tables = [_per_position(build, m[name]) for name in ("cos", "sin")]
-    turned = build.rotary_embedding(merged, *tables, heads=heads)
+    return _turned(build, m["x"], *(_per_position(build, m[name]) for name in ("cos", "sin")))
+
+
+def _turned(build: Builder, x: fx.Node, cos: fx.Node, sin: fx.Node) -> fx.Node:
+    """The rotation on merged heads, as a value of x's shape [B, H, T, D]."""
+    batch, heads, length, size = x.meta["value"].shape
+    merged = build.reshape(build.permute(x, dims=(0, 2, 1, 3)), shape=(batch, length, heads * size))
+    turned = build.rotary_embedding(merged, cos, sin, heads=heads)
     return build.permute(build.reshape(turned, shape=(batch, length, heads, size)), dims=(0, 2, 1, 3))
 
 
@@ -59,7 +67,23 @@ def _per_position(build: Builder, table: fx.Node) -> fx.Node:
     return build.reshape(table, shape=(shape[0], *shape[2:]))
 
 
-_LOW, _HIGH = P.slice(_X).named("low"), P.slice(_X).named("high")
+_LOW, _HIGH = P.slice(P.any("base")).named("low"), P.slice(P.any("base")).named("high")
+
+
+def _is_partial(m: Match) -> str | None:
+    whole = m.value("whole")
+    if whole.rank != 4 or m.root.kwargs["dim"] % 4 != 3 or m["split"].kwargs["dims"] != (0, 2, 1, 3):
+        return "the parts are not put together along each head"
+    turned, rest = _cut(m["turned"]), _cut(m["rest"])
+    if turned is None or rest is None or turned[1] != rest[0] or turned[1] - turned[0] != m.value("cos").shape[-1]:
+        return "the parts do not make up a whole head"
+    return None
+
+
+def _rotate_whole(build: Builder, m: Match) -> fx.Node:
+    head = build.slice(m["whole"], dim=3, start=_cut(m["turned"])[0], end=_cut(m["rest"])[1])
+    return _turned(build, head, m["cos"], m["sin"])
+
 
 RULES = (
     # x * cos + concat(-x[R/2:], x[:R/2]) * sin  ->  rotary_embedding(x, cos, sin)
@@ -68,5 +92,25 @@ RULES = (
         P.add(P.mul(_X, _COS), P.mul(P.concat(P.sequence(P.neg(_HIGH), _LOW)), _SIN)),
         _rotate,
         _is_rotation,
+    ),
+    # concat(rotary(x[..., :R]), x[..., R:])  ->  rotary(x), which leaves the rest of each head as it is
+    Rule(
+        "rotary.partial",
+        P.concat(
+            P.sequence(
+                P.permute(
+                    P.reshape(
+                        P.rotary_embedding(
+                            P.reshape(P.permute(P.slice(P.any("whole")).named("turned"), dims=(0, 2, 1, 3))),
+                            _COS,
+                            _SIN,
+                        )
+                    )
+                ).named("split"),
+                P.slice(P.any("whole")).named("rest"),
+            )
+        ),
+        _rotate_whole,
+        _is_partial,
     ),
 )
