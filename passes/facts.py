@@ -25,7 +25,7 @@ from torch import fx
 from tersor.errors import PipelineError
 from tersor.ir import Function, Parameter, Program
 from tersor.ir.value import DTYPES
-from tersor.passes.sites import names
+from tersor.passes.sites import names as site_names
 
 if TYPE_CHECKING:
     from tersor.passes.base import Pass
@@ -123,6 +123,11 @@ def get(name: str) -> Fact:
     return _table[name]
 
 
+def names() -> list[str]:
+    """Names of all facts."""
+    return list(_table)
+
+
 def known() -> list[Fact]:
     """All facts, in order of declaration."""
     return list(_table.values())
@@ -145,7 +150,7 @@ def holds_at(name: str, program: Program) -> set[Place]:
     found = get(name)
     if found.site is None:
         return set()
-    named = names(program)
+    named = site_names(program)
     return {
         (function.name, named[node])
         for function in program.functions.values()
@@ -200,7 +205,7 @@ def relevant(pass_: Pass, subject: Fact, program: Program) -> set[Place]:
     operations = [o for o in subject.operations if not pass_.acts_on or o in pass_.acts_on]
     if not operations:
         return set()
-    named = names(program)
+    named = site_names(program)
     return {(function.name, named[node]) for function, node in pass_.select(program, *operations)}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import networkx as nx
 
-from tersor.errors import PipelineError
+from tersor.errors import InputError, PipelineError
 from tersor.ir import Program
 from tersor.passes import facts, registry
 from tersor.passes.base import STAGES, Pass
@@ -21,7 +22,7 @@ class Violation:
 
     Attributes:
         kind: ``order`` (moving a pass repairs it), ``missing`` (nothing gives a required fact), ``forbidden`` (a
-            fact that no order avoids) or ``unknown`` (a fact that is not in the table).
+            fact that no order avoids) or ``unknown`` (a fact or a site that does not exist).
         pass_: the pass at fault, with its place in the list.
         what: what is wrong.
         fix: what to do.
@@ -55,24 +56,31 @@ class _Walk:
     ended: dict[str, int] = field(default_factory=dict)
 
     def violations(self) -> Iterator[Violation]:
-        unknown = {}
-        for step, pass_ in enumerate(self.passes):
-            for name in sorted({*pass_.requires, *pass_.forbids, *pass_.provides, *pass_.invalidates}):
-                try:
-                    facts.get(name)
-                except PipelineError as error:
-                    unknown[name] = None
-                    yield Violation("unknown", self.label(step), f"names the fact {name!r}", error.fix or "")
+        unknown = {name for p in self.passes for name in _named_facts(p) if name not in facts.names()}
+        yield from self._unknown_names(unknown)
         for fact in facts.known():
             self.held[fact.name] = self._from_the_start(fact)
         for step, pass_ in enumerate(self.passes):
-            for name in sorted(pass_.requires - unknown.keys()):
+            for name in sorted(pass_.requires - unknown):
                 yield from self._required(step, facts.get(name))
-            for name in sorted(pass_.forbids - unknown.keys()):
+            for name in sorted(pass_.forbids - unknown):
                 yield from self._forbidden(step, facts.get(name))
             yield from self._end_facts(step)
-            for name in pass_.provides - unknown.keys():
+            for name in pass_.provides - unknown:
                 self.held[name].append(_Holder(step, self._places(step, facts.get(name))))
+
+    def _unknown_names(self, unknown: set[str]) -> Iterator[Violation]:
+        """Facts that are not in the table, and sites in ``only`` and ``skip`` that the program does not have."""
+        for step, pass_ in enumerate(self.passes):
+            for name in sorted(_named_facts(pass_) & unknown):
+                near = difflib.get_close_matches(name, facts.names(), 1)
+                fix = f"did you mean {near[0]!r}?" if near else "declare it with tersor.passes.facts.fact"
+                yield Violation("unknown", self.label(step), f"names the fact {name!r}, which is not declared", fix)
+            try:
+                if self.program is not None:
+                    pass_.select(self.program)
+            except InputError as error:
+                yield Violation("unknown", self.label(step), f"works on sites: {error.what}", error.fix or "")
 
     def label(self, step: int) -> str:
         return f"{step + 1}. {self.passes[step].name}"
@@ -87,11 +95,14 @@ class _Walk:
     def _places(self, step: int, fact: Fact) -> set[Place] | None:
         if self.program is None or fact.site is None:
             return None
-        return facts.relevant(self.passes[step], fact, self.program)
+        try:
+            return facts.relevant(self.passes[step], fact, self.program)
+        except InputError:  # reported by _unknown_names
+            return set()
 
     def _meets(self, step: int, fact: Fact, holder: _Holder) -> bool:
         """Whether a holder's places and a pass's certainly overlap."""
-        if fact.site is None or holder.step is None and holder.places is None:
+        if holder.step is None and holder.places is None:
             return True
         places = self._places(step, fact)
         if places is not None and holder.places is not None:
@@ -186,8 +197,14 @@ class _Walk:
         return next((i for i in later if fact.name in self.passes[i].provides), None)
 
 
+def _named_facts(pass_: Pass) -> set[str]:
+    return {*pass_.requires, *pass_.forbids, *pass_.provides, *pass_.invalidates}
+
+
 def _overlap(a: Pass, b: Pass, fact: Fact) -> bool:
     """Whether two passes certainly meet at a site, judged by their patterns alone."""
+    if fact.site is None:
+        return True
     acting = [set(p.acts_on or fact.operations) & set(fact.operations) for p in (a, b)]
     if not acting[0] & acting[1]:
         return False
