@@ -46,11 +46,9 @@ class FunctionSignature:
     """How one compiled function is called.
 
     inputs      in the order of the compiled function's parameters
-    outputs     the tensors of the tuple it returns, in order; names are unique
+    outputs     the tensors of the tuple it returns, in order; dots in the names nest them, see `Outputs`
     dims        name -> (smallest, largest) of every symbolic dimension; each occurs alone in some input shape
     weights     names in weights.safetensors, passed after the inputs in this order
-    structure   what the caller sees: name -> tree of output names (text, lists, mappings, None), in the
-                model's own order; None means every output under its own name
     example     dimension values of the example the model was captured with; a benchmark's default sizes
     """
 
@@ -58,16 +56,7 @@ class FunctionSignature:
     outputs: tuple[TensorType, ...]
     dims: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
-    structure: Mapping[str, Any] | None = None
     example: Mapping[str, int] = field(default_factory=dict)
-
-    def tree(self) -> Mapping[str, Any]:
-        """`structure`, or the flat one when there is none."""
-        return (
-            {tensor.name: tensor.name for tensor in self.outputs}
-            if self.structure is None
-            else self.structure
-        )
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -98,9 +87,6 @@ class FunctionSignature:
                 yield f"dimension {name!r} has the range {bounds!r}"
             elif not bounds[0] <= self.example.get(name, bounds[0]) <= bounds[1]:
                 yield f"dimension {name!r} has an example outside its range"
-        unknown = set(_leaves(self.tree())) - {tensor.name for tensor in self.outputs}
-        if unknown:
-            yield f"the output structure names {sorted(unknown)}, which are no outputs"
 
     def _shape_problems(self, kind: str, tensor: TensorType) -> Iterator[str]:
         for dim in tensor.shape:
@@ -238,17 +224,6 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
 
 
-def _leaves(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for branch in tree.values():
-            yield from _leaves(branch)
-    elif isinstance(tree, list | tuple):
-        for branch in tree:
-            yield from _leaves(branch)
-
-
 def _digest(body: Mapping[str, Any]) -> str:
     canonical = json.dumps(body, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -261,7 +236,6 @@ def _signature_to_data(signature: FunctionSignature) -> dict[str, Any]:
     return {
         "inputs": tensors(signature.inputs),
         "outputs": tensors(signature.outputs),
-        "structure": signature.structure,
         "dims": {name: list(bounds) for name, bounds in signature.dims.items()},
         "example": dict(signature.example),
         "weights": list(signature.weights),
@@ -275,7 +249,6 @@ def _signature_from_data(data: Mapping[str, Any]) -> FunctionSignature:
     return FunctionSignature(
         inputs=tensors(data["inputs"]),
         outputs=tensors(data["outputs"]),
-        structure=data["structure"],
         dims={name: (low, high) for name, (low, high) in data["dims"].items()},
         example=dict(data["example"]),
         weights=tuple(data["weights"]),

@@ -175,9 +175,7 @@ class CompiledFunction:
     def __init__(self, model: CompiledModel, name: str, signature: FunctionSignature):
         self.model, self.name, self.signature = model, name, signature
         self.arguments = Arguments(signature)
-        self._tree = signature.tree()
         self._names = tuple(tensor.name for tensor in signature.outputs)
-        self._flat = list(self._tree.items()) == [(n, n) for n in self._names]
         self._callers = threading.local()
         missing = sorted(set(signature.weights) - set(model._tensors))
         if missing:
@@ -195,10 +193,7 @@ class CompiledFunction:
         if is_torch:
             from_numpy = sys.modules["torch"].from_numpy
             values = [from_numpy(value) for value in values]
-        named_values = dict(zip(self._names, values, strict=True))
-        if self._flat:
-            return Outputs(named_values)
-        return Outputs({name: _nest(tree, named_values) for name, tree in self._tree.items()})
+        return Outputs(dict(zip(self._names, values, strict=True)))
 
     def benchmark(
         self,
@@ -301,16 +296,6 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
     copy = raw[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
-
-
-def _nest(tree: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(tree, str):
-        return values[tree]
-    if isinstance(tree, Mapping):
-        return {name: _nest(branch, values) for name, branch in tree.items()}
-    if isinstance(tree, list | tuple):
-        return tuple(_nest(branch, values) for branch in tree)
-    return None
 
 
 def _load_module(path: Path) -> Any:

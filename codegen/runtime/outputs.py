@@ -9,41 +9,41 @@ from typing import Any
 class Outputs(Mapping[str, Any]):
     """The outputs of a model by name, in the model's own order: `out["logits"]`, `out.logits` or `out[0]`.
 
-    A mapping (iterating gives names). Values are arrays, or tuples and dicts of arrays where the model nests
-    them.
+    A mapping; iterating gives names. Where the model nests its outputs, dots in their names say how: the tensors
+    `states.0` and `states.1` are the tuple `out.states`, `cache.key` and `cache.value` the Outputs `out.cache`.
+    The full names, such as `out["states.1"]`, are found too.
     """
 
-    __slots__ = ("_values",)
+    __slots__ = ("_tensors",)
 
-    def __init__(self, values: dict[str, Any]):
-        self._values = values
+    def __init__(self, tensors: Mapping[str, Any]):
+        self._tensors = tensors
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            return self._values[key]
-        return tuple(self._values.values())[key]
+        if not isinstance(key, str):
+            return tuple(self.values())[key]
+        if key in self._tensors:
+            return self._tensors[key]
+        prefix = f"{key}."
+        inner = Outputs({n[len(prefix) :]: t for n, t in self._tensors.items() if n.startswith(prefix)})
+        if not inner:
+            raise KeyError(key)
+        return tuple(inner.values()) if all(name.isdecimal() for name in inner) else inner
 
     def __getattr__(self, name: str) -> Any:
-        if name in type(self).__slots__ or name not in self._values:
-            raise AttributeError(f"there is no output {name!r}; the outputs are {', '.join(self.__dir__())}")
-        return self._values[name]
-
-    def __dir__(self) -> list[str]:
-        return list(self._values) if hasattr(self, "_values") else []
+        if name.startswith("_"):  # copying and pickling ask before there are tensors
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no output {name!r}; the outputs are {', '.join(self)}") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(dict.fromkeys(name.partition(".")[0] for name in self._tensors))
 
     def __len__(self) -> int:
-        return len(self._values)
+        return sum(1 for _ in self)
 
     def __repr__(self) -> str:
-        def show(value: Any) -> str:
-            if isinstance(value, tuple):
-                return f"({', '.join(map(show, value))})"
-            if isinstance(value, dict):
-                return f"{{{', '.join(f'{k}: {show(v)}' for k, v in value.items())}}}"
-            shape = getattr(value, "shape", None)
-            return repr(value) if shape is None else f"{value.dtype}{list(shape)}"
-
-        return f"Outputs({', '.join(f'{name}={show(value)}' for name, value in self._values.items())})"
+        shapes = (f"{name}={tensor.dtype}{list(tensor.shape)}" for name, tensor in self._tensors.items())
+        return f"Outputs({', '.join(shapes)})"

@@ -26,13 +26,12 @@ SIGNATURE = FunctionSignature(
     ),
     outputs=(
         TensorType("hidden", "float32", ("batch", "length", WIDTH)),
-        TensorType("flat", "float32", ("batch*length",)),
-        TensorType("echo", "float32", ("batch", "length", WIDTH)),
+        TensorType("extra.0", "float32", ("batch*length",)),
+        TensorType("extra.1.echo", "float32", ("batch", "length", WIDTH)),
         TensorType("matrix", "float32", (WIDTH, WIDTH)),
     ),
     dims={"batch": (1, 4), "length": (1, 64)},
     weights=("table", "matrix"),
-    structure={"hidden": "hidden", "extra": ["flat", {"echo": "echo"}], "nothing": None, "matrix": "matrix"},
     example={"batch": 2, "length": 5},
 )
 
@@ -56,7 +55,7 @@ def inputs(batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, np.ndarr
 
 
 def expected(x: np.ndarray, ids: np.ndarray, mask: np.ndarray, scale: Any) -> np.ndarray:
-    """The output `hidden`; `flat` is its sum over the last axis, `echo` is x and `matrix` the weight."""
+    """The output `hidden`; `extra.0` is its sum over the last axis, the others are x and the weight."""
     packed = weights()
     return np.where(mask[..., None], (x + packed["table"][ids]) @ packed["matrix"] * scale, 0).astype(
         np.float32

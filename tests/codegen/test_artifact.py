@@ -20,7 +20,7 @@ from artifact_harness import SIGNATURE, expected, inputs, manifest, weights, wri
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.codegen.runtime import FunctionSignature, Manifest, TensorType, folder, load
+from tersor.codegen.runtime import Manifest, TensorType, folder, load
 from tersor.codegen.runtime.dimensions import parse
 from tersor.codegen.runtime.weights import ALIGNMENT
 from tersor.errors import ArtifactError, TargetError
@@ -368,10 +368,9 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
         ({"inputs": (TensorType("x", "float32", (-1,)),), "dims": {}, "example": {}}, "dimension -1"),
         ({"inputs": (TensorType("x", "float32", ("n",)),), "dims": {}, "example": {}}, "'n'.*no range"),
         ({"inputs": SIGNATURE.inputs * 2}, "occurs twice"),
-        ({"outputs": (TensorType("y", "float32", ("batch-",)),), "structure": None}, "not a dimension"),
+        ({"outputs": (TensorType("y", "float32", ("batch-",)),)}, "not a dimension"),
         ({"dims": {"batch": (1, 4), "length": (8, 2)}}, "range"),
         ({"dims": SIGNATURE.dims | {"extra": (1, 2)}}, "does not occur alone"),
-        ({"structure": {"y": ["hidden", "made_up"]}}, "made_up"),
         ({"example": {"length": 65}}, "example"),
     ],
 )
@@ -417,8 +416,3 @@ def test_expressions_mean_what_the_program_means(items: list[tuple[int, list[str
 def test_other_texts_are_no_expressions(text: str) -> None:
     with pytest.raises(ValueError, match="not a dimension expression"):
         parse(text)
-
-
-def test_flat_outputs_need_no_structure() -> None:
-    signature = FunctionSignature(inputs=(), outputs=(TensorType("y", "float32", (2,)),))
-    assert signature.tree() == {"y": "y"}
