@@ -7,7 +7,9 @@ for torch.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from tersor.cli import bench, compile, demo, doctor, explain, inspect, passes, recipes, run, targets
@@ -43,6 +45,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def quieten() -> None:
+    """Keep other libraries' progress bars and deprecations, which are for developers, off the terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, or 2 for an error that was explained on standard error."""
     top = parser()
@@ -55,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         top.print_help()
         return 0
+    if not options.debug:
+        quieten()
     try:
         return options.execute(options)
     except TersorError as error:

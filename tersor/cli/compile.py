@@ -3,7 +3,7 @@
 The folder holds a transformers model: config.json and safetensors. The artifact is a folder that
 `tersor run`, `tersor bench` and `tersor.load` take.
 
-    tersor compile ./all-MiniLM-L6-v2 -o minilm.tersor --dynamic input_ids:1=length:1..512
+    tersor compile ./all-MiniLM-L6-v2 -o minilm.tersor
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     import tersor
 
-    dynamic = shared.dynamic(options.dynamic)
+    dynamic = shared.dynamic(options.dynamic, options.static)
     example = shared.read_npz(options.input) if options.input else None
     with Steps() as steps:
         compiled = tersor.compile(

@@ -25,7 +25,7 @@ def execute(options: argparse.Namespace) -> int:
 
     if (options.path / MANIFEST).is_file():
         return artifact(options.path)
-    return program(options.path, shared.dynamic(options.dynamic))
+    return program(options.path, shared.dynamic(options.dynamic, options.static))
 
 
 def artifact(path: Path) -> int:
@@ -52,7 +52,7 @@ def artifact(path: Path) -> int:
     return 0
 
 
-def program(path: Path, dynamic: shared.Dynamic | None) -> int:
+def program(path: Path, dynamic: shared.Dynamic | str | None) -> int:
     """The captured program as text, and what it costs."""
     import tersor
     from tersor.ir.cost import cost

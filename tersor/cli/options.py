@@ -40,8 +40,10 @@ def add_dynamic(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="INPUT:AXIS=NAME:MIN..MAX",
-        help="let an axis of an input vary, e.g. input_ids:1=length:1..512; may be repeated",
+        help="let an axis of an input vary, e.g. input_ids:1=length:1..512; may be repeated "
+        "(default: batch 1..8 and every length up to 512 that the model takes)",
     )
+    parser.add_argument("--static", action="store_true", help="fix every size to that of the example inputs")
 
 
 def axis(text: str) -> Axis:
@@ -57,14 +59,19 @@ def axis(text: str) -> Axis:
     return name, int(number), (dimension, int(low), int(high))
 
 
-def dynamic(axes: Iterable[Axis]) -> Dynamic | None:
-    """The axes of --dynamic as `tersor.compile` takes them, or None. InputError for a repeated axis."""
+def dynamic(axes: Iterable[Axis], static: bool = False) -> Dynamic | str | None:
+    """--dynamic and --static as `tersor.compile` takes them; "auto" without either.
+
+    InputError for an axis given twice, or for axes together with --static.
+    """
     collected: Dynamic = {}
     for name, number, dimension in axes:
         if number in collected.setdefault(name, {}):
             raise InputError(f"--dynamic names axis {number} of {name!r} twice", fix="give each axis once")
         collected[name][number] = dimension
-    return collected or None
+    if static and collected:
+        raise InputError("--dynamic and --static were both given", fix="give one of them")
+    return None if static else collected or "auto"
 
 
 def sizes(text: str) -> tuple[str, int]:

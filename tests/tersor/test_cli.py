@@ -47,7 +47,10 @@ def test_dynamic_axes_are_collected_by_input() -> None:
         "input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)},
         "mask": {1: ("length", 1, 512)},
     }
-    assert dynamic([]) is None
+    assert dynamic([]) == "auto"
+    assert dynamic([], static=True) is None
+    with pytest.raises(InputError, match="both"):
+        dynamic(axes, static=True)
 
 
 @pytest.mark.parametrize(
@@ -267,8 +270,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifact(folder: Path) -> Path:
     path = folder.parent / "bert.tersor"
-    dimensions = ["--dynamic", "input_ids:1=length:1..16", "--dynamic", "attention_mask:1=length:1..16"]
-    assert main(["compile", str(folder), "-o", str(path), "--threads", "1", *dimensions]) == 0
+    assert main(["compile", str(folder), "-o", str(path), "--threads", "1"]) == 0
     return path
 
 
@@ -303,7 +305,7 @@ def test_inspect_shows_an_artifact_and_a_folder(
 ) -> None:
     assert main(["inspect", str(artifact)]) == 0
     shown = capsys.readouterr().out
-    assert "length from 1 to 16" in shown and "weights.safetensors" in shown and "fp32" in shown
+    assert "length from 1 to 32" in shown and "weights.safetensors" in shown and "fp32" in shown
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "attention" in shown and "MAC" in shown
