@@ -6,7 +6,7 @@ accumulators, one row of the panel and one broadcast element must fit in the vec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.targets import Target
 
@@ -17,7 +17,7 @@ CACHE_LINE = 64
 """Bytes."""
 
 STREAM_AHEAD = 8192
-"""Bytes between the weights in use and those being fetched, when every weight is used only once."""
+"""Bytes between the weights in use and those being fetched, when every weight is used only once; measured on Zen 5."""
 
 PARALLEL_FLOPS = 2e6
 PARALLEL_BYTES = 400e3
@@ -37,11 +37,13 @@ class GemmTile:
     rows: height of the register tiles when a panel needs several of them.
     streams: tile heights for few rows, ascending; up to the last of them all rows make one tile.
     blocks: parts that the rows are split into, to give every thread the same number of tasks.
+    ahead: bytes between the weights in use and those being fetched, in streaming tiles.
     """
 
     rows: int
     streams: tuple[int, ...]
     blocks: int = 1
+    ahead: int = STREAM_AHEAD
 
 
 def panel_width(target: Target) -> int:
@@ -61,6 +63,17 @@ def choose(target: Target, panels: int) -> GemmTile:
     rows = min(8, most)
     streams = tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most}))
     return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
+
+
+def neighbours(tile: GemmTile, target: Target) -> tuple[GemmTile, ...]:
+    """Tiles that differ from this one in one respect; what tuning tries."""
+    heights = {h for h in (4, 6, 8, 10, 12) if h <= most_rows(target)} - {tile.rows}
+    blocks = {1, 2, MOST_BLOCKS} - {tile.blocks}
+    return (
+        *(replace(tile, rows=height) for height in sorted(heights)),
+        *(replace(tile, blocks=count) for count in sorted(blocks)),
+        *(replace(tile, ahead=distance) for distance in (tile.ahead // 2, tile.ahead * 2)),
+    )
 
 
 def _blocks(panels: int, cores: int) -> int:

@@ -3,17 +3,14 @@
     python benchmarks/kernels/gemm.py --threads 1
     python benchmarks/kernels/gemm.py --threads 2 --shape 128x768x3072 --epilogue gelu --symbolic
 
-Each shape walks over so many copies of its weights that they exceed the last-level cache, several times. A copy counts
-with its best time, so that other work on the machine is not measured; the figure is the mean over the copies.
+Each shape walks over so many copies of its weights that they exceed the last-level cache, several times.
+A copy counts with its best time; the figure is the mean over the copies.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import time
-
-import numpy as np
 
 SHAPES = """
 128x768x2304 128x768x768 128x768x3072 128x3072x768
@@ -25,14 +22,15 @@ SHAPES = """
 512x384x384 512x384x1536 512x1536x384 1024x384x384 1024x384x1536 1024x1536x384
 128x768x50257 1x768x50257
 """
-WALK = 128e6
+COLD_BYTES = 128e6
 """Bytes of weights in one pass."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shape", action="append", metavar="MxKxN", help="repeatable; default: a table of Transformer shapes")
+    parser.add_argument("--shape", action="append", metavar="MxKxN", help="repeatable; default: all below")
     parser.add_argument("--epilogue", choices=["none", "bias", "gelu", "residual"], default="bias")
     parser.add_argument("--symbolic", action="store_true", help="compile with a symbolic number of rows")
     parser.add_argument("--target", default="native")
@@ -45,17 +43,17 @@ def main() -> None:
     for shape in options.shape or SHAPES.split():
         m, k, n = map(int, shape.split("x"))
         seconds = measure(m, k, n, options)
-        print(f"{shape:>16}  {2e-9 * m * k * n / seconds:6.0f} GFLOP/s  {4e-9 * k * n / seconds:5.1f} GB/s of weights", flush=True)
+        flops, bytes_ = 2e-9 * m * k * n / seconds, 4e-9 * k * n / seconds
+        print(f"{shape:>16}  {flops:6.0f} GFLOP/s  {bytes_:5.1f} GB/s of weights", flush=True)
 
 
 def measure(m: int, k: int, n: int, options: argparse.Namespace) -> float:
-    """Seconds per call: the mean over all copies of the weights of the best time with each."""
-    import tvm
-
+    """Seconds per call."""
     from tersor.codegen.kernels.chain import Chain, ChainInput, Step
     from tersor.codegen.kernels.gemm import Gemm
-    from tersor.codegen.llvm import llvm_target
+    from tersor.codegen.llvm import compile_function
     from tersor.codegen.tiles import panel_width
+    from tersor.codegen.tuning import seconds_per_call
     from tersor.ir.dims import Dim
     from tersor.targets import resolve
 
@@ -69,20 +67,8 @@ def measure(m: int, k: int, n: int, options: argparse.Namespace) -> float:
     target = resolve(options.target)
     lead = (Dim.symbol("rows"),) if options.symbolic else (m,)
     kernel = Gemm(lead, k, n, chains[options.epilogue], panel_width(target))
-    module = tvm.compile(
-        tvm.IRModule({"main": kernel.build(target).with_attr("global_symbol", "main")}), target=llvm_target(target)
-    )
-    shapes = [(m, *spec.shape[1:]) if spec.shape[0] == lead[0] else spec.shape for spec in kernel.inputs()]
-    a, w, *others = (tvm.runtime.tensor(np.random.default_rng(0).standard_normal(s, dtype=np.float32)) for s in shapes)
-    copies = [w] + [tvm.runtime.tensor(w.numpy()) for _ in range(int(WALK // (4 * k * n)))]
-    out, call = tvm.runtime.tensor(np.empty((m, n), np.float32)), module["main"]
-    best, end = np.full(len(copies), np.inf), time.perf_counter() + options.seconds
-    while time.perf_counter() < end:
-        for i, weights in enumerate(copies):
-            start = time.perf_counter()
-            call(a, weights, *others, out)
-            best[i] = min(best[i], time.perf_counter() - start)
-    return float(best.mean())
+    call = compile_function(kernel.build(target), target)["main"]
+    return seconds_per_call(call, kernel, {"rows": m}, options.seconds, COLD_BYTES)
 
 
 if __name__ == "__main__":

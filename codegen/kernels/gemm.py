@@ -31,11 +31,11 @@ from tersor.codegen.tiles import (
     CACHE_LINE,
     PARALLEL_BYTES,
     PARALLEL_FLOPS,
-    STREAM_AHEAD,
     GemmTile,
     choose,
     partition,
 )
+from tersor.codegen.tuning import recorded_tile
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
 
@@ -114,11 +114,11 @@ class Gemm:
         return (TensorSpec((*self.lead, self.n)),) * len(self.chain.outputs)
 
     def build(self, target: Target, tile: GemmTile | None = None) -> tirx.PrimFunc:
-        """The scheduled function; ``tile`` overrides the chooser. ValueError when the panel is another target's."""
+        """The scheduled function; ``tile`` overrides the chosen one. ValueError for another target's panel."""
         lanes = target.lanes("float32")
         if self.columns % lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {lanes}")
-        return _Builder(self, lanes, tile or choose(target, self.panels)).function()
+        return _Builder(self, lanes, tile or recorded_tile(self, target) or choose(target, self.panels)).function()
 
 
 class _Rows(NamedTuple):
@@ -219,7 +219,7 @@ class _Builder:
 
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
-        ahead = STREAM_AHEAD // (4 * self.gemm.panel)
+        ahead = self.tile.ahead // (4 * self.gemm.panel)
         sums = RegisterTile(rows.height, self.vectors, self.lanes)
         with T.serial(self.gemm.k) as k:
             for column in range(0, self.gemm.panel, LINE):
