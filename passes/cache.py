@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from tersor.errors import InputError
 from tersor.ir import Program, verify
+from tersor.ir.program import PROVENANCE
 from tersor.ir.serialize import program_from_json, program_to_json
 from tersor.passes import facts
 from tersor.passes.base import Finding, Pass
@@ -58,8 +59,7 @@ class StepCache:
         if source is None or recorded & (pass_.requires | pass_.provides):
             return None
         parts = [
-            program_to_json(program),
-            {name: p.digest for name, p in program.parameters.items()},
+            program.digest(), _names(program),
             pass_.name, pass_.config(), source, context.seed,
             asdict(context.target) if context.target is not None else None,
         ]  # fmt: skip
@@ -122,6 +122,15 @@ class StepCache:
         if program.digest() != entry["digest"]:
             raise InputError("the entry is damaged")
         return program
+
+
+def _names(program: Program) -> list[Any]:
+    """What a program's digest leaves out and a pass may go by: sites and other provenance, names of parameters."""
+    return [
+        [name, node.target if node.op == "get_attr" else None, *(node.meta.get(key) for key in PROVENANCE)]
+        for name, function in program.functions.items()
+        for node in function.nodes
+    ]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Checks and converts the values of a pass's fields against their annotations.
+"""Checks and converts the fields of dataclasses (passes, budgets) against their annotations.
 
 Annotations understood: ``bool``, ``int``, ``float`` (takes an int), ``str``, ``None``, ``Literal[...]``, unions and
 ``tuple[...]`` (takes a list, so that values read from JSON or TOML fit).
@@ -6,9 +6,12 @@ Annotations understood: ``bool``, ``int``, ``float`` (takes an int), ``str``, ``
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from typing import Any, Literal, Union
+
+from tersor.errors import PipelineError
 
 
 class Mismatch(Exception):
@@ -20,7 +23,7 @@ def conform(annotation: Any, value: Any) -> Any:
 
     Raises:
         Mismatch: it is not one.
-        TypeError: the annotation is none of those that a pass's field may have.
+        TypeError: the annotation is none of those that a field may have.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is None or annotation is type(None):
@@ -50,11 +53,34 @@ def conform(annotation: Any, value: Any) -> Any:
         raise Mismatch(" or ".join(wanted))
     if origin is tuple:
         return _conform_tuple(arguments, value)
-    raise TypeError(f"a pass's field cannot be annotated {annotation!r}")
+    raise TypeError(f"a field cannot be annotated {annotation!r}")
+
+
+def conform_fields(instance: Any) -> list[str]:
+    """Converts every field of a frozen dataclass's instance in place; returns what does not fit, in words.
+
+    Raises:
+        PipelineError: an annotation cannot be resolved.
+    """
+    try:
+        annotations = typing.get_type_hints(type(instance))
+    except NameError as error:
+        raise PipelineError(
+            f"an annotation of {type(instance).__name__} cannot be resolved: {error}",
+            fix="import the name at the top of the module, not under TYPE_CHECKING or inside a function",
+        ) from None
+    problems = []
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        try:
+            object.__setattr__(instance, field.name, conform(annotations[field.name], value))
+        except Mismatch as wanted:
+            problems.append(f"{field.name} = {value!r} should be {wanted}")
+    return problems
 
 
 def plain(value: Any) -> Any:
-    """A field's value as JSON or TOML hold it."""
+    """A value as JSON or TOML hold it."""
     return [plain(v) for v in value] if isinstance(value, tuple) else value
 
 

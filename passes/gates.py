@@ -16,6 +16,8 @@ import torch
 from tersor.errors import PipelineError
 from tersor.ir import Program, run
 from tersor.passes.base import Pass
+from tersor.passes.config import conform_fields
+from tersor.passes.registry import make
 
 OnFail = Literal["revert", "stop", "warn"]
 
@@ -54,6 +56,10 @@ class Budget:
     max_kl: float | None = None
     max_drop: float | None = None
     must_gain: bool = True
+
+    def __post_init__(self) -> None:
+        if problems := conform_fields(self):
+            raise PipelineError(f"a budget is wrong: {'; '.join(problems)}")
 
     @property
     def needs(self) -> set[str]:
@@ -95,8 +101,6 @@ class Stage:
     on_fail: OnFail = "revert"
 
     def __post_init__(self) -> None:
-        from tersor.passes.registry import make
-
         object.__setattr__(self, "passes", tuple(make(p) for p in self.passes))
         if not self.passes:
             raise PipelineError(f"stage {self.name!r} has no passes")

@@ -45,13 +45,10 @@ def relative_error(reference: Outputs, actual: Outputs) -> float:
     return max(errors, default=0.0)
 
 
-def identical(reference: Outputs, actual: Outputs) -> bool:
-    """Whether all outputs are the same bit for bit (NaN equals NaN)."""
-    return all(
-        tensor.dtype == actual[name][output].dtype and _same(tensor, actual[name][output])
-        for name, tensors in reference.items()
-        for output, tensor in tensors.items()
-    )
+def precision(results: Outputs) -> float:
+    """The unit in the last place, relative to one, of the coarsest float type among the outputs."""
+    types = {t.dtype for tensors in results.values() for t in tensors.values() if t.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -75,7 +75,9 @@ class _Walk:
             for name in sorted(_named_facts(pass_) & unknown):
                 near = difflib.get_close_matches(name, facts.names(), 1)
                 fix = f"did you mean {near[0]!r}?" if near else "declare it with tersor.passes.facts.fact"
-                yield Violation("unknown", self.label(step), f"names the fact {name!r}, which is not declared", fix)
+                yield Violation(
+                    "unknown", self.label(step), f"names the fact {name!r}, which is not declared", fix
+                )
             try:
                 if self.program is not None:
                     pass_.select(self.program)

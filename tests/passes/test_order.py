@@ -165,7 +165,10 @@ def test_misspelt_facts_and_sites_are_violations():
 
     made = Transformer(layers=1).build()
     kinds = found(Misspelt(), FoldKeyBias(skip="block.0.atention"), program=made)
-    assert [(kind, who) for kind, who, *_ in kinds] == [("unknown", "1. misspelt"), ("unknown", "2. fold.key_bias")]
+    assert [(kind, who) for kind, who, *_ in kinds] == [
+        ("unknown", "1. misspelt"),
+        ("unknown", "2. fold.key_bias"),
+    ]
     assert kinds[0][3] == "did you mean 'quantized'?"
     assert "'block.0.attention'" in kinds[1][3]
 

@@ -34,7 +34,9 @@ def test_every_pass_has_a_name_a_summary_and_a_place():
     for name, cls in found.items():
         assert cls.name == name
         assert cls.__doc__
-        assert cls.__module__.rpartition(".")[2] == name.rpartition(".")[2], "one pass per file, called like the pass"
+        assert cls.__module__.rpartition(".")[2] == name.rpartition(".")[2], (
+            "one pass per file, called like the pass"
+        )
 
 
 def test_lookup_suggests_near_names():
@@ -110,7 +112,9 @@ def test_a_broken_plugin_is_named_and_breaks_nothing_else(clean_registry, monkey
 
     points = [FakeEntryPoint("bad", bad), FakeEntryPoint("good", good)]
     monkeypatch.setattr(metadata, "entry_points", lambda group: points if group == "tersor.passes" else [])
-    with pytest.warns(UserWarning, match="'bad' of package 'bad-package' cannot be loaded .*no module named lost"):
+    with pytest.warns(
+        UserWarning, match="'bad' of package 'bad-package' cannot be loaded .*no module named lost"
+    ):
         broken = load_plugins()
     assert broken == {"bad-package": "ImportError: no module named lost"}
     assert "good.nothing" in passes() and "fold.norm_beta" in passes()
@@ -126,7 +130,16 @@ PLUGIN = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 def installed_plugin(tmp_path_factory) -> Path:
     """The example package, installed into a folder of its own (nothing is downloaded)."""
     target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+    ]
     source = tmp_path_factory.mktemp("source") / "plugin"
     # pip builds inside the source folder
     subprocess.run(["cp", "-r", str(PLUGIN), str(source)], check=True)
