@@ -1,7 +1,7 @@
 """Show what is in an artifact, or the program that a model folder becomes.
 
 tersor inspect minilm.tersor
-tersor inspect ./all-MiniLM-L6-v2 --dynamic input_ids:1=length:1..512
+tersor inspect ./all-MiniLM-L6-v2
 """
 
 from __future__ import annotations
