@@ -13,6 +13,14 @@ def site_of(place: fx.Node | str) -> str:
     return place if isinstance(place, str) else place.meta.get("site") or f"%{place.name}"
 
 
+def in_words(node: fx.Node) -> str:
+    """A node in the words of a reason: its site and operation, or only the operation where it has no site."""
+    if node.op == "output":
+        return "the program's output"
+    kind = node.target.name if node.op == "call_function" else node.op
+    return f"{node.meta['site']} ({kind})" if node.meta.get("site") else kind
+
+
 def names(program: Program) -> dict[fx.Node, str]:
     """The name of every operation node: given at capture, else found from the graph, else ``%name``."""
     found = {site.node: site.name for site in sites(program)}

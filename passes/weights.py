@@ -17,7 +17,7 @@ from torch import fx
 from tersor.ir import Function, Program
 from tersor.ir.program import infer
 from tersor.passes.base import Pass, PassResult
-from tersor.passes.sites import site_of
+from tersor.passes.sites import in_words, site_of
 
 Slot = tuple[fx.Node, int]
 """An operand of a node: the node and the operand's position."""
@@ -194,7 +194,7 @@ def _untying(
             other = next(p for p, k in zip(places, keys, strict=True) if k != key)
             for change in changes:
                 if (node, index) in change.derived:
-                    refused[id(change)] = (change, site_of(other[1]))
+                    refused[id(change)] = (change, in_words(other[1]))
     return list(refused.values())
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tersor.ir import Function
-from tersor.passes.sites import site_of
+from tersor.passes.sites import in_words, site_of
 from tersor.passes.weights import is_plain_linear, parameter
 
 QUERY, KEY, VALUE, MASK = range(4)
@@ -34,19 +34,19 @@ class Projection:
 def projection(function: Function, attention: fx.Node, role: int) -> Projection | str:
     """The projection of a role of which nothing else reads any part; otherwise what stands in the way."""
     name, between = _ROLES[role], []
-    reader, node = attention, attention.args[role]
+    user, node = attention, attention.args[role]
     while True:
-        if others := [user for user in node.users if user is not reader]:
-            return f"the {name} is also read by {_describe(others[0])}"
+        if others := [other for other in node.users if other is not user]:
+            return f"the {name} is also read by {in_words(others[0])}"
         # the same value as key and value, say
-        if sum(argument is node for argument in reader.args) > 1:
-            return f"the {name} has a second role in {site_of(reader)}"
+        if sum(argument is node for argument in user.args) > 1:
+            return f"the {name} has a second role in {site_of(user)}"
         if node.op != "call_function" or node.target.name not in _BETWEEN:
             break
         between.insert(0, node)
-        reader, node = node, node.args[0]
+        user, node = node, node.args[0]
     if not is_plain_linear(function, node):
-        return f"the {name} comes from {_describe(node)}, not from a linear layer with plain weights"
+        return f"the {name} comes from {in_words(node)}, not from a linear layer with plain weights"
     return Projection(node, tuple(between))
 
 
@@ -54,7 +54,7 @@ def output_projection(function: Function, attention: fx.Node) -> fx.Node | str:
     """The linear layer that alone reads an attention; otherwise what stands in the way."""
     for user in attention.users:
         if not is_plain_linear(function, user) or user.args[0] is not attention:
-            return f"its result is read by {_describe(user)}, not by a linear layer with plain weights"
+            return f"its result is read by {in_words(user)}, not by a linear layer with plain weights"
     if len(attention.users) != 1:
         return f"{len(attention.users)} places read its result"
     return next(iter(attention.users))
@@ -89,9 +89,3 @@ def bias_of(function: Function, linear: fx.Node):
 
 def _lengths(attention: fx.Node) -> tuple:
     return attention.args[QUERY].meta["value"].shape[1], attention.args[KEY].meta["value"].shape[1]
-
-
-def _describe(node: fx.Node) -> str:
-    if node.op == "output":
-        return "the program's output"
-    return f"{site_of(node)} ({node.target.name if node.op == 'call_function' else node.op})"

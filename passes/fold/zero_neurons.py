@@ -11,7 +11,7 @@ from tersor.ir import Function, Program
 from tersor.passes.base import Equivalent, Pass, PassResult
 from tersor.passes.context import Context
 from tersor.passes.registry import register
-from tersor.passes.sites import site_of
+from tersor.passes.sites import in_words
 from tersor.passes.weights import WeightChange, apply_changes, is_plain_linear, parameter
 
 
@@ -85,7 +85,7 @@ def _hidden(function: Function, down: fx.Node) -> _Hidden | str | None:
             hidden.linears.append(node)
             continue
         if node.op != "call_function" or node.target.elementwise is None:
-            obstacle = f"it is mixed with {site_of(node)}, which no linear layer makes"
+            obstacle = f"its input is mixed with {in_words(node)}, which no linear layer makes"
             continue
         hidden.steps.append(node)
         for index, argument in enumerate(node.args):
@@ -106,7 +106,7 @@ def _hidden(function: Function, down: fx.Node) -> _Hidden | str | None:
     for node in inside:
         for user in node.users:
             if user not in inside and not (user is down and down.args[0] is node):
-                return f"its input is also read by {site_of(user) if user.op != 'output' else 'the output'}"
+                return f"its input is also read by {in_words(user)}"
     order = {node: i for i, node in enumerate(function.graph.nodes)}
     hidden.steps.sort(key=order.__getitem__)
     return obstacle or hidden
