@@ -14,6 +14,7 @@ from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Embedding
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.norm import LayerNorm, Reduce, RMSNorm
+from tersor.codegen.kernels.scan import ArgMax, CumSum
 from tersor.codegen.kernels.softmax import Softmax
 from tersor.codegen.lowering import Lowering, copy_kernel, opaque, register_lowering
 from tersor.codegen.weights import Weight
@@ -243,18 +244,43 @@ def _reduction(op: str):
         source = x.meta["value"]
         dims = tuple(sorted(d % source.rank for d in node.kwargs["dims"]))
         kernel = Reduce(op, opaque(source.shape), dims, node.kwargs.get("keepdim", False), value.dtype)
-        operand = lowering.value(x)
-        if source.dtype != value.dtype:
-            cast = Chain((ChainInput("full", source.dtype),), (Step("cast", (0,), value.dtype),), (1,))
-            shape = opaque(source.shape)
-            operand = lowering.call(Elementwise(cast, (shape,), shape), [operand], [source.shape])
-        return lowering.call(kernel, [operand], [value.shape])
+        return lowering.call(kernel, [_cast(lowering, x, value.dtype)], [value.shape])
 
     return rule
 
 
 for _name, _op in {"sum": "sum", "mean": "mean", "amax": "max", "amin": "min"}.items():
     register_lowering(_name)(_reduction(_op))
+
+
+@register_lowering("cumsum")
+def _cumsum(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    x, value = node.args[0], node.meta["value"]
+    kernel = CumSum(opaque(value.shape), node.kwargs["dim"] % value.rank, value.dtype)
+    return lowering.call(kernel, [_cast(lowering, x, value.dtype)], [value.shape])
+
+
+@register_lowering("argmax")
+def _argmax(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    x = node.args[0]
+    source = x.meta["value"]
+    kernel = ArgMax(
+        opaque(source.shape),
+        node.kwargs["dim"] % source.rank,
+        node.kwargs.get("keepdim", False),
+        source.dtype,
+    )
+    return lowering.call(kernel, [lowering.value(x)], [node.meta["value"].shape])
+
+
+def _cast(lowering: Lowering, x: fx.Node, dtype: str) -> relax.Expr:
+    """The value of a node in another dtype."""
+    source = x.meta["value"]
+    if source.dtype == dtype:
+        return lowering.value(x)
+    chain = Chain((ChainInput("full", source.dtype),), (Step("cast", (0,), dtype),), (1,))
+    shape = opaque(source.shape)
+    return lowering.call(Elementwise(chain, (shape,), shape), [lowering.value(x)], [source.shape])
 
 
 # -- layout

@@ -65,7 +65,15 @@ class Op:
     attributes: dict[str, Any] = field(init=False)  # name -> default or inspect.Parameter.empty
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "signature", inspect.signature(self.reference))
+        try:
+            signature = inspect.signature(self.reference)
+        except ValueError:
+            raise ProgramError(
+                f"the reference of operation {self.name!r} does not say what its parameters are",
+                why="built-in functions have no signature",
+                fix="wrap it: def reference(x, *, attribute): ...",
+            ) from None
+        object.__setattr__(self, "signature", signature)
         parameters = self.signature.parameters.values()
         object.__setattr__(
             self,

@@ -10,7 +10,7 @@ import torch
 from tersor.codegen.compiler import build
 from tersor.codegen.runtime import load
 from tersor.errors import CompileError
-from tersor.ir import Dim, Function, Program, Range, Value
+from tersor.ir import Dim, Program, Range, Value, ops, register_op
 from tersor.targets import resolve
 
 B, T = Dim.symbol("batch"), Dim.symbol("length")
@@ -73,6 +73,9 @@ CASES = {
     "mean": ((X,), lambda b, x: b.mean(x, dims=(-1,), keepdim=True)),
     "amax": ((X,), lambda b, x: b.amax(x, dims=(0, 2))),
     "amin": ((X,), lambda b, x: b.amin(x, dims=(2,))),
+    "cumsum": ((X,), lambda b, x: b.cumsum(x, dim=1)),
+    "cumsum of booleans": ((LONG,), lambda b, x: b.cumsum(b.gt(x, 0), dim=1)),
+    "argmax": ((X,), lambda b, x: (b.argmax(x, dim=-1), b.argmax(x, dim=1, keepdim=True))),
     "reshape": ((X,), lambda b, x: b.neg(b.reshape(x, shape=(B * T, 24)))),
     "permute": ((X,), lambda b, x: b.permute(x, dims=(2, 0, 1))),
     "permute of unit dimensions": (
@@ -148,8 +151,15 @@ def test_operation(case, tmp_path):
 
 
 def test_everything_unsupported_is_listed_at_once(tmp_path):
-    made = program(X, body=lambda b, x: (b.cumsum(x, dim=1), b.argmax(x, dim=1), b.cast(x, dtype="float64")))
+    if "test.unlowered" not in ops:
+        register_op("test.unlowered", lambda x: -x, infer=lambda x: x)
+    made = program(
+        X,
+        body=lambda b, x: (b.emit("test.unlowered", x), b.cast(x, dtype="float64"), b.cast(x, dtype="int8")),
+    )
     with pytest.raises(CompileError) as caught:
         build(made, resolve("native"), tmp_path / "model.tersor")
-    assert all(word in str(caught.value) for word in ("'cumsum'", "'argmax'", "float64", "register_lowering"))
+    assert all(
+        word in str(caught.value) for word in ("'test.unlowered'", "float64", "int8", "register_lowering")
+    )
     assert not list(tmp_path.iterdir())
