@@ -122,6 +122,8 @@ class _Builder:
         self.rows = min(8, tiles.most_rows(target))
         self.ramp = T.ramp(0, 1, self.lanes)
         self.value_vectors = -(-attention.value_dim // self.lanes)
+        batch = attention.batch if isinstance(attention.batch, int) else 1
+        self.parts = _parts(batch * attention.heads, target.cores or 4)
 
     def function(self) -> tirx.PrimFunc:
         spec = self.spec
@@ -140,7 +142,7 @@ class _Builder:
                 self.offset = self.kv_len - self.q_len if spec.align == "end" else 0
                 self.blocks = _ceil_div(self.kv_len, self.lanes)
                 work = self.batch * self.q_len * self.kv_len * (spec.heads * (spec.head_dim + spec.value_dim))
-                loops.rows(self.batch * spec.heads, work, self._head, threshold=tiles.PARALLEL_FLOPS / 2)
+                loops.when_large(2 * work, tiles.PARALLEL_FLOPS, self._parallel, self._serial)
         return builder.get()
 
     def _operands(self, inputs: list[tirx.Buffer]) -> list[_Rows]:
@@ -155,11 +157,25 @@ class _Builder:
                 column += widths[member]
         return operands
 
-    def _head(self, task: Expr) -> None:
-        """Everything of one head of one batch element."""
+    def _serial(self) -> None:
+        with T.serial(self.batch * self.spec.heads) as head:
+            self._head(head)
+
+    def _parallel(self) -> None:
+        """Heads over threads; where they do not divide evenly, each in a few parts that pack the same keys."""
+        tasks = self.batch * self.spec.heads
+        with T.parallel(tasks * self.parts) as task:
+            if self.parts == 1:
+                self._head(task)
+            else:
+                self._head(tirx.floordiv(task, self.parts), tirx.floormod(task, self.parts))
+
+    def _head(self, index: Expr, part: Expr | None = None) -> None:
+        """One head of one batch element: all its query rows, or one of ``parts`` runs of them."""
         spec = self.spec
-        batch, head = tirx.floordiv(task, spec.heads), tirx.floormod(task, spec.heads)
-        group = tirx.floordiv(head, spec.heads // spec.kv_heads)
+        batch = math.bind(tirx.floordiv(index, spec.heads))
+        head = math.bind(tirx.floormod(index, spec.heads))
+        group = math.bind(tirx.floordiv(head, spec.heads // spec.kv_heads))
         self.keys = T.alloc_buffer((self.blocks, spec.head_dim, self.lanes))
         self.values = T.alloc_buffer((self.kv_len, self.value_vectors * self.lanes))
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
@@ -168,16 +184,21 @@ class _Builder:
         self._pack_keys(batch, group)
         self._pack_values(batch, group)
         self.bias = self._key_bias(batch, head)
-        whole, rest = self.q_len // self.rows, 0
-        if isinstance(self.q_len, int):
+        if isinstance(self.q_len, int) and part is None:
             whole, rest = divmod(self.q_len, self.rows)
-            with T.serial(whole) as tile:
-                self._tile(batch, head, tile * self.rows, self.rows)
+            if whole:
+                with T.serial(whole) as tile:
+                    self._tile(batch, head, tile * self.rows, self.rows)
             if rest:
                 self._tile(batch, head, whole * self.rows, rest)
-        else:
-            with T.serial(_ceil_div(self.q_len, self.rows)) as tile:
-                self._tile(batch, head, tile * self.rows, self.rows)
+            return
+        count = _ceil_div(self.q_len, self.rows)
+        first, last = 0, count
+        if part is not None:
+            share = _ceil_div(count, self.parts)
+            first, last = part * share, tirx.min((part + 1) * share, count)
+        with T.serial(tirx.max(last - first, 0)) as tile:
+            self._tile(batch, head, (first + tile) * self.rows, self.rows, clamp=True)
 
     def _pack_keys(self, batch: Expr, group: Expr) -> None:
         """keys[block, d, lane] = scale * k[block*lanes + lane, d]; the last block repeats the last key."""
@@ -242,11 +263,10 @@ class _Builder:
             return tirx.Select(tirx.And(inside, math.cast(value, "bool")), zero, minus_infinity)
         return tirx.Select(inside, value, minus_infinity)
 
-    def _tile(self, batch: Expr, head: Expr, first: Expr | int, rows: int) -> None:
-        """Some query rows from ``first`` on; rows past the last one repeat it."""
+    def _tile(self, batch: Expr, head: Expr, first: Expr | int, rows: int, clamp: bool = False) -> None:
+        """Some query rows from ``first`` on; with ``clamp``, rows past the last one repeat it."""
         spec, lanes = self.spec, self.lanes
-        exact = isinstance(self.q_len, int)
-        queries = [first + r if exact else tirx.min(first + r, self.q_len - 1) for r in range(rows)]
+        queries = [tirx.min(first + r, self.q_len - 1) if clamp else first + r for r in range(rows)]
         queries = [math.bind(q) for q in queries]
         end: loops.Extent = self.kv_len  # keys from `begin` to `end` are visible to some row
         begin: loops.Extent = 0
@@ -255,8 +275,8 @@ class _Builder:
         if spec.window is not None:
             lowest = first + (self.offset - spec.window + 1)
             begin = math.bind(tirx.min(tirx.max(lowest, 0), end) // lanes * lanes)
-        blocks = _ceil_div(end, lanes)
-        first_block = begin // lanes
+        blocks = math.bind(_ceil_div(end, lanes))
+        first_block = math.bind(begin // lanes)
         for r in range(rows):
             T.buffer_store(self.maxima, tirx.const(LOWEST, f"float32x{lanes}"), [r, self.ramp])
         # blocks that every row sees whole need no comparison with the diagonal
@@ -307,9 +327,9 @@ class _Builder:
         ]
         starts = [math.bind(s) for s in starts]
         with T.serial(spec.head_dim) as d:
-            keys = [math.bind(self.keys[block + n, d, self.ramp]) for n in range(vectors)]
+            keys = [self.keys[block + n, d, self.ramp] for n in range(vectors)]
             for r, start in enumerate(starts):
-                value = math.bind(tirx.Broadcast(self.q.buffer[start + d], lanes))
+                value = tirx.Broadcast(self.q.buffer[start + d], lanes)
                 for n, key in enumerate(keys):
                     total = accumulators[r][self._vector(n)] + value * key
                     T.buffer_store(accumulators[r], total, [self._vector(n)])
@@ -367,20 +387,25 @@ class _Builder:
                     T.buffer_store(accumulator, tirx.const(0.0, f"float32x{lanes}"), [self._vector(n)])
             with T.serial(end - begin) as step:
                 j = begin + step
-                values = [math.bind(self.values[j, T.ramp(c * lanes, 1, lanes)]) for c in columns]
+                values = [self.values[j, T.ramp(c * lanes, 1, lanes)] for c in columns]
                 for r, accumulator in enumerate(accumulators):
-                    weight = math.bind(tirx.Broadcast(self.scores[r, j], lanes))
+                    weight = tirx.Broadcast(self.scores[r, j], lanes)
                     for n, value in enumerate(values):
                         total = accumulator[self._vector(n)] + weight * value
                         T.buffer_store(accumulator, total, [self._vector(n)])
             for r, query in enumerate(queries):
-                inverse = math.bind(tirx.Broadcast(self.inverses[r], lanes))
+                inverse = tirx.Broadcast(self.inverses[r], lanes)
                 start = (batch * self.q_len + query) * self.out.stride + head * spec.value_dim
                 for n, c in enumerate(columns):
                     left = spec.value_dim - c * lanes
                     where = None if left >= lanes else loops.mask(left, lanes)
                     result = accumulators[r][self._vector(n)] * inverse
                     loops.store(self.out.buffer, start + c * lanes, result, lanes, where)
+
+
+def _parts(tasks: int, threads: int) -> int:
+    """Into how many parts to cut each of some equal tasks, so that no thread waits long for another."""
+    return next(p for p in (1, 2, 4) if tasks * p % threads == 0 or tasks * p >= 4 * threads or p == 4)
 
 
 def _transpose(vectors: list[Expr]) -> list[Expr]:

@@ -29,7 +29,6 @@ def flat(buffer: tirx.Buffer) -> tirx.Buffer:
     return T.decl_buffer((product(buffer.shape),), buffer.dtype, data=buffer.data)
 
 
-
 def merge_dims(output: Shape, patterns: list[tuple[bool, ...]]) -> list[tuple[Shape, tuple[bool, ...]]]:
     """Neighbouring dimensions of ``output`` as groups that every input either moves along or repeats.
 
@@ -79,14 +78,20 @@ def rows(
         with kind(extent) as row:
             body(row)
 
-    if isinstance(elements, int):
-        loop(T.parallel if elements >= int(threshold) and extent != 1 else T.serial)
+    parallel = T.serial if isinstance(extent, int) and extent == 1 else T.parallel
+    when_large(elements, threshold, lambda: loop(parallel), lambda: loop(T.serial))
+
+
+def when_large(work: Extent, threshold: float, large: Callable[[], None], small: Callable[[], None]) -> None:
+    """Emit the code for ``work`` of at least the threshold, for less, or a choice between them at run time."""
+    if isinstance(work, int):
+        large() if work >= threshold else small()
         return
-    with T.If(elements >= int(threshold)):
+    with T.If(work >= int(threshold)):
         with T.Then():
-            loop(T.parallel)
+            large()
         with T.Else():
-            loop(T.serial)
+            small()
 
 
 def vectors(extent: Extent, lanes: int, body: Callable[[Expr | int, Expr | None], None]) -> None:
