@@ -340,7 +340,9 @@ def test_neurons_that_something_else_reads_stay():
         hidden = build.gelu(build.linear(x, build.parameter("w", rows), site="up"))
         return {"y": make.linear(hidden, "down", WIDTH, 6), "hidden": hidden}
 
-    assert reasons(FoldZeroNeurons(), program(emit)) == {"down": "its input is also read by the program's output"}
+    assert reasons(FoldZeroNeurons(), program(emit)) == {
+        "down": "its input is also read by the program's output"
+    }
 
 
 def test_neurons_mixed_with_a_residual_stay():

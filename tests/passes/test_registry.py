@@ -18,7 +18,7 @@ from tersor.passes.fold.norm_beta import FoldNormBeta
 @pytest.fixture
 def clean_registry():
     """Takes out what a test registers, and forgets which plugins were loaded."""
-    known, broken = dict(registry._passes), dict(registry._broken)
+    known, broken = registry.passes(), dict(registry._broken)
     registry.load_plugins.cache_clear()
     yield
     registry._passes.clear()
