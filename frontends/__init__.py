@@ -1,9 +1,9 @@
 """Outside models in: whatever it is, `capture` gives a `tersor.ir.Program` in canonical form.
 
-    torch_export    any torch.nn.Module, through torch.export; `aten` has what each operator becomes
-    transformers    model objects and local folders of Hugging Face transformers
-    dynamic         named dynamic dimensions; `symbols` translates torch's
-    origin          module paths, source lines, and torch.export's failures in our words
+torch_export    any torch.nn.Module, through torch.export; `aten` has what each operator becomes
+transformers    model objects and local folders of Hugging Face transformers
+dynamic         named dynamic dimensions; `symbols` translates torch's
+origin          module paths, source lines, and torch.export's failures in our words
 """
 
 from __future__ import annotations

@@ -46,7 +46,11 @@ class Context:
         return self.build.full(shape=(), value=x, dtype="int64") if isinstance(x, Dim) else x
 
     def cast(self, x: Any, dtype: str) -> Any:
-        return x if not isinstance(x, fx.Node) or x.meta["value"].dtype == dtype else self.build.cast(x, dtype=dtype)
+        return (
+            x
+            if not isinstance(x, fx.Node) or x.meta["value"].dtype == dtype
+            else self.build.cast(x, dtype=dtype)
+        )
 
     def reshape(self, x: fx.Node, shape: Sequence[int | Dim]) -> fx.Node:
         return x if size(x) == tuple(shape) else self.build.reshape(x, shape=tuple(shape))
@@ -213,7 +217,9 @@ def _not(c: Context, x: fx.Node) -> fx.Node:
 
 def _logical(c: Context, name: str, *operands: Operand) -> fx.Node:
     if c.dtype != "bool":
-        raise CaptureError(f"the model does bit arithmetic on {c.dtype}", why="the dialect has it on booleans only")
+        raise CaptureError(
+            f"the model does bit arithmetic on {c.dtype}", why="the dialect has it on booleans only"
+        )
     return c.build.emit(name, *operands)
 
 
@@ -290,7 +296,9 @@ def _movedim(c: Context, x: fx.Node, source: int, destination: int) -> fx.Node:
 
 
 @converts(aten.slice.Tensor)
-def _slice(c: Context, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> fx.Node:
+def _slice(
+    c: Context, x: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> fx.Node:
     dim = _axis(x, dim)
     start = _position(start, size(x)[dim], default=0)
     if step != 1:
@@ -514,11 +522,15 @@ def _sum(c: Context, x: fx.Node, dims: Any = None, keepdim: bool = False, **_: A
     return c.build.sum(c.cast(x, c.dtype), dims=_dims(x, dims), keepdim=keepdim)
 
 
-@converts(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+@converts(
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default
+)
 def _pool(c: Context, x: fx.Node, sizes: Any) -> fx.Node:
     sizes = [sizes] if isinstance(sizes, int) else sizes
     if any(s != 1 for s in sizes):
-        raise CaptureError(f"the model averages into {tuple(sizes)} bins", why="the dialect averages whole axes")
+        raise CaptureError(
+            f"the model averages into {tuple(sizes)} bins", why="the dialect averages whole axes"
+        )
     return c.build.mean(x, dims=tuple(range(len(size(x)) - len(sizes), len(size(x)))), keepdim=True)
 
 
@@ -546,7 +558,9 @@ def _argmax(c: Context, x: fx.Node, dim: int | None = None, keepdim: bool = Fals
 
 
 @converts(aten.var.correction, aten.var.dim)
-def _var(c: Context, x: fx.Node, dims: Any = None, *rest: Any, correction: Any = None, keepdim: bool = False) -> fx.Node:
+def _var(
+    c: Context, x: fx.Node, dims: Any = None, *rest: Any, correction: Any = None, keepdim: bool = False
+) -> fx.Node:
     if rest:  # var.dim(x, dims, unbiased, keepdim)
         correction, keepdim = int(rest[0]), rest[1] if len(rest) > 1 else keepdim
     correction = 1 if correction is None else correction
@@ -610,7 +624,9 @@ def _conv(
 ) -> fx.Node:  # fmt: skip
     rank = len(size(weight)) - 2
     if rank not in (1, 2):
-        raise CaptureError(f"the model has a convolution over {rank} dimensions", why="the dialect has one and two")
+        raise CaptureError(
+            f"the model has a convolution over {rank} dimensions", why="the dialect has one and two"
+        )
 
     def each(parameter: Any) -> tuple[int, ...]:
         values = tuple(parameter) if isinstance(parameter, list | tuple) else (parameter,)
@@ -618,7 +634,9 @@ def _conv(
 
     stride, padding, dilation = each(stride), each(padding), each(dilation)
     if rank == 1:
-        return c.build.conv1d(x, weight, bias, stride=stride[0], padding=padding[0], dilation=dilation[0], groups=groups)
+        return c.build.conv1d(
+            x, weight, bias, stride=stride[0], padding=padding[0], dilation=dilation[0], groups=groups
+        )
     return c.build.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
@@ -638,7 +656,13 @@ def _convolution(
 
 @converts(aten.layer_norm.default, aten.native_layer_norm.default)
 def _layer_norm(
-    c: Context, x: fx.Node, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+    c: Context,
+    x: fx.Node,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> Any:
     lead, width = size(x)[: -len(shape)], product(shape)
     flat = c.reshape(x, (*lead, width))
@@ -670,11 +694,15 @@ def _batch_norm_whole(
     *_: Any,
 ) -> fx.Node:  # fmt: skip
     if training or mean is None:
-        raise CaptureError("the model has a batch norm without running statistics", fix="train it with statistics")
+        raise CaptureError(
+            "the model has a batch norm without running statistics", fix="train it with statistics"
+        )
     return _normalised(c, x, weight, bias, mean, var, eps)
 
 
-def _normalised(c: Context, x: fx.Node, weight: Any, bias: Any, mean: fx.Node, var: fx.Node, eps: float) -> fx.Node:
+def _normalised(
+    c: Context, x: fx.Node, weight: Any, bias: Any, mean: fx.Node, var: fx.Node, eps: float
+) -> fx.Node:
     channel = (1, size(x)[1], *([1] * (len(size(x)) - 2)))
     scale = c.build.rsqrt(c.build.add(var, eps))
     scale = scale if weight is None else c.build.mul(scale, weight)
@@ -725,5 +753,7 @@ def _four_dimensional(c: Context, x: fx.Node) -> fx.Node:
 def _mask_of_rank_four(c: Context, mask: fx.Node) -> fx.Node:
     shape = size(mask)
     if len(shape) > 4:
-        raise CaptureError(f"attention with a mask of rank {len(shape)}", why="batch, heads, queries, keys are four")
+        raise CaptureError(
+            f"attention with a mask of rank {len(shape)}", why="batch, heads, queries, keys are four"
+        )
     return c.reshape(mask, (1,) * (4 - len(shape)) + shape)

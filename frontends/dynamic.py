@@ -1,4 +1,4 @@
-"""Named dynamic dimensions as the caller writes them: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``."""
+"""Named dynamic dimensions as the caller writes them: ``{"x": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``."""
 
 from __future__ import annotations
 
@@ -55,10 +55,14 @@ def read_dynamic(spec: DynamicSpec, tensors: Mapping[str, torch.Tensor]) -> Dyna
             dim, low, high = _entry(name, axis, entry)
             shape = tuple(tensors[name].shape)
             if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
-                raise InputError(f"dynamic names axis {axis!r} of {name!r}", why=f"its shape is {list(shape)}")
+                raise InputError(
+                    f"dynamic names axis {axis!r} of {name!r}", why=f"its shape is {list(shape)}"
+                )
             axis, size = axis % len(shape), shape[axis]
             if ranges.setdefault(dim, Range(low, high)) != Range(low, high):
-                raise InputError(f"dimension {dim!r} has two ranges", why=f"{ranges[dim]} and {Range(low, high)}")
+                raise InputError(
+                    f"dimension {dim!r} has two ranges", why=f"{ranges[dim]} and {Range(low, high)}"
+                )
             if found.setdefault(dim, size) != size:
                 raise InputError(
                     f"dimension {dim!r} has two sizes in the example inputs: {found[dim]} and {size}",
@@ -82,7 +86,8 @@ def export_dims(dims: DynamicDims, tensors: Mapping[str, torch.Tensor]) -> dict[
     """The same as torch.export wants it."""
     torch_dims = {n: torch.export.Dim(n, min=r.min, max=r.max) for n, r in dims.ranges.items()}
     return {
-        name: {axis: torch_dims[dim] for axis, dim in dims.axes.get(name, {}).items()} or None for name in tensors
+        name: {axis: torch_dims[dim] for axis, dim in dims.axes.get(name, {}).items()} or None
+        for name in tensors
     }
 
 
@@ -113,11 +118,16 @@ def _example_sizes(
     torch.export takes a size of 1 for a constant, and two equal sizes can make it believe that they always are.
     """
     taken = {
-        size for name, t in tensors.items() for axis, size in enumerate(t.shape) if axis not in axes.get(name, {})
+        size
+        for name, t in tensors.items()
+        for axis, size in enumerate(t.shape)
+        if axis not in axes.get(name, {})
     }
     chosen: dict[str, int] = {}
     for dim, bounds in ranges.items():
         wishes = [found[dim], *range(max(bounds.min, 2), bounds.max + 1)]
-        chosen[dim] = next((s for s in wishes if s > 1 and s >= bounds.min and s not in taken), max(bounds.max, 2))
+        chosen[dim] = next(
+            (s for s in wishes if s > 1 and s >= bounds.min and s not in taken), max(bounds.max, 2)
+        )
         taken.add(chosen[dim])
     return chosen

@@ -28,7 +28,7 @@ def module_path(node: fx.Node, root: str) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """"file.py:line" of the innermost frame outside torch; "" where torch recorded none."""
+    """ "file.py:line" of the innermost frame outside torch; "" where torch recorded none."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not _is_foreign(frame[0])]
     return "" if not own else f"{_short(own[-1][0])}:{own[-1][1]}"
@@ -52,27 +52,39 @@ def translate_export_error(error: Exception, dims: DynamicDims) -> CaptureError:
     names = {type(e).__name__ for e in _chain(error)}
     if "Constraints violated" in text or "ConstraintViolationError" in names:
         return _constraint_error(text)
-    if names & {"GuardOnDataDependentSymNode", "DataDependentOutputException", "PendingUnbackedSymbolNotFound"} or (
-        "data-dependent" in text.lower()
-    ):
+    if names & {
+        "GuardOnDataDependentSymNode",
+        "DataDependentOutputException",
+        "PendingUnbackedSymbolNotFound",
+    } or ("data-dependent" in text.lower()):
         return CaptureError(
             "the model's control flow or a shape depends on the values of tensors",
             where=where,
             why="a program is one fixed graph for all inputs",
             fix="replace the branch by torch.where, or compute the value outside the model and pass it as a constant",
         )
+    fix = "check that model(**example_inputs) runs in evaluation mode; if it does, simplify the place named above"
+    if len(dims.ranges) > 1 and re.search(
+        r"\bs\d+\b", text
+    ):  # torch's symbols are sizes that it had to compare
+        fix = (
+            f"if some of {', '.join(dims.ranges)} are always equal, give them one name; else make one static"
+        )
     return CaptureError(
         "torch.export cannot trace the model with these example inputs",
         where=where,
         why=f"{type(error).__name__}: {_first_lines(text)}",
-        fix="check that model(**example_inputs) runs in evaluation mode; if it does, simplify the place named above",
+        fix=fix,
     )
 
 
 def _constraint_error(text: str) -> CaptureError:
     """torch suggests new Dim(...) lines; we say what to write into ``dynamic`` instead."""
     reasons, fixes = [], []
-    for name, minimum, maximum in re.findall(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", text):
+    # Names with an underscore in front are torch's own, for parts of a dimension.
+    for name, minimum, maximum in re.findall(
+        r"\b([^\W_]\w*) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)", text
+    ):
         bounds = [f"at least {minimum}"] * bool(minimum) + [f"at most {maximum}"] * bool(maximum)
         reasons.append(f"{name} must be {' and '.join(bounds)}")
         fixes.append(f"give {name} a range that is {' and '.join(bounds)}")
@@ -81,10 +93,14 @@ def _constraint_error(text: str) -> CaptureError:
         fixes.append(f"leave {name} out of the dynamic dimensions")
     for name, other in re.findall(r"^\s*(\w+) = (?!Dim\()([A-Za-z_][\w*+/ -]*)\s*$", text, re.MULTILINE):
         reasons.append(f"{name} is always {other}")
-        fixes.append(f"use one name for {name} and {other}" if other.isidentifier() else f"make {name} static")
-    if "marked as dynamic but" in text and not reasons:
-        reasons.append("the model was written for the example's size only")
-        fixes.append("leave that dimension out of the dynamic dimensions")
+        fixes.append(
+            f"use one name for {name} and {other}" if other.isidentifier() else f"make {name} static"
+        )
+    if not reasons:
+        unmet = re.findall(r"Not all values of (\w+) = (\S+) in .* guard (.+?)\.?$", text, re.MULTILINE)
+        for name, size, guard in unmet:
+            reasons.append(f"not every {name} in its range satisfies {guard.replace(size, name)}")
+            fixes.append(f"choose a range for {name} in which it does, or make it static")
     return CaptureError(
         "the dynamic dimensions do not fit the model",
         why="; ".join(reasons) or _first_lines(text),

@@ -24,7 +24,7 @@ from tersor.frontends.aten import CONVERTERS, Context
 from tersor.frontends.dynamic import DynamicDims, export_dims, read_dynamic
 from tersor.frontends.origin import module_path, source_line, translate_export_error
 from tersor.frontends.symbols import Symbols
-from tersor.ir import Dim, Program, Value, ops, verify
+from tersor.ir import Program, Value, ops, verify
 from tersor.ir.canonicalize import canonicalize
 
 log = logging.getLogger("tersor.capture")
@@ -113,7 +113,11 @@ def flatten_outputs(result: Any, prefix: str = "") -> dict[str, torch.Tensor]:
     elif isinstance(result, tuple) and hasattr(result, "_fields"):
         items = zip(result._fields, result, strict=True)
     elif isinstance(result, list | tuple):
-        items = ((str(i), r) for i, r in enumerate(result)) if len(result) > 1 or prefix else [("output", result[0])]
+        items = (
+            ((str(i), r) for i, r in enumerate(result))
+            if len(result) > 1 or prefix
+            else [("output", result[0])]
+        )
     else:
         raise CaptureError(
             f"the model's output {prefix or '(the whole)'} is a {type(result).__name__}",
@@ -130,15 +134,18 @@ def flatten_outputs(result: Any, prefix: str = "") -> dict[str, torch.Tensor]:
 def _evaluation(model: nn.Module):
     """Evaluation mode without gradients or fused inference kernels; the model is left as it was found."""
     training = {module: module.training for module in model.modules()}
+    silenced = logging.root.manager.disable
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        logging.disable(logging.ERROR)  # torch logs pages for a failure that we put into words
         # The fast path of nn.TransformerEncoder is one opaque operator that hides what the layer computes.
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        logging.disable(silenced)
         for module, flag in training.items():
             module.training = flag
 
@@ -172,7 +179,9 @@ def _bind_inputs(
         raise InputError(
             "the example inputs do not fit the model",
             why="; ".join(
-                f"{what}: {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names
+                f"{what}: {', '.join(names)}"
+                for what, names in (("unknown", unknown), ("missing", missing))
+                if names
             ),
             fix=f"forward takes {', '.join(named)}",
         )
@@ -193,7 +202,9 @@ def _bind_inputs(
                 fix="give a tensor, or a constant (None, a number, a string)",
             )
     if not tensors:
-        raise InputError("there is no tensor among the example inputs", fix=f"forward takes {', '.join(named)}")
+        raise InputError(
+            "there is no tensor among the example inputs", fix=f"forward takes {', '.join(named)}"
+        )
     return tensors, constants
 
 
@@ -270,9 +281,7 @@ def _unsupported(exported: ExportedProgram) -> list[fx.Node]:
     ]
 
 
-def _convert(
-    exported: ExportedProgram, output_names: Sequence[str], dims: DynamicDims, name: str
-) -> Program:
+def _convert(exported: ExportedProgram, output_names: Sequence[str], dims: DynamicDims, name: str) -> Program:
     _refuse_mutation(exported)
     if unsupported := _unsupported(exported):
         raise _unsupported_error(unsupported)
@@ -316,7 +325,9 @@ class _Conversion:
     def _symbol_names(self, inputs: Mapping[str, Any]) -> dict[Any, str]:
         names = {}
         for node in self.exported.graph.find_nodes(op="placeholder"):
-            if inputs[node.name].kind is InputKind.USER_INPUT and isinstance(node.meta.get("val"), torch.Tensor):
+            if inputs[node.name].kind is InputKind.USER_INPUT and isinstance(
+                node.meta.get("val"), torch.Tensor
+            ):
                 for axis, dim in self.dims.axes.get(self._input_name(node), {}).items():
                     size = node.meta["val"].shape[axis]
                     if isinstance(size, torch.SymInt):
@@ -333,8 +344,12 @@ class _Conversion:
                 return spec.arg.value
             return self.function.add_input(self._input_name(node), self.symbols.value(node.meta["val"]))
         if not isinstance(spec.arg, TensorArgument):
-            raise CaptureError(f"the model holds {spec.target!r}, which is not a tensor", why=f"it is {spec.kind.name}")
-        store = self.exported.constants if spec.kind is InputKind.CONSTANT_TENSOR else self.exported.state_dict
+            raise CaptureError(
+                f"the model holds {spec.target!r}, which is not a tensor", why=f"it is {spec.kind.name}"
+            )
+        store = (
+            self.exported.constants if spec.kind is InputKind.CONSTANT_TENSOR else self.exported.state_dict
+        )
         tensor = store[spec.target] if spec.target in store else self.exported.constants[spec.target]
         tensor = tensor.detach().cpu()
         # Tied weights are one tensor under several names: one parameter, called by the first of them.
@@ -381,12 +396,14 @@ class _Conversion:
     def _agreeing(self, build: Any, result: Any, expected: Any) -> Any:
         """A converter must reach the shape torch reached; a dtype that torch promoted otherwise is cast."""
         if isinstance(expected, tuple):
-            return tuple(self._agreeing(build, r, e) if r is not None else None for r, e in zip(result, expected, strict=True))
-        if not isinstance(expected, Value):
+            return tuple(self._agreeing(build, r, e) for r, e in zip(result, expected, strict=True))
+        if result is None or not isinstance(expected, Value):
             return result
         actual = result.meta["value"]
         if actual.shape != expected.shape:
-            raise CaptureError(f"an operator became {actual}, torch has {expected}", why="this is a defect of Tersor")
+            raise CaptureError(
+                f"an operator became {actual}, torch has {expected}", why="this is a defect of Tersor"
+            )
         return result if actual.dtype == expected.dtype else build.cast(result, dtype=expected.dtype)
 
 
@@ -415,8 +432,9 @@ def _unsupported_error(nodes: Sequence[fx.Node]) -> UnsupportedOpError:
     for op, count in counts.most_common():
         shown = places[op][:3] + ([f"and {len(places[op]) - 3} more places"] if len(places[op]) > 3 else [])
         lines.append(f"  - {op}, {count} time{'s' if count > 1 else ''}: {'; '.join(shown)}")
+    listed = "\n".join(lines)
     return UnsupportedOpError(
-        f"{len(counts)} operator{'s' if len(counts) > 1 else ''} of the model are not in the dialect:\n" + "\n".join(lines),
+        f"operators of the model that are not in the dialect: {len(counts)}\n{listed}",
         fix="rewrite these places with supported operators, or add each with tersor.ir.register_op(name, reference, "
         "decompose=..., captures=(the operator,))",
     )

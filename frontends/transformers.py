@@ -18,7 +18,10 @@ from tersor.frontends import torch_export
 from tersor.ir import Program
 
 BATCH, LENGTH = 2, 16  # of the example inputs that are made here
-LARGEST_BATCH, LARGEST_LENGTH = 8, 512  # of automatic dynamic dimensions, where the model has no limit of its own
+LARGEST_BATCH, LARGEST_LENGTH = (
+    8,
+    512,
+)  # of automatic dynamic dimensions, where the model has no limit of its own
 
 
 def is_transformers_model(model: Any) -> bool:
@@ -196,7 +199,9 @@ def load(folder: str | Path) -> nn.Module:
         from safetensors import SafetensorError
     except ImportError as error:
         raise InputError(
-            "a model folder needs the transformers library", why=str(error), fix="pip install tersor[transformers]"
+            "a model folder needs the transformers library",
+            why=str(error),
+            fix="pip install tersor[transformers]",
         ) from error
     names = config.get("architectures") or []
     builder = getattr(transformers, names[0], None) if names else transformers.AutoModel
@@ -228,12 +233,16 @@ def load(folder: str | Path) -> nn.Module:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder", fix="give a local folder with config.json and *.safetensors")
+        raise InputError(
+            f"{folder} is not a folder", fix="give a local folder with config.json and *.safetensors"
+        )
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json", fix="save the model with model.save_pretrained") from None
+        raise InputError(
+            f"{folder} has no config.json", fix="save the model with model.save_pretrained"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON", why=str(error)) from error
     if not isinstance(config, dict) or "model_type" not in config:

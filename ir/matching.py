@@ -74,7 +74,9 @@ class Match:
 def is_call(value: Any, *names: str) -> bool:
     """Whether a value is an operation node (of one of the named operations, where names are given)."""
     return (
-        isinstance(value, fx.Node) and value.op == "call_function" and (not names or value.target.name in names)
+        isinstance(value, fx.Node)
+        and value.op == "call_function"
+        and (not names or value.target.name in names)
     )
 
 

@@ -21,7 +21,17 @@ from __future__ import annotations
 
 import re
 
-from tersor.ir.canonicalize import activations, attention, cleanup, indices, layout, linear, masks, norms, rotary
+from tersor.ir.canonicalize import (
+    activations,
+    attention,
+    cleanup,
+    indices,
+    layout,
+    linear,
+    masks,
+    norms,
+    rotary,
+)
 from tersor.ir.canonicalize.constants import fold_constants
 from tersor.ir.canonicalize.sites import assign_sites
 from tersor.ir.matching import Rule, RuleReport, apply_rules

@@ -242,7 +242,11 @@ class Positions:
 
 def from_tensor(tensor: torch.Tensor) -> Affine | Predicate | None:
     """A stored integer table that is affine, or a stored triangle of booleans."""
-    if not 0 < tensor.numel() <= LARGEST_PARAMETER or tensor.dtype not in (torch.int64, torch.int32, torch.bool):
+    if not 0 < tensor.numel() <= LARGEST_PARAMETER or tensor.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.bool,
+    ):
         return None
     if tensor.dtype == torch.bool:
         return _triangle(tensor)

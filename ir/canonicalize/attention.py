@@ -38,7 +38,9 @@ def _peel(scores: Any) -> _Scores | str:
         if is_call(node, "mul", "div") and any(is_number(a) for a in node.args):
             if added or hidden:
                 pass  # masks are taken off outside the scale: the scale is inside them, as it should be
-            x, number = (node.args[0], node.args[1]) if is_number(node.args[1]) else (node.args[1], node.args[0])
+            x, number = (
+                (node.args[0], node.args[1]) if is_number(node.args[1]) else (node.args[1], node.args[0])
+            )
             if node.target.name == "div" and not is_number(node.args[1]):
                 return "a number is divided by the scores"
             scale *= number if node.target.name == "mul" else 1 / number
@@ -64,7 +66,9 @@ def _peel(scores: Any) -> _Scores | str:
             else:
                 return "the scores are replaced by something that does not hide them"
         else:
-            return f"the scores come from {node.target.name if is_call(node) else 'an input'}, not from a matmul"
+            return (
+                f"the scores come from {node.target.name if is_call(node) else 'an input'}, not from a matmul"
+            )
     return "too many operations between matmul and softmax"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
@@ -37,7 +36,12 @@ def merge_duplicates(function: Function, spare: Collection[fx.Node] = ()) -> int
     for node in function.nodes:
         if node.op not in ("call_function", "get_attr") or node in spare:
             continue
-        key = (node.target, node.args, tuple(sorted(node.kwargs.items(), key=lambda item: item[0])), _types(node))
+        key = (
+            node.target,
+            node.args,
+            tuple(sorted(node.kwargs.items(), key=lambda item: item[0])),
+            _types(node),
+        )
         first = seen.setdefault(key, node)
         if first is not node:
             function.replace(node, first)
@@ -88,7 +92,8 @@ def _without_expansion(m: Match) -> list[Any] | None:
     operands = list(m.root.args)
     for i, operand in enumerate(operands):
         for plain in _narrower(operand):
-            shapes = [o.meta["value"].shape for o in (*operands[:i], plain, *operands[i + 1 :]) if isinstance(o, fx.Node)]
+            tried = (*operands[:i], plain, *operands[i + 1 :])
+            shapes = [o.meta["value"].shape for o in tried if isinstance(o, fx.Node)]
             if broadcast(*shapes) == m.root.meta["value"].shape:
                 operands[i] = plain
                 break
@@ -130,9 +135,15 @@ def _negated(name: str) -> Callable[[Builder, Match], fx.Node]:
     return lambda build, m: build.emit(_NEGATIONS[name], m["x"], m["y"])
 
 
-def _no_nan(m: Match) -> str | None:
-    floats = [x for x in (m["x"], m["y"]) if isinstance(x, float) or (isinstance(x, fx.Node) and x.meta["value"].is_float)]
-    return "a comparison with NaN is false either way" if floats else None
+def _negates(m: Match) -> str | None:
+    """not (x < y) is not x >= y where one of them may be NaN; == and != are each other's negation always."""
+    if m.root.args[0].target.name in ("eq", "ne"):
+        return None
+
+    def is_float(x: Any) -> bool:
+        return x.meta["value"].is_float if isinstance(x, fx.Node) else isinstance(x, float)
+
+    return "a comparison with NaN is false either way" if is_float(m["x"]) or is_float(m["y"]) else None
 
 
 # Every value of the first type is a value of the others.
@@ -160,13 +171,23 @@ RULES = (
     # cast(x, float32) of a float32 x  ->  x;  the same for reshape, expand, slice, permute
     Rule("cleanup.no_op", P.op(("cast", "reshape", "expand", "slice"), _X), _first, _unchanged),
     # x + 0, x * 1, x - 0, x / 1, x ** 1  ->  x
-    Rule("cleanup.add_zero", P.one_of(P.add(_X, 0), P.sub(_X, 0), P.add(_X, 0.0), P.sub(_X, 0.0)), _first, _unchanged),
+    Rule(
+        "cleanup.add_zero",
+        P.one_of(P.add(_X, 0), P.sub(_X, 0), P.add(_X, 0.0), P.sub(_X, 0.0)),
+        _first,
+        _unchanged,
+    ),
     Rule("cleanup.times_one", P.one_of(P.mul(_X, 1), P.div(_X, 1), P.pow(_X, 1)), _first, _unchanged),
     # not not x  ->  x
     Rule("cleanup.not_not", P.logical_not(P.logical_not(_X)), _first, _unchanged),
     # not (x == y)  ->  x != y
     *(
-        Rule(f"cleanup.not_{name}", P.logical_not(P.op((name,), P.optional("x"), P.optional("y"))), _negated(name), _no_nan)
+        Rule(
+            f"cleanup.not_{name}",
+            P.logical_not(P.op((name,), P.optional("x"), P.optional("y"))),
+            _negated(name),
+            _negates,
+        )
         for name in _NEGATIONS
     ),
     # cast(cast(x, int64), float32) of an int32 or boolean x  ->  cast(x, float32)
@@ -174,7 +195,11 @@ RULES = (
     # slice(slice(x))  ->  slice(x)
     Rule("cleanup.slice_of_slice", P.slice(P.slice(_X).named("inner")), _compose_slices, _slices_compose),
     # expand(expand(x))  ->  expand(x)
-    Rule("cleanup.expand_of_expand", P.expand(P.expand(_X)), lambda b, m: b.expand(m["x"], shape=m.root.kwargs["shape"])),
+    Rule(
+        "cleanup.expand_of_expand",
+        P.expand(P.expand(_X)),
+        lambda b, m: b.expand(m["x"], shape=m.root.kwargs["shape"]),
+    ),
     # concat(x, empty)  ->  x
     Rule("cleanup.concat_of_one", P.concat(...), _drop_empty, _has_empty),
     # x + expand(y)  ->  x + y where the sum has the same shape

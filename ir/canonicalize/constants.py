@@ -111,7 +111,9 @@ def _freed(function: Function, cone: list[fx.Node]) -> int:
 def _name(node: fx.Node, cone: list[fx.Node]) -> str:
     """After the only parameter it is made from, else after the module that computes it."""
     stored = [n.target for n in cone if n.op == "get_attr"]
-    if len(stored) == 1 and all(is_call(n, "permute", "reshape", "slice", "cast") for n in cone if n.op != "get_attr"):
+    if len(stored) == 1 and all(
+        is_call(n, "permute", "reshape", "slice", "cast") for n in cone if n.op != "get_attr"
+    ):
         return stored[0]
     return ".".join(filter(None, (node.meta.get("module"), node.name)))
 

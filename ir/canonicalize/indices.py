@@ -121,4 +121,3 @@ RULES = (
         _and_true,
     ),
 )
-

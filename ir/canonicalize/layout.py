@@ -233,8 +233,7 @@ def _sink(build: Builder, m: Match) -> fx.Node:
 
 
 def _same_move(m: Match) -> str | None:
-    (x, of_x), (y, of_y) = trace(m["x"]), trace(m["y"])
-    return None if of_x == of_y else "the operands are arranged differently"
+    return None if trace(m["x"])[1] == trace(m["y"])[1] else "the operands are arranged differently"
 
 
 def _sink_both(build: Builder, m: Match) -> fx.Node:

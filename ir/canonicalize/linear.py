@@ -11,7 +11,18 @@ from tersor.ir.matching import Match, P, Rule, is_call
 from tersor.ir.program import Builder
 
 # Operations that lead from a projection to the attention that reads it, by the same operand position.
-_ON_THE_WAY = (*MOVES, "slice", "rotary_embedding", "mul", "div", "add", "expand", "layer_norm", "rms_norm", "cast")
+_ON_THE_WAY = (
+    *MOVES,
+    "slice",
+    "rotary_embedding",
+    "mul",
+    "div",
+    "add",
+    "expand",
+    "layer_norm",
+    "rms_norm",
+    "cast",
+)
 _ROLES = {0: "query", 1: "key", 2: "value"}
 
 
@@ -153,4 +164,3 @@ SPLIT_RULES = (
     # slice(linear(x, W, b), 0:n), slice(..., n:2n), ...  ->  linear(x, W[0:n], b[0:n]), ...
     Rule("linear.split", P.slice(P.any("whole")), _split, _splits),
 )
-

@@ -53,7 +53,9 @@ class _Factors:
         if is_call(node, "logical_and"):
             for operand in node.args:
                 self.boolean(self._widened(operand, node))
-        elif is_call(node, "expand", "reshape", "permute") and is_call(node.args[0], "logical_and", "expand", "reshape"):
+        elif is_call(node, "expand", "reshape", "permute") and is_call(
+            node.args[0], "logical_and", "expand", "reshape"
+        ):
             inner = _Factors(self.build, self.function)
             inner.boolean(node.args[0])
             self.booleans += [self._moved(factor, node) for factor in inner.booleans]
@@ -129,7 +131,9 @@ class _Factors:
                 factor = self.build.expand(factor, shape=whole)
                 return self.build.reshape(factor, shape=move.kwargs["shape"])
             sizes = iter([s for s, w in zip(factor.meta["value"].shape, whole, strict=True) if w != 1])
-            return self.build.reshape(factor, shape=tuple(1 if d == 1 else next(sizes) for d in move.kwargs["shape"]))
+            return self.build.reshape(
+                factor, shape=tuple(1 if d == 1 else next(sizes) for d in move.kwargs["shape"])
+            )
         if move.target.name == "slice" and factor.meta["value"].shape[move.kwargs["dim"]] == 1:
             return factor
         return self.build.emit(move.target, factor, **move.kwargs)
@@ -241,4 +245,3 @@ RULES = (
     # attention(q, k, v, expand(and(full(true), j <= i, reshape(m))))  ->  attention(q, k, v, reshape(m), causal)
     Rule("masks.simplify", P.attention(P.any(), P.any(), P.any(), P.any("mask")), _simplify, _can_simplify),
 )
-

@@ -68,7 +68,12 @@ def _no_bias_yet(m: Match) -> str | None:
 
 RULES = (
     # (x - mean(x)) * rsqrt(mean((x - mean(x))^2) + eps)  ->  layer_norm(x)
-    Rule("norms.layer_norm", _normalised(_CENTRED), lambda b, m: b.layer_norm(m["x"], eps=m["eps"]), _over_last_axis),
+    Rule(
+        "norms.layer_norm",
+        _normalised(_CENTRED),
+        lambda b, m: b.layer_norm(m["x"], eps=m["eps"]),
+        _over_last_axis,
+    ),
     # x * rsqrt(mean(x^2) + eps)  ->  rms_norm(x)
     Rule("norms.rms_norm", _normalised(_X), lambda b, m: b.rms_norm(m["x"], eps=m["eps"]), _over_last_axis),
     # norm(x) * w  ->  norm(x, w)

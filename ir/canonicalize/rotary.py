@@ -75,7 +75,12 @@ def _is_partial(m: Match) -> str | None:
     if whole.rank != 4 or m.root.kwargs["dim"] % 4 != 3 or m["split"].kwargs["dims"] != (0, 2, 1, 3):
         return "the parts are not put together along each head"
     turned, rest = _cut(m["turned"]), _cut(m["rest"])
-    if turned is None or rest is None or turned[1] != rest[0] or turned[1] - turned[0] != m.value("cos").shape[-1]:
+    if (
+        turned is None
+        or rest is None
+        or turned[1] != rest[0]
+        or turned[1] - turned[0] != m.value("cos").shape[-1]
+    ):
         return "the parts do not make up a whole head"
     return None
 

@@ -30,7 +30,9 @@ def assign_sites(function: Function) -> None:
     for node in nodes:
         if node.meta.get("site"):
             continue
-        site = _site(node, single=paths[node.meta.get("module", "")] == 1, leaf=node.meta.get("module") not in inner)
+        site = _site(
+            node, single=paths[node.meta.get("module", "")] == 1, leaf=node.meta.get("module") not in inner
+        )
         count = taken[site]
         taken[site] += 1
         node.meta["site"] = f"{site}_{count}" if count else site
