@@ -3,6 +3,9 @@
 TVM keeps one pool of workers per calling thread, of a size fixed when it is made. Workers inherit the
 affinity of the thread that makes them (see `library`). A calling thread that wants more workers than its pool
 has, or whose pool was lost in a fork, hands its calls to a helper thread with a pool of its own.
+
+Known limit: a child forked from a thread that has a pool must leave by `os._exit`, as those of multiprocessing
+do; TVM aborts when it tries to join the workers that stayed in the parent.
 """
 
 from __future__ import annotations
