@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from kernel_harness import run_kernel
+import tvm
+from kernel_harness import compile_kernel, run_kernel
 
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.gemm import IDENTITY, Gemm
@@ -126,6 +127,32 @@ def test_gated(n, symbolic, target):
     (got,) = run_kernel(kernel, [a, pack([gate, up], kernel.panel)], target)
     expected = torch.nn.functional.silu(torch.from_numpy(product(a, gate))).numpy() * product(a, up) + 1.5
     np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("lead", [(5,), (13,), (Dim.symbol("rows"),)])
+def test_nothing_is_written_beyond_the_output(lead, target):
+    n, m = 33, 13 if isinstance(lead[0], Dim) else lead[0]
+    kernel = Gemm(lead, 8, n, panel=panel_width(target))
+    a, w = random(m, 8), random(n, 8)
+    arena = tvm.runtime.tensor(np.full(m * n + 64, np.nan, np.float32))
+    out = arena._create_view((m, n), "float32", 0)
+    compile_kernel(kernel, target)["main"](
+        tvm.runtime.tensor(a), tvm.runtime.tensor(pack([w], kernel.panel)), out
+    )
+    np.testing.assert_allclose(out.numpy(), product(a, w), atol=1e-4)
+    assert np.isnan(arena.numpy()[m * n :]).all()
+
+
+def test_threads_are_started_only_for_enough_work(target):
+    def loops(lead, k, n):
+        return Gemm(lead, k, n, panel=panel_width(target)).build(target).script().count("T.parallel")
+
+    assert loops((4,), 64, 64) == 0
+    assert loops((512,), 64, 64) == 1  # many rows
+    assert loops((1,), 384, 384) == 1  # many weights
+    assert loops((Dim.symbol("rows"),), 384, 384) == 1
+    rows = Gemm((Dim.symbol("rows"),), 64, 64, panel=panel_width(target)).build(target).script()
+    assert rows.count("T.parallel") == 1 and "if rows >=" in rows
 
 
 def test_equal_descriptions_are_the_same_kernel():
