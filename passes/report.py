@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -147,15 +148,16 @@ class Report:
         return next(step for step in reversed(self.steps) if step.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, fit for JSON."""
-        steps = [asdict(step) | {"modified": step.modified} for step in self.steps]
-        return {
-            "pipeline": self.pipeline,
-            "seconds": self.seconds,
-            "steps": steps,
-            "gates": [asdict(gate) for gate in self.gates],
-            "notes": list(self.notes),
-        }
+        """The report as plain data, fit for JSON (an infinite figure is the string "inf")."""
+        return _finite(
+            {
+                "pipeline": self.pipeline,
+                "seconds": self.seconds,
+                "steps": [asdict(step) | {"modified": step.modified} for step in self.steps],
+                "gates": [asdict(gate) for gate in self.gates],
+                "notes": list(self.notes),
+            }
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON."""
@@ -198,6 +200,14 @@ class Report:
                 f"{step.seconds:.2f}",
             )
         return table
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _change(before: int, after: int) -> str:

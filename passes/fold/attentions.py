@@ -8,7 +8,7 @@ from torch import fx
 
 from tersor.ir import Function
 from tersor.passes.sites import in_words, site_of
-from tersor.passes.weights import is_plain_linear, parameter
+from tersor.passes.weights import is_plain_linear, operand, parameter
 
 QUERY, KEY, VALUE, MASK = range(4)
 _ROLES = ("query", "key", "value")
@@ -66,13 +66,20 @@ def every_query_sees_a_key(attention: fx.Node) -> bool:
     A mask over keys alone (padding) hides all of them only where a whole sequence is padding, whose result has no
     meaning. Combined with a causal or per-query mask it may hide all that a query sees in a valid sequence.
     """
-    mask, length, keys = attention.args[MASK] if len(attention.args) > MASK else None, *_lengths(attention)
-    if mask is not None and mask.meta["value"].shape[2] != 1:
+    mask, (length, keys) = operand(attention, MASK), _lengths(attention)
+    if mask is not None and _differs_by_query(mask):
         return False
     if not attention.kwargs.get("causal"):
         return attention.kwargs.get("window") is None
     ordered = length == keys or (isinstance(length, int) and isinstance(keys, int) and length <= keys)
     return mask is None and ordered
+
+
+def _differs_by_query(mask: fx.Node) -> bool:
+    while mask.op == "call_function" and mask.target.name == "expand":
+        mask = mask.args[0]
+    shape = mask.meta["value"].shape
+    return len(shape) > 1 and shape[-2] != 1
 
 
 def head_sizes(attention: fx.Node) -> tuple[int, int]:

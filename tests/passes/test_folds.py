@@ -16,7 +16,7 @@ from tersor.passes.fold.zero_heads import FoldZeroHeads
 from tersor.passes.fold.zero_neurons import FoldZeroNeurons
 from tersor.passes.numerics import outputs, relative_error, small_inputs
 from tests.passes.check_pass import apply, check_pass
-from tests.passes.programs import Transformer, Weights, program, shapes
+from tests.passes.programs import BATCH, LENGTH, Transformer, Weights, program, shapes
 
 WIDTH = 16
 
@@ -176,6 +176,18 @@ def test_value_bias_moves_behind_the_attention_for_each_head_of_its_group():
 def test_value_bias_moves_only_where_every_query_sees_a_key(mask, causal, moves):
     made = Transformer(layers=1, mask=mask, causal=causal).build()
     assert (apply(FoldValueBias(), made) is not made) == moves
+
+
+def test_a_padding_mask_may_be_expanded_to_all_queries():
+    def emit(build, x, mask):
+        make = Weights(build)
+        q, k, v = (make.linear(x, role, 16, WIDTH) for role in "qkv")
+        wide = build.expand(mask, shape=(BATCH, 1, LENGTH, LENGTH))
+        attended = build.attention(q, k, v, wide, heads=2, kv_heads=2, scale=1.0, site="attention")
+        return {"y": make.linear(attended, "o", WIDTH, 16)}
+
+    made = program(emit, mask="padding")
+    assert apply(FoldValueBias(), made) is not made
 
 
 def test_a_query_that_sees_no_key_shows_why_value_bias_stays():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -89,6 +91,11 @@ def test_sqnr_is_the_ratio_of_powers_in_decibels(made):
 
 def test_within_budget_and_smaller_is_kept(made, evaluate):
     after, report, result = gate([Narrow()], made, Budget(min_sqnr_db=1.0), evaluate=evaluate)
+    assert (
+        result.before["sqnr_db"] == float("inf")
+        and report.to_dict()["gates"][0]["before"]["sqnr_db"] == "inf"
+    )
+    json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert result.decision == "kept" and not result.reasons
     assert after.parameters.bytes < made.parameters.bytes
     assert result.after["bytes"] < result.before["bytes"]
