@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,16 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from tersor.codegen import lowering, rules  # noqa: F401  rules registers the lowerings
+from tersor.codegen import (
+    lowering,
+    rules,  # noqa: F401  registers the lowerings
+    tuning,
+)
 from tersor.codegen.artifact import write_artifact
 from tersor.codegen.compare import compare
+from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.linker import link
+from tersor.codegen.lowering import Lowered
 from tersor.codegen.runtime import load
 from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
 from tersor.codegen.weights import Weight
@@ -67,7 +73,9 @@ def build(
     check_target(program, target)
     progress("lowering")
     legal = lowering.legalize(program)
-    lowered = lowering.lower(legal, target)
+    lowered, tuned = lowering.lower(legal, target), ()
+    if tune_minutes > 0:
+        lowered, tuned = tune(legal, lowered, target, tune_minutes, progress)
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         scratch = Path(folder)
         progress("generating code")
@@ -80,6 +88,7 @@ def build(
             target={key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
             versions=versions(),
             recipe=recipe,
+            tuning=tuned,
             threads=threads,
         )
 
@@ -100,6 +109,22 @@ def build(
             )
         progress("saving")
         write(path)
+
+
+def tune(
+    program: Program, lowered: Lowered, target: Target, minutes: float, progress: Progress
+) -> tuple[Lowered, tuple[dict[str, Any], ...]]:
+    """Times tiles for the program's GEMMs, then lowers it again with the best; with the records that were used.
+
+    Raises:
+        TargetError: this machine cannot run the target's code.
+    """
+    database = tuning.Database(tuning.default_path())
+    gemms = [kernel for kernel in lowered.kernels if isinstance(kernel, Gemm)]
+    tuning.tune(gemms, target, database, minutes, progress)
+    with tuning.using(database):
+        lowered = lowering.lower(program, target)
+    return lowered, tuple(asdict(record) for record in database.used.values())
 
 
 MANIFEST_TARGET = ("name", "arch", "mcpu", "mattr", "features", "os")

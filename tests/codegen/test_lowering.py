@@ -163,3 +163,16 @@ def test_everything_unsupported_is_listed_at_once(tmp_path):
         word in str(caught.value) for word in ("'test.unlowered'", "float64", "int8", "register_lowering")
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_tuning_is_recorded_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = program(Value("float32", (16, 24)), body=CASES["linear"][1])
+    build(made, resolve("native"), tmp_path / "model.tersor", tune_minutes=1)
+    (record,) = load(tmp_path / "model.tersor", threads=1).manifest.tuning
+    lines = (tmp_path / "cache/tersor/tuning.jsonl").read_text().splitlines()
+    assert record["kernel"].startswith("gemm_24x40") and len(lines) == 1
+    build(made, resolve("native"), tmp_path / "again.tersor", tune_minutes=1)
+    again = load(tmp_path / "again.tersor", threads=1)
+    assert again.manifest.tuning[0]["key"] == record["key"]
+    assert len((tmp_path / "cache/tersor/tuning.jsonl").read_text().splitlines()) == 1
