@@ -35,10 +35,20 @@ PROVENANCE = ("site", "module", "source", "made_by")
 
 @dataclass(frozen=True)
 class Range:
-    """The sizes that a named dimension may take, both ends included."""
+    """The sizes that a named dimension may take, both ends included, from 1 on.
+
+    Raises:
+        ProgramError: there are no such sizes.
+    """
 
     min: int
     max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.max:
+            raise ProgramError(
+                f"a dimension cannot range over {self.min}..{self.max}", fix="give 1 <= min <= max"
+            )
 
 
 class Function:

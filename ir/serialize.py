@@ -214,7 +214,7 @@ def program_from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program
     program = Program(_parameters(data, tensors))
     for item in data["functions"]:
         name = _typed(str, item["name"])
-        dims = {_typed(str, dim): _range(dim, limits) for dim, limits in item["dims"].items()}
+        dims = {dim: Range(*(_typed(int, limit) for limit in limits)) for dim, limits in item["dims"].items()}
         _read_function(program.add_function(name, dims), item)
     return program
 
@@ -241,13 +241,6 @@ def _parameters(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
             f"{PARAMETERS} does not fit the program", why=f"missing tensors: {', '.join(missing)}"
         )
     return ParameterStore({name: wrapped[tied.get(name, name)] for name in data["order"]})
-
-
-def _range(name: str, limits: Any) -> Range:
-    low, high = (_typed(int, limit) for limit in limits)
-    if not 1 <= low <= high:
-        raise ProgramError(f"dimension {name!r} cannot range over {low}..{high}")
-    return Range(low, high)
 
 
 def _read_function(function: Function, data: Mapping[str, Any]) -> None:

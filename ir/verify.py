@@ -21,7 +21,12 @@ def verify(program: Program) -> None:
     Raises:
         ProgramError: listing every violation found, each with its node and where that came from.
     """
-    problems = [p for function in program.functions.values() for p in _problems(program, function)]
+    problems = [
+        f"function {name!r} calls itself {function.name!r}"
+        for name, function in program.functions.items()
+        if name != function.name
+    ]
+    problems += [p for function in program.functions.values() for p in _problems(program, function)]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""

@@ -65,6 +65,13 @@ def test_main_is_the_only_or_the_one_called_main():
         program.add_function("main")
 
 
+@pytest.mark.parametrize("limits", [(0, 4), (5, 4), (-1, 1)])
+def test_ranges_hold_at_least_one_size_of_at_least_one(limits):
+    with pytest.raises(ProgramError, match=r"range over .*\n.*1 <= min <= max"):
+        Range(*limits)
+    assert Range(1, 1) == Range(min=1, max=1)
+
+
 # -- building
 
 

@@ -122,6 +122,10 @@ def _other_store(program):
     program.main.parameters = ParameterStore(dict(program.parameters))
 
 
+def _renamed(program):
+    program.main.name = "other"
+
+
 VIOLATIONS = {
     "no value": (_drop_value, r"%gelu: has no value metadata"),
     "stale shape": (_stale_shape, r"%gelu: says float32\[n, 5\], its operands give float32\[n, 4\]"),
@@ -149,6 +153,7 @@ VIOLATIONS = {
     "missing operand": (_bad_operands, "%gelu: gelu: missing a required argument: 'x'"),
     "site names two nodes": (_same_site, "site 'layer' names 2 nodes"),
     "inputs repeat": (_same_input, "2 inputs called 'x'"),
+    "function's name": (_renamed, "function 'main' calls itself 'other'"),
     "another store": (_other_store, "reads another program's parameters"),
 }
 
