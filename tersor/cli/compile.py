@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from tersor.cli import options as shared
-from tersor.cli.output import Steps, folder_bytes, megabytes
+from tersor.cli.output import Steps, folder_bytes, human
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,5 +52,5 @@ def execute(options: argparse.Namespace) -> int:
             progress=steps,
         )
     print(compiled)
-    print(f"wrote {options.output} ({megabytes(folder_bytes(options.output))})")
+    print(f"wrote {options.output} ({human(folder_bytes(options.output))})")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.cli import options as shared
-from tersor.cli.output import LATENCY_COLUMNS, Steps, folder_bytes, latencies, megabytes, table
+from tersor.cli.output import LATENCY_COLUMNS, Steps, folder_bytes, human, latencies, table
 from tersor.errors import TersorError
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def execute(options: argparse.Namespace) -> int:
 
         print(f"\ncompiled in {compile_seconds:.1f} s, loads in {load_seconds * 1e3:.0f} ms")
         print(
-            f"size {megabytes(folder_bytes(artifact))}, the model's weights are "
-            f"{megabytes((model / 'model.safetensors').stat().st_size)}"
+            f"size {human(folder_bytes(artifact))}, the model's weights are "
+            f"{human((model / 'model.safetensors').stat().st_size)}"
         )
         similarity(compiled, model, tokenizer)
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from tersor.cli import options as shared
-from tersor.cli.output import megabytes, table
+from tersor.cli.output import human, table
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def artifact(path: Path) -> int:
             ("compared with the model", "yes" if manifest.verified else "no"),
             ("threads", manifest.threads or "one per core"),
             ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-            *((file, megabytes(record.size)) for file, record in manifest.files.items()),
+            *((file, human(record.size)) for file, record in manifest.files.items()),
         ],
     )
     return 0

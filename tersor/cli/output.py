@@ -80,6 +80,9 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def megabytes(count: int) -> str:
-    """Bytes as decimal megabytes, the unit of file sizes."""
-    return f"{count / 1e6:,.1f} MB"
+def human(count: int) -> str:
+    """Bytes with a decimal unit, as file sizes are given: 91.1 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
