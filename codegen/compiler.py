@@ -105,7 +105,7 @@ def build(
             progress("comparing with the program")
             write(scratch / "unverified.tersor")
             manifest = replace(
-                manifest, verified=True, errors=compare_all(legal, scratch / "unverified.tersor", threads)
+                manifest, verified=True, errors=compare_all(program, scratch / "unverified.tersor", threads)
             )
         progress("saving")
         write(path)
