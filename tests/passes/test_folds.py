@@ -87,6 +87,15 @@ def test_a_norm_that_the_residual_stream_reads_keeps_its_beta():
     assert found["block.1.ffn.norm"] == "it is a result of the program"
 
 
+def test_a_norm_that_is_used_as_a_weight_keeps_its_beta():
+    def emit(build, x, mask):
+        make = Weights(build)
+        norm = build.layer_norm(make("rows", 8, WIDTH), make("g", WIDTH), make("b", WIDTH), site="norm")
+        return {"y": build.linear(x, norm, site="linear")}
+
+    assert reasons(FoldNormBeta(), program(emit)) == {"norm": "it is also read by linear (linear)"}
+
+
 def test_gamma_does_not_untie_an_embedding():
     def emit(build, x, mask):
         make = Weights(build)
@@ -282,6 +291,30 @@ def test_a_head_whose_values_are_zero_goes_too():
     assert apply(FoldZeroHeads(), made).main.calls("attention")[0].kwargs["heads"] == 3
 
 
+def test_a_head_whose_values_are_constant_but_not_zero_stays():
+    made = Transformer(layers=1).build()
+    name = "block.0.attention.value.weight"
+    weight = made.parameters[name].tensor.clone()
+    weight[4:8] = 0
+    made.parameters[name] = weight
+    assert apply(FoldZeroHeads(), made) is made
+    # once its bias has moved on, the head is zero
+    after, _ = Pipeline([FoldValueBias(), FoldZeroHeads()]).run(made)
+    assert after.main.calls("attention")[0].kwargs["heads"] == 3
+
+
+def test_keys_that_are_also_values_keep_their_bias():
+    def emit(build, x, mask):
+        make = Weights(build)
+        q, kv = (make.linear(x, role, 16, WIDTH) for role in ("q", "kv"))
+        attended = build.attention(q, kv, kv, heads=2, kv_heads=2, scale=1.0, site="attention")
+        return {"y": make.linear(attended, "o", WIDTH, 16)}
+
+    made = program(emit)
+    for pass_, role in ((FoldKeyBias(), "key"), (FoldValueBias(), "value"), (FoldZeroHeads(), "key")):
+        assert reasons(pass_, made) == {"attention": f"the {role} has a second role in attention"}
+
+
 def test_heads_go_through_a_norm_per_head():
     made = Transformer(layers=1, head_norm=True, rotary=True, dead_heads=((0, 3),)).build()
     after = apply(FoldZeroHeads(), made)
@@ -326,6 +359,31 @@ def test_a_constant_neuron_moves_into_the_next_bias_through_any_elementwise_chai
     assert shapes(after) == {
         "w": (5, 16), "b": (5,), "scales": (1, 1, 5), "down.weight": (16, 5), "down.bias": (16,),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "bias", "goes"),
+    [("up", 0.0, True), ("up", 1.0, False), ("gate", 0.0, True), ("gate", 1.0, False), ("both", 1.0, True)],
+)
+def test_a_gated_neuron_goes_when_a_factor_is_zero_or_both_are_constant(role, bias, goes):
+    made = Transformer(layers=1, gated=True).build()
+    for name in ("up", "gate") if role == "both" else (role,):
+        for part, value in (("weight", 0.0), ("bias", bias)):
+            tensor = made.parameters[f"block.0.ffn.{name}.{part}"].tensor.clone()
+            tensor[4] = value
+            made.parameters[f"block.0.ffn.{name}.{part}"] = tensor
+    assert (apply(FoldZeroNeurons(), made) is not made) == goes
+
+
+def test_a_neuron_that_is_constant_but_not_finite_stays():
+    def emit(build, x, mask):
+        make = Weights(build)
+        rows = make.tensor(6, WIDTH)
+        rows[2] = 0
+        hidden = build.log(build.linear(x, build.parameter("w", rows), site="up"))
+        return {"y": make.linear(hidden, "down", WIDTH, 6)}
+
+    assert reasons(FoldZeroNeurons(), program(emit)) == {"down": "none of its neurons is zero"}
 
 
 def test_layers_in_a_chain_are_all_cleaned_in_one_run():

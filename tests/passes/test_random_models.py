@@ -32,22 +32,18 @@ def transformers(draw) -> Transformer:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(transformers())
 def test_folds_keep_results_and_leave_no_zero_structure(model):
     made = in_float64(model.build())
     # numerics="never": this test compares by itself, with float64 parameters and to float64 rounding
-    after, report = Pipeline(FOLDS).run(made, Context(numerics="never"))
+    after, _ = Pipeline(FOLDS).run(made, Context(numerics="never"))
     check_metadata(made, after)
     inputs = {
         name: {k: t.double() if t.is_floating_point() else t for k, t in given.items()}
         for name, given in small_inputs(made).items()
     }
     assert relative_error(outputs(made, inputs), outputs(after, inputs)) < 1e-11
-    assert (
-        report.steps[-1].after.bytes
-        <= report.steps[0].before.bytes + 8 * made.main.calls("linear").__len__() * 16
-    )
     again, second = Pipeline(FOLDS).run(after, Context(numerics="never"))
     assert again is after, [s.name for s in second.steps if s.modified]
     for attention in after.main.calls("attention"):
@@ -55,5 +51,5 @@ def test_folds_keep_results_and_leave_no_zero_structure(model):
         heads = attention.kwargs["heads"]
         columns = after.main.parameter(out.args[1]).reshape(out.args[1].meta["value"].shape[0], heads, -1)
         dead = (columns == 0).all(0).all(1).reshape(attention.kwargs["kv_heads"], -1)
-        # a zero head stays only where its group could not lose it alone, or as the last one
-        assert not dead.any(1).all() or heads == 1 or dead.shape[1] == 1 and dead.sum() <= 1
+        # of groups that must stay equal one may keep zero heads, not all; the last head of a layer stays in any case
+        assert heads == 1 or not (dead.all(1).any() or dead.any(1).all())
