@@ -23,11 +23,11 @@ PARALLEL_FLOPS = 2e6
 PARALLEL_BYTES = 400e3
 """Work below both (about 10 us on one core) is not worth waking other threads for."""
 
-
 BLOCK_ROWS = 32
 """Rows of a block below which splitting rows between threads costs more than it balances."""
 
 MOST_BLOCKS = 4
+"""More would read the weights too often."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,20 @@ class GemmTile:
     streams: tile heights for few rows, ascending; up to the last of them all rows make one tile.
     blocks: parts that the rows are split into, to give every thread the same number of tasks.
     ahead: bytes between the weights in use and those being fetched, in streaming tiles.
+
+    ValueError when some number of rows is too many for the streaming tiles and too few for one of ``rows``.
     """
 
     rows: int
     streams: tuple[int, ...]
     blocks: int = 1
     ahead: int = STREAM_AHEAD
+
+    def __post_init__(self) -> None:
+        if self.rows > self.streams[-1] + 1:
+            raise ValueError(
+                f"tiles of {self.rows} rows leave a gap above streaming tiles of {self.streams[-1]}"
+            )
 
 
 def panel_width(target: Target) -> int:

@@ -194,7 +194,9 @@ def _seconds(kernel: Gemm, target: Target, tile: GemmTile) -> float:
     call = compile_function(kernel.build(target, tile), target)["main"]
     symbols = shape_symbols(kernel.lead)
     sizes = [round(rows ** (1 / len(symbols))) for rows in ROWS] if symbols else [1]
-    times = [seconds_per_call(call, kernel, dict.fromkeys(symbols, size), SECONDS, COLD_BYTES) for size in sizes]
+    times = [
+        seconds_per_call(call, kernel, dict.fromkeys(symbols, size), SECONDS, COLD_BYTES) for size in sizes
+    ]
     return math.exp(sum(map(math.log, times)) / len(times))
 
 
@@ -213,7 +215,9 @@ def seconds_per_call(
         tvm.runtime.tensor(generator.standard_normal(evaluate_shape(spec.shape, symbols), dtype=np.float32))
         for spec in kernel.inputs()
     )
-    results = [tvm.runtime.empty(evaluate_shape(spec.shape, symbols), spec.dtype) for spec in kernel.outputs()]
+    results = [
+        tvm.runtime.empty(evaluate_shape(spec.shape, symbols), spec.dtype) for spec in kernel.outputs()
+    ]
     data = weights.numpy()
     copies = [weights, *(tvm.runtime.tensor(data) for _ in range(int(cold_bytes // data.nbytes)))]
     best, end = np.full(len(copies), np.inf), time.perf_counter() + seconds

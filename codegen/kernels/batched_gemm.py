@@ -38,7 +38,9 @@ class BatchedGemm:
     def __post_init__(self) -> None:
         fits = len(self.a) == len(self.b) >= 2 and self.a[-1] == self.b[-1 if self.transposed else -2]
         if not fits or any(x != y and 1 not in (x, y) for x, y in zip(self.a[:-2], self.b[:-2], strict=True)):
-            raise ValueError(f"cannot multiply {self.a} by {self.b}{' transposed' if self.transposed else ''}")
+            raise ValueError(
+                f"cannot multiply {self.a} by {self.b}{' transposed' if self.transposed else ''}"
+            )
 
     @property
     def batch(self) -> Shape:
@@ -144,9 +146,7 @@ class _Builder:
                 with T.serial(self.m) as i:
                     self._tile(place, right, i, 1)
 
-    def _tile(
-        self, place: list[Expr], right: Callable[[Expr, int], Expr], start: Expr, height: int
-    ) -> None:
+    def _tile(self, place: list[Expr], right: Callable[[Expr, int], Expr], start: Expr, height: int) -> None:
         start = T.bind(start)
         sums = RegisterTile(height, PANEL_VECTORS, self.lanes)
         left = _place_in(place, self.kernel.a)

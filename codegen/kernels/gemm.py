@@ -118,7 +118,9 @@ class Gemm:
         lanes = target.lanes("float32")
         if self.columns % lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {lanes}")
-        return _Builder(self, lanes, tile or recorded_tile(self, target) or choose(target, self.panels)).function()
+        return _Builder(
+            self, lanes, tile or recorded_tile(self, target) or choose(target, self.panels)
+        ).function()
 
 
 class _Rows(NamedTuple):
@@ -278,7 +280,9 @@ class _Builder:
             mask = None
             if width < (v + 1) * self.lanes:
                 mask = T.ramp(0, 1, self.lanes) < T.broadcast(width - v * self.lanes, self.lanes)
-            accumulators = [sums.column(w * self.vectors // self.gemm.weights + v) for w in range(self.gemm.weights)]
+            accumulators = [
+                sums.column(w * self.vectors // self.gemm.weights + v) for w in range(self.gemm.weights)
+            ]
             with loop(rows.height) as r:
                 row = rows.at(r)
                 values = [buffer[r, lanes] for buffer in accumulators]
@@ -303,7 +307,9 @@ class _Builder:
         return T.masked_load(f"{value.dtype}x{self.lanes}", buffer, *place, mask)
 
 
-def _share_of(block: Expr | int, blocks: Expr | int, total: Expr | int, first: Expr | int, last: Expr | int) -> Any:
+def _share_of(
+    block: Expr | int, blocks: Expr | int, total: Expr | int, first: Expr | int, last: Expr | int
+) -> Any:
     """A loop over those tiles first <= i < last that belong to one of the blocks into which ``total`` tiles are cut."""
     if _is_one(blocks):
         return T.serial(first, last)

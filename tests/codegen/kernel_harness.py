@@ -9,22 +9,15 @@ import numpy as np
 import tvm
 
 from tersor.codegen.kernels.base import Kernel
+from tersor.codegen.llvm import compile_function
 from tersor.ir.dims import Dim, evaluate_shape
 from tersor.targets import Target
 
 
 @cache
-def compile_kernel(kernel: Kernel, target: Target) -> tvm.runtime.Module:
+def compile_kernel(kernel: Kernel, target: Target) -> tvm.runtime.Executable:
     """The kernel as a callable module with one function "main"; equal kernels are compiled once."""
-    description = {
-        "kind": "llvm",
-        "mtriple": target.llvm_triple,
-        "mcpu": target.mcpu,
-        "mattr": list(target.mattr),
-    }
-    function = kernel.build(target).with_attr("global_symbol", "main")
-    module = tvm.IRModule({"main": function})
-    return tvm.compile(module, target=tvm.target.Target({k: v for k, v in description.items() if v}))
+    return compile_function(kernel.build(target), target)
 
 
 def run_kernel(

@@ -18,7 +18,7 @@ from tersor.ir.dims import Dim
 from tersor.targets import resolve
 
 AVX2, AVX512 = resolve("x86-64-v3"), resolve("x86-64-v4")
-TILE = GemmTile(6, (1, 4), blocks=2)
+TILE = GemmTile(6, (1, 6), blocks=2)
 
 
 def record(kernel, target=AVX2, tile=TILE):
@@ -58,6 +58,12 @@ def test_every_candidate_fits_the_registers(target):
 def test_blocks_balance_threads(cores, panels, blocks):
     target = replace(AVX512, cores=cores, sources={**AVX512.sources, "cores": "assumed"})
     assert choose(target, panels).blocks == blocks
+
+
+def test_tile_without_a_way_to_compute_some_row_count():
+    assert GemmTile(5, (1, 4))
+    with pytest.raises(ValueError, match="gap"):
+        GemmTile(6, (1, 4))
 
 
 @pytest.mark.parametrize("m", [1, 7, 8, 9, 13, 64, 127, 197])
@@ -120,7 +126,7 @@ def test_recorded_tile_changes_the_code_not_the_result(tmp_path, target):
     plain = kernel.build(target).script()
     assert kernel.build(target).script() == plain
     database = Database(tmp_path / "t.jsonl")
-    database.add(record(kernel, target, GemmTile(4, (1, 2))))
+    database.add(record(kernel, target, GemmTile(4, (1, 2, 4))))
     several = replace(target, name="tuned")
     with using(database):
         assert kernel.build(several).script() != plain
