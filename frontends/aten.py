@@ -152,6 +152,18 @@ def _ceil(c: Context, x: fx.Node) -> fx.Node:
     return c.build.neg(c.build.floor(c.build.neg(x)))
 
 
+@converts(aten.log1p.default)
+def _log1p(c: Context, x: fx.Node) -> fx.Node:
+    """Exact to an absolute error of one rounding of 1 + x."""
+    return c.build.log(c.build.add(x, 1))
+
+
+@converts(aten.expm1.default)
+def _expm1(c: Context, x: fx.Node) -> fx.Node:
+    """Exact to an absolute error of one rounding of exp(x)."""
+    return c.build.sub(c.build.exp(x), 1)
+
+
 @converts(aten.sign.default)
 def _sign(c: Context, x: fx.Node) -> fx.Node:
     return c.build.sub(c.cast(c.build.gt(x, 0), c.dtype), c.cast(c.build.lt(x, 0), c.dtype))
@@ -679,6 +691,34 @@ def _rms_norm(
     weight = weight if weight is None else c.reshape(weight, (width,))
     eps = torch.finfo(x.meta["value"].torch_dtype).eps if eps is None else eps
     return c.reshape(c.build.rms_norm(c.reshape(x, (*lead, width)), weight, eps=eps), size(x))
+
+
+@converts(aten.native_group_norm.default)
+def _native_group_norm(
+    c: Context,
+    x: fx.Node,
+    weight: Any,
+    bias: Any,
+    batch: Any,
+    channels: Any,
+    width: Any,
+    groups: int,
+    eps: float,
+) -> Any:
+    return _group_norm(c, x, groups, weight, bias, eps), None, None
+
+
+@converts(aten.group_norm.default)
+def _group_norm(
+    c: Context, x: fx.Node, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> fx.Node:
+    """A layer norm over each group's channels and positions; weight and bias are per channel."""
+    shape = size(x)
+    channel = (1, shape[1], *([1] * (len(shape) - 2)))
+    grouped = c.reshape(x, (shape[0], groups, product(shape[1:]) // groups))
+    result = c.reshape(c.build.layer_norm(grouped, eps=eps), shape)
+    result = result if weight is None else c.build.mul(result, c.reshape(weight, channel))
+    return result if bias is None else c.build.add(result, c.reshape(bias, channel))
 
 
 @converts(aten._native_batch_norm_legit_no_training.default)

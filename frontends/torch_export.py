@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
@@ -141,7 +143,9 @@ def _evaluation(model: nn.Module):
         logging.disable(logging.ERROR)  # torch logs pages for a failure that we put into words
         # The fast path of nn.TransformerEncoder is one opaque operator that hides what the layer computes.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # torch's own export code trips over its own deprecation.
+            warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -241,11 +245,12 @@ def _export(traced: _Traced, tensors: dict[str, torch.Tensor], dims: DynamicDims
 
 def _decompose_rest(exported: ExportedProgram) -> ExportedProgram:
     """Takes apart, with torch's own decompositions, the operators that have no converter."""
-    table = torch.export.default_decompositions()
+    composite = torch.export.default_decompositions()
     tried: set[Any] = set()
     while True:
         missing = {n.target for n in _unsupported(exported)} - tried
-        known = {target: table[target] for target in missing if target in table}
+        known = get_decompositions(list(missing))
+        known |= {target: composite[target] for target in missing if target in composite}
         if not known:
             return exported
         tried |= missing

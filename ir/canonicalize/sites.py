@@ -26,16 +26,19 @@ def assign_sites(function: Function) -> None:
     nodes = [n for n in function.calls() if n.target.name in SITED]
     paths = Counter(n.meta.get("module", "") for n in nodes)
     inner = {path.rsplit(".", i)[0] for path in paths for i in range(1, path.count(".") + 1)}
-    taken = Counter(n.meta["site"] for n in nodes if n.meta.get("site"))
+    taken = {n.meta["site"] for n in function.calls() if n.meta.get("site")}
     for node in nodes:
         if node.meta.get("site"):
             continue
         site = _site(
             node, single=paths[node.meta.get("module", "")] == 1, leaf=node.meta.get("module") not in inner
         )
-        count = taken[site]
-        taken[site] += 1
-        node.meta["site"] = f"{site}_{count}" if count else site
+        unique, count = site, 0
+        while unique in taken:
+            count += 1
+            unique = f"{site}_{count}"
+        taken.add(unique)
+        node.meta["site"] = unique
 
 
 def _site(node: fx.Node, single: bool, leaf: bool) -> str:
