@@ -148,7 +148,7 @@ def test_search_keeps_the_fastest_and_resumes(tmp_path, timings):
 def test_tiles_that_make_no_difference_are_not_timed(tmp_path, timings):
     """Three rows are one streaming tile: neither the height of other tiles nor blocks matter."""
     tune([Gemm((3,), 64, 64, panel=16)], AVX2, Database(tmp_path / "t.jsonl"), minutes=1)
-    assert sorted(tile.ahead for _, tile in timings) == [4096, 8192, 16384]
+    assert sorted(tile.ahead for _, tile in timings) == [6144, 12288, 24576]
 
 
 def test_small_gains_are_noise(tmp_path, monkeypatch, timings):
