@@ -9,10 +9,15 @@ from tersor.ir import ops
 from tersor.ir.dialect import Op
 
 
+def builtin_ops() -> list[Op]:
+    """The operations that third parties did not add."""
+    return [op for op in ops if (op.reference.__module__ or "").startswith("tersor.ir.opset.")]
+
+
 def table() -> str:
-    """One Markdown table per module of the dialect: operation, operands, attributes, meaning."""
+    """One Markdown table per module of this package: operation, operands, attributes, meaning."""
     parts = []
-    for module, group in groupby(ops, key=lambda op: op.reference.__module__.rpartition(".")[2]):
+    for module, group in groupby(builtin_ops(), key=lambda op: op.reference.__module__.rpartition(".")[2]):
         rows = [
             f"| `{op.name}` | {_operands(op)} | {_attributes(op)} | {op.doc.splitlines()[0]} |"
             for op in group
