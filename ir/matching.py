@@ -89,10 +89,10 @@ class Search:
     """One attempt to match; remembers how far it came, to explain a near-match."""
 
     def __init__(self) -> None:
-        self.depth, self.reason = 0, ""
+        self.depth, self.reason = -1, ""
 
     def fail(self, match: Match, reason: str) -> None:
-        if len(match.nodes) >= self.depth:
+        if len(match.nodes) > self.depth:
             self.depth, self.reason = len(match.nodes), reason
 
 
