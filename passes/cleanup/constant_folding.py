@@ -30,7 +30,7 @@ class FoldConstants(Pass):
         for function in program.functions.values():
             for note in fold_constants(function, spared):
                 place, _, reason = note.partition(" ")
-                result.skip(place, reason)
+                result.skip(place, f"it {reason}")
         for node, name in named.items():
             if node._erased:
                 result.change(name, "computed once and stored")

@@ -18,7 +18,8 @@ class FoldNormBeta(Pass):
     After:   %n = layer_norm(%x, @gamma);         %y = linear(%n, @w, @b')      b' = b + w beta
 
     Legal when all users of the norm are linear layers that read it as their input. Post-norm models also add the
-    norm's result to the residual stream, so nothing happens there.
+    norm's result to the residual stream, so nothing happens there. Not done where linear layers would get new biases
+    that are larger than beta (a head over a vocabulary).
 
     Source: affine maps compose; used by every post-training quantizer that clears layer norms of their shift.
     """
@@ -44,6 +45,11 @@ class FoldNormBeta(Pass):
             change.dropped.add((norm, 2))
             for linear in linears:
                 change.add_bias(linear, parameter(function, linear, 1).double() @ beta.double())
-            changes.append(change)
+            if sum(len(bias) for _, bias in change.created.values()) > len(beta):
+                result.skip(
+                    norm, "the linear layers have no bias, and new ones would be larger than its beta"
+                )
+            else:
+                changes.append(change)
         apply_changes(self, program, changes, result)
         return result

@@ -87,6 +87,17 @@ def test_a_norm_that_the_residual_stream_reads_keeps_its_beta():
     assert found["block.1.ffn.norm"] == "it is a result of the program"
 
 
+def test_beta_does_not_become_a_larger_bias():
+    def emit(build, x, mask):
+        make = Weights(build)
+        norm = build.layer_norm(x, make("g", WIDTH), make("b", WIDTH), site="norm")
+        return {"logits": make.linear(norm, "head", WIDTH + 1, WIDTH, bias=False)}
+
+    assert reasons(FoldNormBeta(), program(emit)) == {
+        "norm": "the linear layers have no bias, and new ones would be larger than its beta"
+    }
+
+
 def test_a_norm_that_is_used_as_a_weight_keeps_its_beta():
     def emit(build, x, mask):
         make = Weights(build)
