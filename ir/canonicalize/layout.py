@@ -282,6 +282,12 @@ def _lift_slice(build: Builder, m: Match) -> fx.Node:
 _MOVED = P.op(MOVES, P.any()).named("moved")
 
 RULES = (
+    # reshape(reshape(x))  ->  reshape(x), also where the shapes have no common factors
+    Rule(
+        "layout.reshape_of_reshape",
+        P.reshape(P.reshape(P.any("x"))),
+        lambda build, m: build.reshape(m["x"], shape=m.root.kwargs["shape"]),
+    ),
     # permute(permute(reshape(x)))  ->  reshape(x), permute(x), or nothing
     Rule("layout.shortest", P.op(MOVES, P.any()), _shortest, _not_shortest),
     # gelu(reshape(x))  ->  reshape(gelu(x));  linear(permute(x, 1 0 2), w)  ->  permute(linear(x, w), 1 0 2)
