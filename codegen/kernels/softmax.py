@@ -57,8 +57,9 @@ class Softmax:
             value = loops.load(source, start + at, lanes, where)
             return value if where is None else tirx.Select(where, value, math.constant(otherwise, value))
 
-        top = _fold(size, lanes, float("-inf"), math.maximum, lambda at, w: read(x, at, w, float("-inf")))
-        top = math.bind(math.broadcast(math.horizontal(math.maximum, top), lanes))
+        # a NaN may be lost in the maximum: it comes back through the sum
+        top = _fold(size, lanes, float("-inf"), tirx.max, lambda at, w: read(x, at, w, float("-inf")))
+        top = math.bind(math.broadcast(math.horizontal(tirx.max, top), lanes))
 
         def weight(at: loops.Extent, where: Expr | None) -> Expr:
             value = math.bind(math.exp_nonpositive(read(x, at, where, float("-inf")) - top))
@@ -95,6 +96,6 @@ def _fold(
     loops.vectors(
         size,
         lanes,
-        lambda offset, where: T.buffer_store(total, combine(total[at], value(offset, where)), [at]),
+        lambda offset, where: T.buffer_store(total, combine(value(offset, where), total[at]), [at]),
     )
     return total[at]

@@ -62,7 +62,7 @@ def ragged(b, tk):
     return (np.arange(tk) < lengths[:, None])[:, None, None]
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 32, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 80, 128, 256])
 def test_head_sizes(head_dim, target):
     check(Attention(2, 13, 13, 2, 2, head_dim, head_dim, head_dim**-0.5), target, 2, 13, 13)
 
@@ -72,7 +72,7 @@ def test_value_size_differs(head_dim, value_dim, target):
     check(Attention(1, 9, 20, 3, 3, head_dim, value_dim, 0.3), target, 1, 9, 20)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 31, 32, 33, 50, 197])
+@pytest.mark.parametrize("length", [1, 8, 9, 31, 48, 197])
 def test_static_lengths(length, target):
     check(Attention(1, length, length, 2, 2, 32, 32, 0.2), target, 1, length, length)
     check(Attention(1, length, length, 2, 2, 32, 32, 0.2, causal=True), target, 1, length, length)
@@ -81,8 +81,10 @@ def test_static_lengths(length, target):
 LENGTHS = [(1, 1), (1, 5), (2, 3), (7, 16), (8, 8), (9, 17), (16, 33), (33, 64), (65, 65), (100, 130)]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", ["none", "keys", "full", "per_head"])
+@pytest.mark.parametrize(
+    ("causal", "mask"),
+    [(False, "none"), (True, "none"), (False, "keys"), (True, "keys"), (True, "full"), (False, "per_head")],
+)
 def test_symbolic_lengths(causal, mask, target):
     shape = {
         "none": None,
@@ -109,7 +111,7 @@ def test_mask_shapes(shape, dtype, target):
     check(Attention(2, 11, 19, 3, 3, 16, 16, 0.25, mask=shape, mask_dtype=dtype), target, 2, 11, 19, mask)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (9, 3)])
+@pytest.mark.parametrize("heads", [(4, 1), (9, 3)])
 def test_grouped_heads(heads, target):
     check(Attention(2, 17, 17, *heads, 32, 32, 0.2, causal=True), target, 2, 17, 17)
 
@@ -118,13 +120,12 @@ def test_grouped_heads(heads, target):
 @pytest.mark.parametrize(("tq", "tk"), [(3, 40), (40, 3), (17, 33), (1, 64)])
 def test_causal_alignment(align, tq, tk, target):
     """Also more queries than keys: with "end" the first queries see nothing and give zeros."""
-    kernel = Attention(1, tq, tk, 2, 2, 16, 16, 0.25, causal=True, align=align)
-    check(kernel, target, 1, tq, tk)
-    symbolic = Attention(BATCH, QUERIES, KEYS, 2, 2, 16, 16, 0.25, causal=True, align=align)
-    check(symbolic, target, 1, tq, tk)
+    check(Attention(BATCH, QUERIES, KEYS, 2, 2, 16, 16, 0.25, causal=True, align=align), target, 1, tq, tk)
+    if tq == 40:
+        check(Attention(1, tq, tk, 2, 2, 16, 16, 0.25, causal=True, align=align), target, 1, tq, tk)
 
 
-@pytest.mark.parametrize("window", [1, 4, 20, 100])
+@pytest.mark.parametrize("window", [1, 20])
 @pytest.mark.parametrize("causal", [False, True])
 def test_window(window, causal, target):
     kernel = Attention(BATCH, QUERIES, KEYS, 2, 2, 16, 16, 0.25, causal=causal, window=window)
@@ -168,8 +169,16 @@ def test_large_scores(target):
     np.testing.assert_allclose(got, reference(kernel, q, k, v), atol=2e-4)
 
 
-def test_many_rows_on_threads(target):
-    check(Attention(3, 120, 120, 4, 4, 32, 32, 0.2, causal=True), target, 3, 120, 120)
+@pytest.mark.parametrize(("batch", "heads", "length"), [(3, 4, 120), (1, 3, 121), (1, 1, 203)])
+def test_enough_work_for_threads(batch, heads, length, target):
+    """Also heads that do not divide among the threads, so that each is cut into runs of rows."""
+    check(
+        Attention(batch, length, length, heads, heads, 32, 32, 0.2, causal=True),
+        target,
+        batch,
+        length,
+        length,
+    )
 
 
 @pytest.mark.parametrize(

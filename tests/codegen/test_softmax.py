@@ -32,9 +32,10 @@ def test_symbolic_sizes(target):
         )
 
 
-def test_infinite_entries(target):
-    x = np.zeros((3, 20), np.float32)
+def test_infinite_entries_and_nan(target):
+    x = np.zeros((4, 20), np.float32)
+    x[3, 2] = np.nan
     x[0, 5:] = -np.inf
     x[1, :] = -np.inf
-    (got,) = run_kernel(Softmax((3, 20)), [x], target)
+    (got,) = run_kernel(Softmax((4, 20)), [x], target)
     np.testing.assert_allclose(got, torch.from_numpy(x).softmax(-1), atol=1e-7, equal_nan=True)
