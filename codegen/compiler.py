@@ -21,6 +21,7 @@ from tersor.codegen.artifact import write_artifact
 from tersor.codegen.compare import compare
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.linker import link
+from tersor.codegen.llvm import llvm_target
 from tersor.codegen.lowering import Lowered
 from tersor.codegen.runtime import load
 from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
@@ -136,13 +137,7 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
     Raises:
         CompileError: TVM refused the module, or it could not be linked.
     """
-    description = {
-        "kind": "llvm",
-        "mtriple": target.llvm_triple,
-        "mcpu": target.mcpu,
-        "mattr": list(target.mattr),
-    }
-    llvm = tvm.target.Target({key: value for key, value in description.items() if value})
+    llvm = llvm_target(target)
     try:
         pipeline = tvm.transform.Sequential([make() for make in LOWERING_PASSES])
         executable = relax.build(module, llvm, relax_pipeline=pipeline, exec_mode="compiled")

@@ -5,6 +5,7 @@ The rules for single operations live in `tersor.codegen.rules`; third parties ad
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,7 @@ class Lowered:
     module: tvm.IRModule
     weights: dict[str, tuple[Weight, ...]] = field(default_factory=dict)  # by function name
     kernels: dict[Kernel, str] = field(default_factory=dict)  # with their symbols in the module
+    calls: Counter[Kernel] = field(default_factory=Counter)
 
 
 def lower(program: Program, target: Target) -> Lowered:
@@ -67,7 +69,7 @@ def lower(program: Program, target: Target) -> Lowered:
     builder = relax.BlockBuilder()
     result = Lowered(tvm.IRModule())
     for function in program.functions.values():
-        lowering = Lowering(function, target, builder, result.kernels)
+        lowering = Lowering(function, target, builder, result)
         lowering.run()
         result.weights[function.name] = tuple(lowering.weights)
     result.module = builder.finalize()
@@ -127,12 +129,10 @@ class Lowering:
         plan: which nodes share a kernel.
     """
 
-    def __init__(
-        self, function: Function, target: Target, builder: relax.BlockBuilder, kernels: dict[Kernel, str]
-    ):
+    def __init__(self, function: Function, target: Target, builder: relax.BlockBuilder, lowered: Lowered):
         self.function, self.target, self.plan = function, target, fusion.plan(function)
         self.weights: dict[Weight, relax.Var] = {}
-        self._builder, self._kernels = builder, kernels
+        self._builder, self._lowered = builder, lowered
         self._dims = {name: tirx.Var(name, "int64") for name in function.dims}
         self._values: dict[fx.Node, relax.Expr] = {}
 
@@ -213,11 +213,13 @@ class Lowering:
 
         Returns the output, or a list where the kernel has several.
         """
-        if kernel not in self._kernels:
+        kernels = self._lowered.kernels
+        if kernel not in kernels:
             # the module's own name for it becomes the symbol: two kernels may suggest the same one
             function = kernel.build(self.target).without_attr("global_symbol")
-            self._kernels[kernel] = self._builder.add_func(function, kernel.name()).name_hint
-        handle = self._builder.get().get_global_var(self._kernels[kernel])
+            kernels[kernel] = self._builder.add_func(function, kernel.name()).name_hint
+        handle = self._builder.get().get_global_var(kernels[kernel])
+        self._lowered.calls[kernel] += 1
         outputs = kernel.outputs()
         types = [
             relax.TensorType(self.shape(shape), spec.dtype)

@@ -42,7 +42,8 @@ class Weight:
                 *shape[1:],
             )
         if self.panel is not None:
-            shape = packing.packed_shape(shape[0], product(shape[1:]), self.panel, len(self.sources) if self.join == "beside" else 1)
+            beside = len(self.sources) if self.join == "beside" else 1
+            shape = packing.packed_shape(shape[0], product(shape[1:]), self.panel, beside)
         return TensorSpec(shape, dtype)
 
     def load(self, store: ParameterStore) -> np.ndarray:

@@ -267,6 +267,34 @@ class Program:
             for node in function.nodes:
                 yield function, node
 
+    def specialize(self, sizes: Mapping[str, int]) -> Program:
+        """A copy in which these named dimensions are fixed.
+
+        Raises:
+            ProgramError: a size is outside the range of its dimension.
+        """
+
+        def fix(x: Any) -> Any:
+            if isinstance(x, Dim):
+                return x.evaluate({name: sizes.get(name, Dim.symbol(name)) for name in x.symbols})
+            return tuple(fix(y) for y in x) if isinstance(x, list | tuple) else x
+
+        other = self.copy()
+        for function in other.functions.values():
+            for name in function.dims.keys() & sizes.keys():
+                allowed = function.dims.pop(name)
+                if not allowed.min <= sizes[name] <= allowed.max:
+                    raise ProgramError(
+                        f"dimension {name!r} cannot be {sizes[name]}",
+                        why=f"it ranges from {allowed.min} to {allowed.max}",
+                    )
+            for node in function.graph.nodes:
+                node.kwargs = {key: fix(value) for key, value in node.kwargs.items()}
+                if "value" in node.meta:
+                    value = node.meta["value"]
+                    node.meta["value"] = Value(value.dtype, fix(value.shape))
+        return other
+
     def drop_unused_parameters(self) -> list[str]:
         """Removes parameters that no function reads; returns their names."""
         used = {n.target for _, n in self.nodes() if n.op == "get_attr"}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.codegen.runtime import CompiledModel, load
 from tersor.errors import InputError
 from tersor.ir.program import Program
-from tersor.passes import Pipeline
+from tersor.passes import Context, Pipeline
+from tersor.passes.gates import Fidelity
 from tersor.passes.recipes import get as get_recipe
-from tersor.targets import Target, resolve
+from tersor.targets import Target, missing_on_host, resolve
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +56,7 @@ def compile(
     dynamic: Dynamic | None = None,
     threads: int | None = None,
     tune_minutes: float = 0.0,
+    evaluation: Iterable[Mapping[str, Any]] | None = None,
     verify: bool = True,
     output: str | Path | None = None,
     progress: Progress | None = None,
@@ -67,6 +69,7 @@ def compile(
         recipe: a named recipe, a list of passes, a pipeline, or the path of a TOML file.
         threads: threads a call uses; None means one per physical core at run time.
         tune_minutes: time to search for better kernel tiles on this machine; 0 takes the analytic choice.
+        evaluation: held-out inputs by name; stages with a budget are judged on them, against the captured model.
         verify: compares the compiled code with the program on random inputs, and refuses when it disagrees.
         output: folder to save the artifact to (as ``compiled.save`` does).
         progress: called with the name of each step as it starts.
@@ -75,6 +78,7 @@ def compile(
         TersorError: the subclass says which step failed; nothing half-written stays behind.
     """
     from tersor.codegen import build
+    from tersor.codegen.latency import Latency
 
     report_step = progress or (lambda step: None)
     resolved = resolve(target)  # an unknown target fails before any work
@@ -90,7 +94,13 @@ def compile(
         report_step("capturing")
         program = capture(model, example_inputs, dynamic)
     report_step("running passes")
-    program, report = pipeline.run(program)
+    context = Context(
+        target=resolved,
+        evaluate=None if evaluation is None else Fidelity(program, evaluation),
+        measure=None if missing_on_host(resolved) else Latency(resolved),
+        progress=report_step,
+    )
+    program, report = pipeline.run(program, context)
     folder = Path(output) if output is not None else _scratch_folder()
     build(
         program,

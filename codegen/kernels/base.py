@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 from tersor.ir.dims import Shape
 
 if TYPE_CHECKING:
-    from tersor.targets import Target
     from tvm import tirx
+
+    from tersor.targets import Target
 
 
 @dataclass(frozen=True)

@@ -322,11 +322,7 @@ class Rotary(_Mapped):
         angle = [0 if self.shared_angles else batch, position, tirx.min(channel, self.rotated - 1)]
         sign = tirx.Select(first, tirx.const(-1.0, "float32"), tirx.const(1.0, "float32"))
         turned = x(channel) * read(1, angle) + sign * x(partner) * read(2, angle)
-        return (
-            turned
-            if self.rotated == self.size
-            else tirx.if_then_else(channel < self.rotated, turned, x(channel))
-        )
+        return turned if self.rotated == self.size else tirx.Select(inside, turned, x(channel))
 
 
 def _clamp(index: Expr, size: Expr | int) -> Expr:

@@ -314,3 +314,20 @@ def test_digest_changes_with_a_changed_symbolic_attribute():
         return made.digest()
 
     assert len({program(end) for end in (N, Dim.symbol("m"), N + 1, 3)}) == 4
+
+
+def test_specialize_fixes_dimensions_everywhere():
+    program = Program()
+    function = program.add_function("main", {"batch": Range(1, 4), "length": Range(1, 9)})
+    batch, length = Dim.symbol("batch"), Dim.symbol("length")
+    x = function.add_input("x", Value("float32", (batch, length, 3)))
+    build = function.builder()
+    function.set_outputs({"y": build.reshape(build.slice(x, dim=1, end=length), shape=(batch * length, 3))})
+    fixed = program.specialize({"length": 5})
+    verify(fixed)
+    assert fixed.main.dims == {"batch": Range(1, 4)}
+    assert fixed.main.results[0].meta["value"].shape == (batch * 5, 3)
+    assert program.main.results[0].meta["value"].shape == (batch * length, 3)
+    assert fixed(x=torch.ones(2, 5, 3))["y"].shape == (10, 3)
+    with pytest.raises(ProgramError, match="length"):
+        program.specialize({"length": 10})

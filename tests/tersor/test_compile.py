@@ -258,3 +258,31 @@ def test_an_installed_package_adds_an_operation_and_a_pass(tmp_path):
         [sys.executable, "-c", PLUGIN], env=environment, capture_output=True, text=True, cwd=tmp_path
     )
     assert "both compile" in result.stdout, result.stderr
+
+
+def test_a_stage_that_costs_too_much_is_taken_back(bert):
+    from tersor.passes import Budget, Lossy, Pass, PassResult, Stage, passes, register
+
+    if "test.drop_activations" not in passes():
+
+        @register("test.drop_activations")
+        class DropActivations(Pass):
+            """gelu(x)  ->  x"""
+
+            numerics = Lossy()
+            acts_on = ("gelu",)
+
+            def run(self, program, context):
+                result = PassResult()
+                for function, node in self.select(program):
+                    result.change(node, "dropped")
+                    function.replace(node, node.args[0])
+                return result
+
+    held_out = [text(2, 8)]
+    stage = Stage("drop", ("test.drop_activations",), Budget(min_sqnr_db=60.0, must_gain=False))
+    compiled = tersor.compile(bert, text(), dynamic=TEXT, recipe=[stage], evaluation=held_out, threads=1)
+    with torch.no_grad():
+        expected = bert(**held_out[0]).last_hidden_state
+    assert (compiled(**held_out[0]).last_hidden_state - expected).abs().max() < 1e-4
+    assert "revert" in str(compiled.report)
