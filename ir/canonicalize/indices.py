@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from tersor.ir.canonicalize.affine import Affine, Number, Positions, known
+from tersor.errors import CaptureError
+from tersor.ir.canonicalize.affine import Affine, Number, Positions, known, lower_bound
+from tersor.ir.dims import shape_symbols
 from tersor.ir.matching import Match, P, Rule
 from tersor.ir.program import Builder
+from tersor.ir.verify import describe
 
 
 def _run(affine: Affine) -> tuple[Number, Number, set[int]] | None:
@@ -32,6 +35,28 @@ def _take_run(build: Builder, x: fx.Node, dim: int, affine: Affine) -> fx.Node:
 
 def _index(m: Match) -> Affine | None:
     return Positions(m.function).affine(m["index"])
+
+
+def _rows_suffice(m: Match) -> None:
+    """Positions that run past a table are an error of the signature, and nobody would find it at run time."""
+    start, count, _ = _run(_index(m))
+    rows = m.value("table").shape[0]
+    if lower_bound(rows - (start + count), m.function.dims) < 0:
+        names = sorted(shape_symbols((start + count,)))
+        limits = ", ".join(f"{n} to {m.function.dims[n].max}" for n in names) or f"{start + count} positions"
+        raise CaptureError(
+            f"a table of {rows} rows is too short for the dynamic dimensions",
+            where=describe(m["table"]),
+            why=f"it is read up to row {start + count}, and the signature allows {limits}",
+            fix=f"lower the largest {names[0] if names else 'position'}",
+        )
+
+
+def _embeds_run(m: Match) -> str | None:
+    if reason := _is_run(m):
+        return reason
+    _rows_suffice(m)
+    return None
 
 
 def _is_run(m: Match) -> str | None:
@@ -93,7 +118,7 @@ RULES = (
         "indices.embedding",
         P.embedding(P.any("index"), P.any("table")),
         lambda build, m: _take_run(build, m["table"], 0, _index(m)),
-        _is_run,
+        _embeds_run,
     ),
     # index_select(reshape(x, B*T), arange(B)[:, None]*T + arange(T))  ->  reshape(x)
     Rule(

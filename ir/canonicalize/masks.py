@@ -104,6 +104,8 @@ class _Factors:
             m = x.args[1]
             while is_call(m, "cast"):
                 m = m.args[0]
+            if m.meta["value"].is_float:
+                return "it comes from a mask of fractions"
             self.boolean(m if m.meta["value"].dtype == "bool" else self.build.ne(m, 0))
             return None
         return "it is a product of other things than (1 - mask) and a very negative number"
@@ -234,10 +236,16 @@ def _simplify(build: Builder, m: Match) -> fx.Node:
     mask = None
     for factor in meaning.left:
         mask = factor if mask is None else build.logical_and(mask, factor)
-    attributes = {**m.root.kwargs, "causal": meaning.causal, "window": meaning.window}
+    attributes = {k: v for k, v in m.root.kwargs.items() if k not in ("causal", "window")}
+    if meaning.causal:
+        attributes["causal"] = True
+    if meaning.window is not None:
+        attributes["window"] = meaning.window
     result = build.attention(*m.root.args[:3], mask, **attributes)
     if factors.was_additive and meaning.left:
-        result.meta["note"] = "its additive mask became boolean: rows that hide every key give 0"
+        result.meta["note"] = (
+            "its additive mask became boolean: integers other than 0 count as 1, rows that hide every key give 0"
+        )
     return result
 
 

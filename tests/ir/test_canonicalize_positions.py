@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewriting import DIMS, B, T, canonical, names, program_of, rewritten
 
+from tersor.errors import CaptureError
 from tersor.ir import Dim, Range, Value, run
-from tersor.ir.canonicalize import indices
+from tersor.ir.canonicalize import canonicalize, indices
 from tersor.ir.canonicalize.affine import Affine, Positions, Predicate, from_tensor, lower_bound
 from tersor.ir.canonicalize.constants import fold_constants
 
@@ -139,6 +140,15 @@ def test_positions_embedded_are_a_slice_of_the_table():
     node = program.main.calls("slice")[0]
     assert (node.kwargs["start"], node.kwargs["end"]) == (2, T + 2)
     assert list(program.parameters) == ["table"], "not copied"
+
+
+def test_positions_beyond_the_table_are_refused():
+    def model(b, x):
+        return b.add(x, b.embedding(b.add(b.arange(end=T), 2), b.parameter("table", torch.randn(41, 8))))
+
+    with pytest.raises(CaptureError) as caught:
+        canonicalize(program_of(model, X))
+    assert "41 rows" in str(caught.value) and "length to 40" in str(caught.value)
 
 
 def test_one_row_for_all_is_broadcast():
