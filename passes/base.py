@@ -6,15 +6,15 @@ import dataclasses
 import difflib
 import re
 import typing
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Set
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from torch import fx
 
 from tersor.errors import PipelineError
-from tersor.ir import Function, Program
+from tersor.ir import Builder, Function, Program
 from tersor.ir.matching import Match, Rule, apply_rules
 from tersor.ir.sites import select as select_sites
 from tersor.passes.config import conform_fields, plain
@@ -92,7 +92,7 @@ class PassResult:
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
-class Pass:
+class Pass(ABC):
     """A step that changes a program. Subclass it, annotate the configuration, write `run`, and `register` it.
 
     Annotated attributes are the configuration: a pass *is* its configuration, immutable, compared and hashed by it.
@@ -156,7 +156,6 @@ class Pass:
 
         The program is the manager's copy. Verifying, timing and measuring are the manager's work.
         """
-        raise TypeError(f"{type(self).__name__} has no run method")
 
     # -- configuration
 
@@ -210,14 +209,11 @@ class Pass:
 
     def rewrite(self, program: Program, *rules: Rule) -> PassResult:
         """Applies rewrite rules (`tersor.ir.matching`) at the selected sites until none fires."""
-        result = PassResult()
+        result, spared = PassResult(), self.unselected(program)
         for function in program.functions.values():
-            selected = {node for f, node in self.select(program) if f is function}
-            left = [replace(rule, check=_only_at(selected, rule.check)) for rule in rules]
-            report = apply_rules(function, left)
-            result.changes += [Finding(e.place, e.rule) for e in report.fired]
-            near = [e for e in report.skipped if e.reason != _DESELECTED]
-            result.skips += [Finding(e.place, f"{e.rule}: {e.reason}") for e in near]
+            report = apply_rules(function, [_recording(rule, spared, result) for rule in rules])
+            near = [event for event in report.skipped if event.reason != _SPARED]
+            result.skips += [Finding(event.place, f"{event.rule}: {event.reason}") for event in near]
         return result
 
     def __str__(self) -> str:
@@ -229,8 +225,17 @@ class Pass:
 dataclass(frozen=True, kw_only=True)(Pass)
 
 
-_DESELECTED = "not selected"
+_SPARED = "not selected"
 
 
-def _only_at(selected: set[fx.Node], check: Callable[[Match], str | None]) -> Callable[[Match], str | None]:
-    return lambda match: check(match) if match.root in selected else _DESELECTED
+def _recording(rule: Rule, spared: set[fx.Node], result: PassResult) -> Rule:
+    """The rule, leaving ``spared`` nodes alone and noting where it fires."""
+
+    def check(match: Match) -> str | None:
+        return _SPARED if match.root in spared else rule.check(match)
+
+    def rewrite(build: Builder, match: Match) -> fx.Node | None:
+        result.change(match.root, rule.name)
+        return rule.rewrite(build, match)
+
+    return replace(rule, check=check, rewrite=rewrite)

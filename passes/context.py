@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from tersor.errors import InputError
 from tersor.passes.facts import Records
 from tersor.targets import Target
 
@@ -43,6 +44,10 @@ class Context:
     inputs: Mapping[str, Mapping[str, torch.Tensor]] | None = None
     cache: str | Path | None = None
     progress: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.numerics not in ("auto", "always", "never"):
+            raise InputError(f"numerics = {self.numerics!r}", fix="use 'auto', 'always' or 'never'")
 
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers for one purpose (a pass's name): the same ones in every run with this seed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tersor.errors import BudgetError, PipelineError, ProgramError, TersorError
+from tersor.errors import BudgetError, InputError, PipelineError, ProgramError, TersorError
 from tersor.ir import Program, verify
 from tersor.ir.cost import cost
 from tersor.passes import checks, facts
@@ -49,6 +49,7 @@ class _Version:
     results: Outputs | None = None  # in the program's own types
     precise: Outputs | None = None  # in float64
     present: Present | None = None
+    figures: dict[str, float] | None = None  # bytes, latency and fidelity
 
     @staticmethod
     def of(program: Program) -> _Version:
@@ -197,8 +198,12 @@ class Manager:
 
     def _compare(self, pass_: Pass, before: _Version, after: _Version, step: StepReport) -> Fault | None:
         """Measures the error of a pass and holds it to its declared class."""
-        if self._inputs is None:
+        if self._inputs is None or not self._runs(before):
             return None
+        try:
+            self._precise(after)
+        except Exception as error:
+            return Fault(f"its result does not run: {type(error).__name__}: {error}")
         exact = isinstance(pass_.numerics, Exact)
         results = self._results if exact else self._precise
         step.error = relative_error(results(before), results(after))
@@ -211,6 +216,25 @@ class Manager:
         if step.error <= allowed:
             return None
         return Fault(f"it is declared {pass_.numerics}, but results differ by {step.error:.2e}")
+
+    def _runs(self, version: _Version) -> bool:
+        """Whether a program runs on the inputs; those made from its signature may be none that it can take."""
+        try:
+            self._precise(version)
+        except Exception as error:
+            if self.context.inputs is not None:
+                raise InputError(
+                    "the program does not run on the inputs given for comparison",
+                    why=f"{type(error).__name__}: {error}",
+                    fix="give inputs by function and input name: Context(inputs={'main': {...}})",
+                ) from error
+            self._inputs = None
+            self.report.notes.append(
+                "the results before and after each pass were not compared: the program does not run on inputs made from"
+                f" its signature ({type(error).__name__}: {error}); Context(inputs=...) gives others"
+            )
+            return False
+        return True
 
     def _results(self, version: _Version) -> Outputs:
         if version.results is None:
@@ -260,19 +284,21 @@ class Manager:
 
     def _figures(self, stage: Stage, version: _Version) -> dict[str, float]:
         """Bytes, latency and fidelity of a program, as far as they can be had."""
-        figures: dict[str, float] = {"bytes": version.size.bytes}
-        try:
-            if self.context.measure is not None:
-                figures["latency"] = self.context.measure(version.program)
-            if self.context.evaluate is not None:
-                figures |= self.context.evaluate(version.program)
-        except TersorError:
-            raise
-        except Exception as error:
-            raise PipelineError(
-                f"judging stage {stage.name!r} failed: {type(error).__name__}: {error}",
-                where=f"after {', '.join(self._done)}" if self._done else "before its first pass",
-            ) from error
+        if version.figures is None:
+            version.figures = {"bytes": version.size.bytes}
+            try:
+                if self.context.measure is not None:
+                    version.figures["latency"] = self.context.measure(version.program)
+                if self.context.evaluate is not None:
+                    version.figures |= self.context.evaluate(version.program)
+            except TersorError:
+                raise
+            except Exception as error:
+                raise PipelineError(
+                    f"judging stage {stage.name!r} failed: {type(error).__name__}: {error}",
+                    where=f"after {', '.join(self._done)}" if self._done else "before its first pass",
+                ) from error
+        figures = version.figures
         if missing := sorted(stage.budget.needs - figures.keys()):
             raise PipelineError(
                 f"the budget of stage {stage.name!r} needs {', '.join(missing)}, which nothing evaluates",

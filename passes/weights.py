@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from tersor.ir import Function, Program
+from tersor.ir import Function, Parameter, Program
 from tersor.ir.program import infer
 from tersor.passes.base import Pass, PassResult
 from tersor.passes.sites import in_words, site_of
@@ -116,25 +116,22 @@ def apply_changes(pass_: Pass, program: Program, changes: Iterable[WeightChange]
         else:
             accepted.append(change)
     readers = _readers(program)
-    while refused := _untying(program, readers, accepted):
+    while refused := _untying(readers, accepted):
         for change, other in refused:
             result.skip(
                 change.anchor,
                 f"its weight is also read by {other}, where it would not change in the same way",
             )
             accepted.remove(change)
-    touched: dict[str, set[fx.Node]] = defaultdict(set)
-    for change in accepted:
-        touched[change.function.name] |= change.nodes
-    for name, places in readers.items():
-        touched_by = _derive(program, name, places, accepted)
-        for function, node in touched_by:
-            touched[function.name].add(node)
+    for places in readers:
+        _derive(program, places, accepted)
     for change in accepted:
         _edit_nodes(change)
         result.change(change.anchor, change.reason)
-    for name, nodes in touched.items():
-        refresh(program.functions[name], nodes)
+    for name, function in program.functions.items():
+        refresh(
+            function, {node for change in accepted if change.function.name == name for node in change.nodes}
+        )
 
 
 def refresh(function: Function, changed: set[fx.Node]) -> None:
@@ -155,15 +152,16 @@ Reader = tuple[Function, fx.Node, int]
 """A place that reads a parameter; the position is -1 inside a variadic operand."""
 
 
-def _readers(program: Program) -> dict[str, list[Reader]]:
-    found: dict[str, list[Reader]] = defaultdict(list)
+def _readers(program: Program) -> list[list[Reader]]:
+    """The places that read each parameter; parameters that are the same memory count as one."""
+    found: dict[Hashable, list[Reader]] = defaultdict(list)
     for function, node in program.nodes():
         for index, arg in enumerate(node.args):
-            inner = [arg] if isinstance(arg, fx.Node) else [a for a in _flat(arg) if isinstance(a, fx.Node)]
-            for source in inner:
-                if source.op == "get_attr":
-                    found[source.target].append((function, node, index if source is arg else -1))
-    return found
+            for source in _flat(arg):
+                if isinstance(source, fx.Node) and source.op == "get_attr":
+                    storage = program.parameters[source.target].storage
+                    found[storage].append((function, node, index if source is arg else -1))
+    return list(found.values())
 
 
 def _flat(arg: object) -> Iterable[object]:
@@ -179,18 +177,16 @@ def _derivations(changes: list[WeightChange], reader: Reader) -> list[Derivation
     return [change.derived[node, index] for change in changes if (node, index) in change.derived]
 
 
-def _untying(
-    program: Program, readers: dict[str, list[Reader]], changes: list[WeightChange]
-) -> list[tuple[WeightChange, str]]:
+def _untying(readers: list[list[Reader]], changes: list[WeightChange]) -> list[tuple[WeightChange, str]]:
     """Changes of matrices that another reader does not share, with that reader."""
     refused: dict[int, tuple[WeightChange, str]] = {}
-    for name, places in readers.items():
-        if len(places) < 2 or program.parameters[name].tensor.ndim < 2:
-            continue
+    for places in readers:
         keys = [tuple(d.key for d in _derivations(changes, reader)) for reader in places]
         if len(set(keys)) == 1:
             continue
-        for (_, node, index), key in zip(places, keys, strict=True):
+        for (function, node, index), key in zip(places, keys, strict=True):
+            if not key or parameter(function, node, index).ndim < 2:
+                continue
             other = next(p for p, k in zip(places, keys, strict=True) if k != key)
             for change in changes:
                 if (node, index) in change.derived:
@@ -198,36 +194,30 @@ def _untying(
     return list(refused.values())
 
 
-def _derive(
-    program: Program, name: str, places: list[Reader], changes: list[WeightChange]
-) -> list[tuple[Function, fx.Node]]:
-    """Computes the new contents of one parameter; returns the nodes that read them."""
+def _derive(program: Program, places: list[Reader], changes: list[WeightChange]) -> None:
+    """Gives the readers of one parameter its new contents."""
     groups: dict[tuple, list[Reader]] = defaultdict(list)
-    steps: dict[tuple, list[Derivation]] = {}
     for reader in places:
-        derivations = _derivations(changes, reader)
-        key = tuple(d.key for d in derivations)
-        groups[key].append(reader)
-        steps[key] = derivations
-    original, touched = program.parameters[name].tensor, []
+        groups[tuple(d.key for d in _derivations(changes, reader))].append(reader)
     for key, members in groups.items():
         if not key:
             continue
+        names = {node.args[index].target for _, node, index in members}
+        original = parameter(*members[0])
         tensor = original
-        for derivation in steps[key]:
+        for derivation in _derivations(changes, members[0]):
             tensor = derivation.compute(tensor)
-        tensor = tensor.to(original.dtype)
-        if len(groups) == 1:
-            new_name = name
-            program.parameters[name] = tensor
-        else:
-            new_name = program.parameters.add(name, tensor)
+        new = Parameter(tensor.to(original.dtype))
+        # readers that part from the others get a parameter of their own
+        renamed = (
+            {} if len(groups) == 1 else {name: program.parameters.add(name, new) for name in sorted(names)}
+        )
+        for name in names - renamed.keys():
+            program.parameters[name] = new
         for function, node, index in members:
             old = node.args[index]
-            node.update_arg(index, function.builder(before=node).read(new_name))
+            node.update_arg(index, function.builder(before=node).read(renamed.get(old.target, old.target)))
             function.erase_dead(old)
-            touched.append((function, node))
-    return touched
 
 
 def _edit_nodes(change: WeightChange) -> None:

@@ -461,6 +461,17 @@ def test_tied_layers_shrink_together_and_stay_tied():
     assert shapes(after) == {"w1": (5, 16), "w2": (16, 5)}
 
 
+def test_weights_that_are_the_same_memory_under_two_names_stay_tied():
+    made = tied_layers(same=True)
+    for name, index in (("w1", 1), ("w2", 1)):
+        made.parameters[f"{name}.other"] = made.parameters[name]
+        second = [n for n in made.main.calls("linear") if n.args[index].target == name][1]
+        second.update_arg(index, made.main.builder(before=second).read(f"{name}.other"))
+    after = apply(FoldZeroNeurons(), made)
+    assert shapes(after) == {"w1": (5, 16), "w2": (16, 5), "w1.other": (5, 16), "w2.other": (16, 5)}
+    assert after.parameters["w1"].storage == after.parameters["w1.other"].storage
+
+
 def test_a_tied_matrix_that_another_place_needs_whole_stays():
     made = tied_layers(same=False)
     found = reasons(FoldZeroNeurons(), made)

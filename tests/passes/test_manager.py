@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from tersor.errors import PipelineError, ProgramError
+from tersor.errors import InputError, PipelineError, ProgramError
 from tersor.ir import Parameter, Program, Value
 from tersor.passes import Context, Equivalent, Exact, Lossy, Pass, PassResult, Pipeline
-from tests.passes.programs import Transformer
+from tests.passes.programs import Transformer, program
 
 UP = "block.0.ffn.up.weight"
 
@@ -191,6 +191,47 @@ def test_comparison_uses_the_inputs_given(made):
     _, report = Pipeline([Negate(by=1.0 + 1e-3, only="*.query")]).run(made, Context(inputs=inputs))
     # one key: the softmax is 1 whatever the query
     assert report.steps[0].error == 0
+
+
+def test_inputs_that_do_not_fit_are_an_error_and_made_up_ones_that_do_not_run_a_note(made):
+    with pytest.raises(InputError, match="does not run on the inputs given"):
+        Pipeline([Scale(by=1 + 1e-6)]).run(made, Context(inputs={"main": {"x": torch.zeros(1)}}))
+
+    def emit(build, x, mask):
+        # every index is far outside of the table
+        ids = build.add(build.argmax(x, dim=-1), 1000)
+        rows = build.embedding(ids, build.parameter("table", torch.ones(4, 16)))
+        return {"y": build.linear(rows, build.parameter("w", torch.ones(4, 16)), site="linear")}
+
+    after, report = Pipeline([Scale(by=2.0), Scale(by=2.0)]).run(program(emit))
+    assert [step.modified for step in report.steps] == [True, True]
+    assert (
+        len(report.notes) == 1
+        and "does not run on inputs made from its signature (IndexError" in report.notes[0]
+    )
+
+
+def test_a_program_that_no_longer_runs_is_stopped(made):
+    class Shuffle(Pass):
+        """Reads rows that the table does not have."""
+
+        numerics = Lossy()
+
+        def run(self, program, context):
+            function, result = program.main, PassResult()
+            (last,) = function.results
+            build = function.builder(before=function.output_node)
+            index = build.parameter("index", torch.full((16,), 99))
+            function.set_outputs({"hidden": build.index_select(last, index, dim=2)})
+            result.change("block.1.ffn", "shuffled")
+            return result
+
+    failing(Shuffle(), made, "its result does not run: IndexError")
+
+
+def test_a_misspelt_mode_is_refused():
+    with pytest.raises(InputError, match="numerics = 'allways'"):
+        Context(numerics="allways")
 
 
 def test_large_programs_are_compared_only_on_demand(made, monkeypatch):
