@@ -7,7 +7,6 @@ start; softmax of each row; product with V, divided by the row's sum. The scores
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,18 +15,16 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen import tiles
 from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.register_tile import RegisterTile
+from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, most_rows
 from tersor.ir.dims import Dim, Shape
 from tersor.targets import Target
 
 LOWEST = -3.4028234663852886e38
 """The lowest finite f32. No score is below it but -inf, so with it as the least maximum a masked key weighs 0."""
-
-VECTORS = 2
-"""Vectors across a register tile, as in the GEMM."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,12 @@ class _Rows:
 
 
 class _Builder:
-    """Emits one kernel; the attributes are what every part of it refers to.
-
-    TVM keeps buffers below 1 kB on the stack, and LLVM those at constant places in registers: a tile's accumulators
-    are one buffer per row.
-    """
+    """Emits one kernel; the attributes are what every part of it refers to."""
 
     def __init__(self, attention: Attention, target: Target):
         self.spec = attention
         self.lanes = target.lanes("float32")
-        self.rows = min(8, tiles.most_rows(target))
+        self.rows = min(8, most_rows(target))
         self.ramp = T.ramp(0, 1, self.lanes)
         self.value_vectors = -(-attention.value_dim // self.lanes)
         batch = attention.batch if isinstance(attention.batch, int) else 1
@@ -142,7 +135,7 @@ class _Builder:
                 self.offset = self.kv_len - self.q_len if spec.align == "end" else 0
                 self.blocks = _ceil_div(self.kv_len, self.lanes)
                 work = self.batch * self.q_len * self.kv_len * (spec.heads * (spec.head_dim + spec.value_dim))
-                loops.when_large(2 * work, tiles.PARALLEL_FLOPS, self._parallel, self._serial)
+                loops.when_large(2 * work, PARALLEL_FLOPS, self._parallel, self._serial)
         return builder.get()
 
     def _operands(self, inputs: list[tirx.Buffer]) -> list[_Rows]:
@@ -296,47 +289,40 @@ class _Builder:
         """Scores for the blocks begin..end-1 of keys, several at a time."""
         count = end - begin
         if isinstance(count, int):
-            pairs, odd = divmod(count, VECTORS)
+            pairs, odd = divmod(count, PANEL_VECTORS)
             if pairs:
                 with T.serial(pairs) as pair:
-                    self._scores(batch, head, queries, begin + pair * VECTORS, VECTORS, diagonal)
+                    self._scores(batch, head, queries, begin + pair * PANEL_VECTORS, PANEL_VECTORS, diagonal)
             if odd:
-                self._scores(batch, head, queries, begin + pairs * VECTORS, odd, diagonal)
+                self._scores(batch, head, queries, begin + pairs * PANEL_VECTORS, odd, diagonal)
             return
-        with T.serial(tirx.max(count, 0) // VECTORS) as pair:
-            self._scores(batch, head, queries, begin + pair * VECTORS, VECTORS, diagonal)
-        with T.If(tirx.And(count > 0, tirx.floormod(count, VECTORS) == 1)):
+        with T.serial(tirx.max(count, 0) // PANEL_VECTORS) as pair:
+            self._scores(batch, head, queries, begin + pair * PANEL_VECTORS, PANEL_VECTORS, diagonal)
+        with T.If(tirx.And(count > 0, tirx.floormod(count, PANEL_VECTORS) == 1)):
             with T.Then():
                 self._scores(batch, head, queries, end - 1, 1, diagonal)
 
     def _scores(self, batch, head, queries: list[Expr], block: Expr, vectors: int, diagonal: bool) -> None:
         """The scores of the tile's rows for a few blocks of keys, into ``scores``; raises the rows' maxima."""
         spec, lanes = self.spec, self.lanes
-        accumulators = [T.alloc_buffer((vectors * lanes,)) for _ in queries]
-        for n in range(vectors):
-            shared = None
+        zero = tirx.const(0.0, f"float32x{lanes}")
+
+        def start(r: int, n: int) -> Expr:
             if self.bias is not None:
-                shared = self.bias[T.ramp((block + n) * lanes, 1, lanes)]
-            elif spec.mask is None:
-                shared = tirx.const(0.0, f"float32x{lanes}")
-            for r, query in enumerate(queries):
-                start = self._mask_vector(batch, head, query, block + n) if shared is None else shared
-                T.buffer_store(accumulators[r], start, [self._vector(n)])
-        starts = [
-            (batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim) for q in queries
+                return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
+            return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
+
+        sums = RegisterTile(len(queries), vectors, lanes, start)
+        rows = [
+            math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
+            for q in queries
         ]
-        starts = [math.bind(s) for s in starts]
         with T.serial(spec.head_dim) as d:
-            keys = [self.keys[block + n, d, self.ramp] for n in range(vectors)]
-            for r, start in enumerate(starts):
-                value = tirx.Broadcast(self.q.buffer[start + d], lanes)
-                for n, key in enumerate(keys):
-                    total = accumulators[r][self._vector(n)] + value * key
-                    T.buffer_store(accumulators[r], total, [self._vector(n)])
+            sums.multiply(lambda r: self.q.buffer[rows[r] + d], lambda n: self.keys[block + n, d, self.ramp])
         for r, query in enumerate(queries):
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
-                score = accumulators[r][self._vector(n)]
+                score = sums.vector(r, n)
                 if diagonal:
                     score = math.bind(self._see(score, query, block + n))
                 T.buffer_store(self.scores, score, [r, T.ramp((block + n) * lanes, 1, lanes)])
@@ -355,10 +341,6 @@ class _Builder:
         if spec.window is not None:
             score = tirx.Select(ahead > -spec.window, score, hidden)
         return score
-
-    def _vector(self, n: int) -> Expr:
-        """The place of vector ``n`` in an array of vectors."""
-        return T.ramp(n * self.lanes, 1, self.lanes)
 
     def _softmax(self, rows: int, begin, end) -> None:
         """exp(score - maximum) in place of the scores, and each row's inverse sum (0 where no key is seen)."""
@@ -379,28 +361,27 @@ class _Builder:
 
     def _weighted_sum(self, batch, head, queries: list[Expr], begin, end) -> None:
         """out = weights @ values * inverse sum."""
+        for first in range(0, self.value_vectors, PANEL_VECTORS):
+            width = min(PANEL_VECTORS, self.value_vectors - first)
+            self._weighted_vectors(batch, head, queries, begin, end, first, width)
+
+    def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
+        """Some vectors of columns of the weighted sum."""
         spec, lanes = self.spec, self.lanes
-        for columns in _groups(self.value_vectors, VECTORS):
-            accumulators = [T.alloc_buffer((len(columns) * lanes,)) for _ in queries]
-            for accumulator in accumulators:
-                for n in range(len(columns)):
-                    T.buffer_store(accumulator, tirx.const(0.0, f"float32x{lanes}"), [self._vector(n)])
-            with T.serial(end - begin) as step:
-                j = begin + step
-                values = [self.values[j, T.ramp(c * lanes, 1, lanes)] for c in columns]
-                for r, accumulator in enumerate(accumulators):
-                    weight = tirx.Broadcast(self.scores[r, j], lanes)
-                    for n, value in enumerate(values):
-                        total = accumulator[self._vector(n)] + weight * value
-                        T.buffer_store(accumulator, total, [self._vector(n)])
-            for r, query in enumerate(queries):
-                inverse = tirx.Broadcast(self.inverses[r], lanes)
-                start = (batch * self.q_len + query) * self.out.stride + head * spec.value_dim
-                for n, c in enumerate(columns):
-                    left = spec.value_dim - c * lanes
-                    where = None if left >= lanes else loops.mask(left, lanes)
-                    result = accumulators[r][self._vector(n)] * inverse
-                    loops.store(self.out.buffer, start + c * lanes, result, lanes, where)
+        sums = RegisterTile(len(queries), width, lanes)
+        with T.serial(end - begin) as step:
+            j = begin + step
+            sums.multiply(
+                lambda r: self.scores[r, j], lambda n: self.values[j, T.ramp((first + n) * lanes, 1, lanes)]
+            )
+        for r, query in enumerate(queries):
+            inverse = tirx.Broadcast(self.inverses[r], lanes)
+            start = (batch * self.q_len + query) * self.out.stride + head * spec.value_dim
+            for n in range(width):
+                column = (first + n) * lanes
+                left = spec.value_dim - column
+                where = None if left >= lanes else loops.mask(left, lanes)
+                loops.store(self.out.buffer, start + column, sums.vector(r, n) * inverse, lanes, where)
 
 
 def _parts(tasks: int, threads: int) -> int:
@@ -422,11 +403,6 @@ def _transpose(vectors: list[Expr]) -> list[Expr]:
                 vectors[i + distance] = math.bind(tirx.Shuffle(pair, high))
         distance *= 2
     return vectors
-
-
-def _groups(count: int, size: int) -> Iterable[range]:
-    """0..count-1 in runs of at most ``size``."""
-    return (range(i, min(i + size, count)) for i in range(0, count, size))
 
 
 def _ceil_div(a: loops.Extent, b: int) -> loops.Extent:

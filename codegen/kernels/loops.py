@@ -11,8 +11,8 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import math
 from tersor.ir.dims import Shape, product
 
-PARALLEL_ELEMENTS = 1 << 15
-"""Elements of simple work (about 10 us on one core) below which waking other threads costs more than it saves."""
+PARALLEL_ELEMENTS = 1 << 16
+"""Elements of simple work (5 to 10 us on one core) below which waking other threads costs more than it saves."""
 
 Extent = int | Expr
 

@@ -10,15 +10,21 @@ from tvm.tirx.script.builder import ir as T
 
 
 class RegisterTile:
-    """``height`` rows by ``vectors`` vectors of ``lanes`` f32, set to zero where it is made."""
+    """``height`` rows by ``vectors`` vectors of ``lanes`` f32.
 
-    def __init__(self, height: int, vectors: int, lanes: int):
+    Where it is made, vector v of row r is set to ``start(r, v)``, or to zero.
+    """
+
+    def __init__(
+        self, height: int, vectors: int, lanes: int, start: Callable[[int, int], Expr] | None = None
+    ):
         self.height, self.vectors, self.lanes = height, vectors, lanes
         # TVM keeps allocations below 1 kB, outside scope "local", on the stack; LLVM turns those into registers.
         self._rows = [T.alloc_buffer((vectors * lanes,), scope="global") for _ in range(height)]
-        for row in self._rows:
+        for r, row in enumerate(self._rows):
             for v in range(vectors):
-                T.buffer_store(row, T.broadcast(T.float32(0), lanes), [self._place(v)])
+                value = start(r, v) if start else T.broadcast(T.float32(0), lanes)
+                T.buffer_store(row, value, [self._place(v)])
 
     def multiply(self, left: Callable[[int], Expr], right: Callable[[int], Expr]) -> None:
         """Add one outer product: ``left(r)`` is the scalar of row r, ``right(v)`` vector v of the other matrix."""
