@@ -36,8 +36,8 @@ class Attention:
 
     packed: how the arguments lie. "": q, k, v. "qkv": one input [batch, length, (heads+kv_heads)*head_dim +
     kv_heads*value_dim] with the columns of q, k, v in this order. "kv": q, then one input with the columns of k, v.
-    mask: the shape of a further input that broadcasts to [batch, heads, q_len, kv_len] (4-d, each dim full or 1), or
-    None. mask_dtype "bool" (true = attend) or "float32" (added to the scores).
+    mask: the shape of a further input that broadcasts to [batch, heads, q_len, kv_len] (at most 4-d, each dim full
+    or 1), or None. mask_dtype "bool" (true = attend) or "float32" (added to the scores).
     causal: query i sees keys j <= i + offset, where offset is kv_len - q_len for align "end" and 0 for "start".
     window: of those, query i sees only j > i + offset - window.
     A query that sees no key gives zeros, as torch's scaled_dot_product_attention does.
@@ -67,9 +67,14 @@ class Attention:
             raise ValueError(f"q, k and v in one input have one length, not {self.q_len} and {self.kv_len}")
         full = (self.batch, self.heads, self.q_len, self.kv_len)
         if self.mask is not None and (
-            len(self.mask) != 4 or any(m != 1 and m != f for m, f in zip(self.mask, full, strict=True))
+            len(self.mask) > 4 or any(m not in (1, f) for m, f in zip(self.full_mask, full, strict=True))
         ):
             raise ValueError(f"a mask of shape {self.mask} does not broadcast to {full}")
+
+    @property
+    def full_mask(self) -> Shape:
+        """The mask's shape with all four dimensions."""
+        return (1,) * (4 - len(self.mask or ())) + (self.mask or ())
 
     def name(self) -> str:
         parts = ["attention", f"{self.heads}x{self.head_dim}"]
@@ -229,7 +234,7 @@ class _Builder:
         """What is added to the scores of every query alike: the mask where it has no query dimension, -inf past the
         last key. None where that is nothing or where every query has its own."""
         spec, lanes = self.spec, self.lanes
-        own_rows = spec.mask is not None and spec.mask[2] != 1
+        own_rows = spec.mask is not None and spec.full_mask[2] != 1
         if own_rows or (spec.mask is None and isinstance(self.kv_len, int) and self.kv_len % lanes == 0):
             return None
         bias = T.alloc_buffer((self.blocks * lanes,))
@@ -246,9 +251,9 @@ class _Builder:
             return tirx.Select(inside, zero, minus_infinity)
         position = (batch, head, query, block * lanes)
         extents = (self.batch, spec.heads, self.q_len, self.kv_len)
-        along = [size != 1 for size in spec.mask]
+        along = [size != 1 for size in spec.full_mask]
         start = loops.ravel(position, extents, along)
-        if spec.mask[3] == 1:
+        if spec.full_mask[3] == 1:
             value = math.broadcast(self.mask[start], lanes)
         else:
             value = loops.load(self.mask, start, lanes, inside)

@@ -103,7 +103,7 @@ def test_symbolic_lengths(causal, mask, target):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 1, 1, 19), (1, 1, 11, 19), (2, 3, 11, 19), (1, 3, 1, 19), (2, 1, 11, 1), (1, 1, 1, 1)]
+    "shape", [(2, 1, 1, 19), (1, 1, 11, 19), (2, 3, 11, 19), (1, 3, 1, 19), (2, 1, 11, 1), (11, 19), (1,)]
 )
 @pytest.mark.parametrize("dtype", ["bool", "float32"])
 def test_mask_shapes(shape, dtype, target):
