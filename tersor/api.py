@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tersor.codegen.runtime import CompiledModel, load
 from tersor.errors import InputError
 from tersor.ir.program import Program
-from tersor.passes import Context, Pipeline
+from tersor.passes import Context, Pipeline, load_plugins
 from tersor.passes.gates import Fidelity
 from tersor.passes.recipes import get as get_recipe
 from tersor.targets import Target, missing_on_host, resolve
@@ -44,6 +44,7 @@ def capture(
     """
     from tersor import frontends
 
+    load_plugins()  # their operations may occur in the model
     return frontends.capture(model, example_inputs, dynamic)
 
 

@@ -220,7 +220,8 @@ def test_an_unsupported_operator_is_reported_with_its_place():
 
 
 PLUGIN = """
-import torch, tersor, tersor_squash.op
+import torch, tersor
+from tersor_squash.op import torch_squash  # as the user's own model would
 
 class Model(torch.nn.Module):
     def __init__(self):
