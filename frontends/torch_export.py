@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._decomp import get_decompositions
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
@@ -234,13 +235,23 @@ def _export(traced: _Traced, tensors: dict[str, torch.Tensor], dims: DynamicDims
             exported = torch.export.export(
                 traced, (tensors,), dynamic_shapes=(export_dims(dims, tensors),), strict=False
             )
-            # The empty table functionalises and keeps composite operators (linear, attention, norms) whole.
-            exported = exported.run_decompositions({})
+            if not _is_functional(exported):
+                # The empty table functionalises and keeps composite operators (linear, attention, norms) whole.
+                exported = exported.run_decompositions({})
             return _decompose_rest(exported)
         except TersorError:
             raise
         except Exception as error:
             raise translate_export_error(error, dims) from error
+
+
+def _is_functional(exported: ExportedProgram) -> bool:
+    """Whether nothing is written in place, so that torch need not trace a second time: that takes longer than
+    all the rest."""
+    return not any(
+        isinstance(n.target, HigherOrderOperator) or (isinstance(n.target, OpOverload) and n.target._schema.is_mutable)
+        for n in exported.graph.nodes
+    )
 
 
 def _decompose_rest(exported: ExportedProgram) -> ExportedProgram:
