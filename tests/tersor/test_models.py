@@ -11,7 +11,9 @@ import tersor
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100)
+SIZES = dict(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100
+)
 TOLERANCE = 1e-4
 """Largest error relative to the output's scale: the project's bar for f32."""
 
