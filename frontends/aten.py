@@ -256,11 +256,20 @@ def _type_as(c: Context, x: fx.Node, other: fx.Node) -> fx.Node:
 
 
 @converts(
-    aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default, aten.dropout.default,
-    aten.lift_fresh_copy.default, aten.native_dropout.default, aten.positive.default,
+    aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default,
+    aten.lift_fresh_copy.default, aten.positive.default,
 )  # fmt: skip
-def _same(c: Context, x: fx.Node, *_: Any, **__: Any) -> Any:
-    """Evaluation mode: dropout does nothing."""
+def _same(c: Context, x: fx.Node, *_: Any, **__: Any) -> fx.Node:
+    return x
+
+
+@converts(aten.dropout.default, aten.native_dropout.default)
+def _dropout(c: Context, x: fx.Node, p: float, train: bool | None) -> Any:
+    """Nothing in evaluation mode; a model that asks for dropout regardless cannot be one fixed program."""
+    if train and p > 0:
+        raise CaptureError(
+            "the model drops values at random in evaluation mode too", fix="pass training=self.training"
+        )
     return (x, None) if isinstance(c.value, tuple) else x
 
 
@@ -387,6 +396,48 @@ def _repeat_interleave(c: Context, x: fx.Node, repeats: int, dim: int | None = N
     dim = _axis(x, dim or 0)
     lead, tail = size(x)[: dim + 1], size(x)[dim + 1 :]
     return c.reshape(c.build.expand(c.reshape(x, (*lead, 1, *tail)), shape=(*lead, repeats, *tail)), c.shape)
+
+
+@converts(aten.flip.default)
+def _flip(c: Context, x: fx.Node, dims: Sequence[int]) -> fx.Node:
+    for dim in (_axis(x, d) for d in dims):
+        total = size(x)[dim]
+        backwards = c.build.sub(c.operand(total - 1), c.build.arange(end=total))
+        x = c.build.index_select(x, backwards, dim=dim)
+    return x
+
+
+@converts(aten.copy.default)
+def _copy(c: Context, x: fx.Node, source: fx.Node, *_: Any) -> fx.Node:
+    return c.build.expand(c.cast(source, c.dtype), shape=c.shape)
+
+
+@converts(aten.slice_scatter.default)
+def _slice_scatter(
+    c: Context, x: fx.Node, source: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> fx.Node:
+    """x with a range replaced: what an assignment to a slice becomes."""
+    if step != 1:
+        raise CaptureError(
+            f"the model assigns to a slice with step {step}", why="the dialect has no such operation"
+        )
+    dim = _axis(x, dim)
+    start = _position(start, size(x)[dim], default=0)
+    return _replaced(c, x, source, dim, start)
+
+
+@converts(aten.select_scatter.default)
+def _select_scatter(c: Context, x: fx.Node, source: fx.Node, dim: int, index: int | Dim) -> fx.Node:
+    dim = _axis(x, dim)
+    shape = (*size(x)[:dim], 1, *size(x)[dim + 1 :])
+    return _replaced(c, x, c.reshape(source, shape), dim, _position(index, size(x)[dim], default=0))
+
+
+def _replaced(c: Context, x: fx.Node, source: fx.Node, dim: int, start: int | Dim) -> fx.Node:
+    end = start + size(source)[dim]
+    parts = [c.slice(x, dim, 0, start), source, c.slice(x, dim, end, size(x)[dim])]
+    kept = tuple(p for p in parts if size(p)[dim] != 0)
+    return kept[0] if len(kept) == 1 else c.build.concat(kept, dim=dim)
 
 
 @converts(aten.roll.default)

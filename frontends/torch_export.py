@@ -249,7 +249,8 @@ def _is_functional(exported: ExportedProgram) -> bool:
     """Whether nothing is written in place, so that torch need not trace a second time: that takes longer than
     all the rest."""
     return not any(
-        isinstance(n.target, HigherOrderOperator) or (isinstance(n.target, OpOverload) and n.target._schema.is_mutable)
+        isinstance(n.target, HigherOrderOperator)
+        or (isinstance(n.target, OpOverload) and n.target._schema.is_mutable)
         for n in exported.graph.nodes
     )
 
@@ -326,17 +327,13 @@ class _Conversion:
             elif node.op == "call_function":
                 self.environment[node] = self._call(node)
         results = self.exported.graph.output_node().args[0]
-        if self.name_collision(output_names):
+        if len(set(output_names)) != len(output_names):
             raise CaptureError(f"output names collide: {', '.join(output_names)}", fix="rename the outputs")
         self.function.set_outputs(
             {n: self.environment[r] for n, r in zip(output_names, results, strict=True)}
         )
         program.drop_unused_parameters()
         return program
-
-    @staticmethod
-    def name_collision(names: Sequence[str]) -> bool:
-        return len(set(names)) != len(names)
 
     def _symbol_names(self, inputs: Mapping[str, Any]) -> dict[Any, str]:
         names = {}

@@ -17,7 +17,17 @@ Function = Callable[..., torch.Tensor]
 W = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 K = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(2))
 
+
 # Functions of x [batch, length, 8] (float), i [batch, length] (int64, 0 <= i < 8), b [batch, length] (bool).
+def assigned(x):
+    """Writes in place to parts of a copy."""
+    y = x.clone()
+    y[:, 0] = 1
+    y[:, 1:3] = x[:, :2]
+    y[..., -1] = x[..., 0]
+    return y.add_(1).masked_fill_(y > 1.5, 0.0)
+
+
 ELEMENTWISE: dict[str, Function] = {
     "arithmetic": lambda x, i, b: (x + 2) * 3 - x / 4 + 1 / (x * x + 1) - (5 - x),
     "alpha": lambda x, i, b: (
@@ -67,6 +77,8 @@ SHAPES: dict[str, Function] = {
     "expand": lambda x, i, b: x[:, :, None].expand(-1, -1, 3, -1) + x.new_zeros(3, 1).expand(3, 8),
     "repeat": lambda x, i, b: x.repeat(1, 2, 1, 3),
     "repeat_interleave": lambda x, i, b: x.repeat_interleave(3, dim=1),
+    "flip": lambda x, i, b: x.flip(1, -1),
+    "assignments": lambda x, i, b: assigned(x),
     "roll": lambda x, i, b: x.roll(2, 1) + x.roll((1, -3), (1, 2)),
     "pad": lambda x, i, b: F.pad(x, (1, 2, 3, 0), value=0.5),
     "padded_masks": lambda x, i, b: F.pad(b, (1, 1), value=True),
@@ -184,6 +196,7 @@ def test_at_dynamic_sizes(dynamic, name):
         (lambda x: F.pad(x, (1, 1), mode="reflect"), "reflect"),
         (lambda x: x.to(torch.int64) & 3, "bit arithmetic"),
         (lambda x: F.conv_transpose1d(x, torch.ones(6, 2, 3)), "transposed"),
+        (lambda x: F.dropout(x, 0.5, training=True), "at random"),
         (lambda x: F.adaptive_avg_pool1d(x, 2), "2"),
     ],
 )
