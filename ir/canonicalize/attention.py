@@ -36,8 +36,6 @@ def _peel(scores: Any) -> _Scores | str:
         if is_call(node, "matmul"):
             return _Scores(node.args[0], node.args[1], scale, added, hidden)
         if is_call(node, "mul", "div") and any(is_number(a) for a in node.args):
-            if added or hidden:
-                pass  # masks are taken off outside the scale: the scale is inside them, as it should be
             x, number = (
                 (node.args[0], node.args[1]) if is_number(node.args[1]) else (node.args[1], node.args[0])
             )

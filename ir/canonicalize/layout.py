@@ -93,8 +93,11 @@ class Layout:
     def resized(self, atom: int, size: int | Dim) -> Layout:
         """The same layout of a source in which one atom has another size."""
         if size == 1:
-            drop = lambda axes: tuple(tuple(a for a in axis if a != atom) for axis in axes)  # noqa: E731
-            return Layout(self.sizes, drop(self.source), drop(self.result))
+            source, result = (
+                tuple(tuple(a for a in axis if a != atom) for axis in axes)
+                for axes in (self.source, self.result)
+            )
+            return Layout(self.sizes, source, result)
         return Layout((*self.sizes[:atom], size, *self.sizes[atom + 1 :]), self.source, self.result)
 
     def stages(self) -> tuple[Shape | None, tuple[int, ...] | None, Shape | None]:

@@ -7,7 +7,7 @@ import torch
 from rewriting import B, T, canonical, names, program_of, rewritten, sample
 
 from tersor.ir import Value, run
-from tersor.ir.canonicalize import STAGES, attention, canonicalize, masks
+from tersor.ir.canonicalize import attention, canonicalize, masks
 from tersor.ir.matching import apply_rules
 
 X = {"x": Value("float32", (B, T, 8))}
@@ -274,5 +274,4 @@ def test_canonical_form_is_a_fixed_point():
     once = program.digest()
     canonicalize(program)
     assert program.digest() == once
-    assert len(STAGES) > 1
     assert torch.isfinite(run(program.main, sample(program))["y"]).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewriting import DIMS, B, T, canonical, names, program_of, rewritten
+from rewriting import B, T, canonical, names, program_of, rewritten
 
 from tersor.errors import CaptureError
 from tersor.ir import Dim, Range, Value, run
@@ -273,4 +273,3 @@ def test_the_same_program_in_static_form_has_the_same_operations():
     assert (
         [n for n in names(dynamic) if n != "slice"] == [n for n in names(static) if n != "slice"] == ["add"]
     )
-    assert set(DIMS) == {"batch", "length"}
