@@ -183,6 +183,7 @@ def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignat
         ),
         dims={name: (r.min, r.max) for name, r in function.dims.items()},
         weights=tuple(w.name for w in weights),
+        example=dict(function.example),
     )
 
 

@@ -61,7 +61,7 @@ def capture(
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
     tensors, constants = _bind_inputs(model, example_inputs)
-    dims = read_dynamic(dynamic or {}, tensors)
+    dims = read_dynamic({} if dynamic is None else dynamic, tensors)
     _check_weights(model, allow_nonfinite)
     traced = _Traced(model, constants)
     exported = _export(traced, dims.enlarge(tensors), dims)
@@ -317,6 +317,7 @@ class _Conversion:
     def run(self, output_names: Sequence[str]) -> Program:
         program = Program()
         self.function = program.add_function(self.name, self.dims.ranges)
+        self.function.example = dict(self.dims.example)
         self.parameters: dict[tuple, str] = {}
         self.environment: dict[fx.Node, Any] = {}
         inputs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}

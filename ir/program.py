@@ -59,6 +59,7 @@ class Function:
         graph: the ``fx.Graph`` (see the module's docstring).
         dims: ranges of the named dimensions.
         outputs: a name for each result, in order; nested results of the source model are named with dots.
+        example: sizes of named dimensions in the inputs it was captured with, where it was.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Function:
         self.graph = fx.Graph()
         self.dims: dict[str, Range] = dict(dims or {})
         self.outputs: tuple[str, ...] = ()
+        self.example: dict[str, int] = {}
         self.parameters = parameters if parameters is not None else ParameterStore()
 
     # -- reading
@@ -156,7 +158,7 @@ class Function:
 
     def copy(self, parameters: ParameterStore) -> Function:
         other = Function(self.name, self.dims, parameters)
-        other.outputs = self.outputs
+        other.outputs, other.example = self.outputs, dict(self.example)
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied = other.graph.node_copy(node, lambda n: mapping[n])
@@ -283,6 +285,7 @@ class Program:
         for function in other.functions.values():
             for name in function.dims.keys() & sizes.keys():
                 allowed = function.dims.pop(name)
+                function.example.pop(name, None)
                 if not allowed.min <= sizes[name] <= allowed.max:
                     raise ProgramError(
                         f"dimension {name!r} cannot be {sizes[name]}",

@@ -118,6 +118,7 @@ def _function_to_json(function: Function) -> dict[str, Any]:
     return {
         "name": function.name,
         "dims": {name: [r.min, r.max] for name, r in function.dims.items()},
+        "example": dict(function.example),
         "nodes": [_node_to_json(node) for node in function.graph.nodes if node.op != "output"],
         "outputs": {name: node.name for name, node in zip(function.outputs, function.results, strict=True)},
     }
@@ -215,7 +216,9 @@ def program_from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program
     for item in data["functions"]:
         name = _typed(str, item["name"])
         dims = {dim: Range(*(_typed(int, limit) for limit in limits)) for dim, limits in item["dims"].items()}
-        _read_function(program.add_function(name, dims), item)
+        function = program.add_function(name, dims)
+        function.example = {dim: _typed(int, size) for dim, size in item["example"].items()}
+        _read_function(function, item)
     return program
 
 

@@ -68,6 +68,11 @@ def _problems(program: Program, function: Function) -> list[str]:
     }
     for name in sorted(frozenset().union(*map(_symbols, nodes)) & function.dims.keys() - bound):
         found.append(f"{where}: {name!r} is alone in no input's shape, so its size cannot be known")
+    found += [
+        f"{where}: the example has size {size} for {name!r}, outside its range"
+        for name, size in function.example.items()
+        if name not in function.dims or not function.dims[name].min <= size <= function.dims[name].max
+    ]
     sites = Counter(n.meta["site"] for n in nodes if n.meta.get("site"))
     found += [f"site {site!r} names {count} nodes" for site, count in sites.items() if count > 1]
     return found

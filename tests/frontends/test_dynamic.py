@@ -21,11 +21,11 @@ def test_names_axes_and_ranges():
 def test_traced_sizes_are_distinct_and_never_one():
     spec = {"ids": {1: ("length", 1, 64)}, "mask": {1: ("other", 1, 64)}, "image": {0: ("batch", 1, 8)}}
     dims = read_dynamic(spec, TENSORS)
-    sizes = list(dims.examples.values())
+    sizes = list(dims.traced.values())
     assert len(set(sizes)) == 3 and all(s > 1 for s in sizes)
     larger = dims.enlarge(TENSORS)
-    assert larger["image"].shape[0] == dims.examples["batch"]
-    assert larger["ids"].shape == (2, dims.examples["length"])
+    assert larger["image"].shape[0] == dims.traced["batch"]
+    assert larger["ids"].shape == (2, dims.traced["length"])
     assert TENSORS["image"].shape[0] == 1
 
 
@@ -34,6 +34,11 @@ def test_enlarged_examples_repeat_what_was_given():
         {"ids": {1: ("length", 20, 20), 0: ("batch", 3, 8)}}, TENSORS | {"ids": torch.arange(20)[None]}
     )
     assert dims.enlarge({"ids": torch.arange(20)[None]})["ids"].unique().tolist() == list(range(20))
+
+
+def test_the_sizes_of_the_example_are_kept_within_their_ranges():
+    spec = {"ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}, "image": {0: ("images", 3, 8)}}
+    assert read_dynamic(spec, TENSORS).example == {"batch": 2, "length": 16, "images": 3}
 
 
 def test_a_range_of_one_size_is_static():
@@ -52,9 +57,15 @@ def test_a_range_of_one_size_is_static():
         ({"ids": {0: ("n", 1, 8)}, "mask": {0: ("n", 1, 9)}}, "two ranges"),
         ({"ids": {0: ("n", 1, 20), 1: ("n", 1, 20)}}, "two sizes"),
         ({"ids": {1: ("length", 1, 8)}}, "size 16"),
+        ({"image": {0: ("batch", 4, 4)}}, "size 1"),
+        ({"ids": {0: ("batch", True, 8)}}, "smallest, largest"),
+        ({"ids": {True: ("batch", 1, 8)}}, "axis True"),
+        ({"ids": ("batch", 1, 8)}, "by input and axis"),
+        ({"ids": None}, "by input and axis"),
+        (["ids"], "by input and axis"),
     ],
 )
 def test_refusals(spec, part):
     with pytest.raises(InputError) as caught:
         read_dynamic(spec, TENSORS)
-    assert part in str(caught.value)
+    assert part in str(caught.value) and caught.value.fix

@@ -323,9 +323,11 @@ def test_specialize_fixes_dimensions_everywhere():
     x = function.add_input("x", Value("float32", (batch, length, 3)))
     build = function.builder()
     function.set_outputs({"y": build.reshape(build.slice(x, dim=1, end=length), shape=(batch * length, 3))})
+    function.example = {"batch": 2, "length": 7}
     fixed = program.specialize({"length": 5})
     verify(fixed)
-    assert fixed.main.dims == {"batch": Range(1, 4)}
+    assert fixed.main.dims == {"batch": Range(1, 4)} and fixed.main.example == {"batch": 2}
+    assert program.main.example == {"batch": 2, "length": 7}
     assert fixed.main.results[0].meta["value"].shape == (batch * 5, 3)
     assert program.main.results[0].meta["value"].shape == (batch * length, 3)
     assert fixed(x=torch.ones(2, 5, 3))["y"].shape == (10, 3)

@@ -126,6 +126,10 @@ def _renamed(program):
     program.main.name = "other"
 
 
+def _example_outside(program):
+    program.main.example = {"n": program.main.dims["n"].max + 1}
+
+
 VIOLATIONS = {
     "no value": (_drop_value, r"%gelu: has no value metadata"),
     "stale shape": (_stale_shape, r"%gelu: says float32\[n, 5\], its operands give float32\[n, 4\]"),
@@ -154,6 +158,7 @@ VIOLATIONS = {
     "site names two nodes": (_same_site, "site 'layer' names 2 nodes"),
     "inputs repeat": (_same_input, "2 inputs called 'x'"),
     "function's name": (_renamed, "function 'main' calls itself 'other'"),
+    "example outside": (_example_outside, "'main': the example has size .* for 'n', outside its range"),
     "another store": (_other_store, "reads another program's parameters"),
 }
 

@@ -54,6 +54,8 @@ def test_saved_and_loaded_again(compiled, tmp_path):
     again, given = tersor.load(tmp_path / "bert.tersor", threads=1), text(1, 9)
     assert torch.equal(again(**given).pooler_output, compiled(**given).pooler_output)
     assert again.benchmark(calls=3).calls == 3
+    assert again.signature.example == {"batch": 2, "length": 16}
+    assert "input_ids 2x16" in again.benchmark(calls=3).inputs
 
 
 def test_eight_threads_call_one_model(compiled):
