@@ -29,7 +29,7 @@ class Context:
         measure: latency of a program on the target; injected by who can lower programs.
         evaluate: fidelity of a program to the captured model; injected by who has data.
         numerics: whether to run the program before and after each pass and hold the pass to its declared class:
-            "always", "never", or "auto" for programs with at most 64 MB of parameters.
+            "always", "never", or "auto" for programs of moderate size (see `tersor.passes.manager`).
         inputs: inputs for that comparison, by function and input name; made from the signature where absent.
         cache: folder in which results of passes are kept, so that a killed run resumes; None keeps nothing.
         progress: called with the name of each step as it starts.
