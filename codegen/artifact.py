@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.codegen.runtime.folder import new_folder, write_manifest
+from tersor.codegen.runtime.folder import new_artifact, write_manifest
 from tersor.codegen.runtime.manifest import MODULE, REPORT, WEIGHTS, Manifest
 from tersor.codegen.runtime.weights import header, padding
 from tersor.errors import ArtifactError
@@ -52,7 +52,7 @@ def write_artifact(
     head = header(weights)
     size = sum(tensor.nbytes + padding(tensor.nbytes) for tensor in weights.values())
     size += len(head) + len(module_bytes) + len(report_text) + (1 << 20)
-    with new_folder(Path(path), size, overwrite) as folder:
+    with new_artifact(Path(path), size, overwrite) as folder:
         _write(folder / MODULE, [module_bytes])
         _write(folder / WEIGHTS, _weight_blocks(head, weights))
         _write(folder / REPORT, [report_text.encode()])

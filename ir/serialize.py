@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from tersor.errors import ProgramError
+from tersor.folders import may_replace, new_folder
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
 from tersor.ir.parameters import Parameter, ParameterStore
@@ -45,25 +44,22 @@ def save_program(program: Program, folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     text = json.dumps(program_to_json(program), indent=1, allow_nan=False)
-    if folder.exists() and not (
-        folder.is_dir() and (not any(folder.iterdir()) or (folder / PROGRAM).is_file())
-    ):
-        raise ProgramError(
-            f"will not overwrite {str(folder)!r}", why="it is not a saved program", fix="choose another name"
-        )
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        (temporary / PROGRAM).write_text(text, encoding="utf-8")
-        save_file(_tensors(program.parameters), temporary / PARAMETERS)
-        temporary.chmod(0o755)
-        _replace(temporary, folder)
+        if not may_replace(folder, PROGRAM):
+            raise ProgramError(
+                f"will not overwrite {str(folder)!r}",
+                why="it is not a saved program",
+                fix="choose another name",
+            )
+        with new_folder(folder) as temporary:
+            (temporary / PROGRAM).write_text(text, encoding="utf-8")
+            save_file(_tensors(program.parameters), temporary / PARAMETERS)
     except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise ProgramError(
+            f"cannot write {str(folder)!r}; nothing was left there",
+            why=str(error),
+            fix="check the place and the free space",
+        ) from error
 
 
 def load_program(folder: str | os.PathLike[str]) -> Program:
@@ -167,31 +163,6 @@ def _tensors(parameters: ParameterStore) -> dict[str, torch.Tensor]:
         for name, p in parameters.items()
         if name not in tied
     }
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Puts ``temporary`` at ``folder``; what was there comes back if that fails."""
-    if not folder.exists():
-        os.rename(temporary, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    try:
-        os.rename(folder, old)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            os.rename(old, folder)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _unwritable(folder: Path, error: Exception) -> ProgramError:
-    return ProgramError(
-        f"cannot write {str(folder)!r}; nothing was left there",
-        why=str(error),
-        fix="check the place and the free space",
-    )
 
 
 # -- reading

@@ -20,7 +20,11 @@ MAY_IMPORT = {
     "codegen": {"ir", "targets"},
     "targets": set(),
 }
-"""Room -> other rooms it may import, beside itself and `tersor.errors`; `tersor/` may import all."""
+"""Room -> other rooms it may import, beside itself and `SHARED`; `tersor/` may import all."""
+
+
+SHARED = {"errors", "folders"}
+"""Modules of `tersor/` that every room may import: they need nothing but the standard library."""
 
 
 def imported_modules(source: str) -> Iterator[tuple[int, str]]:
@@ -53,7 +57,7 @@ def violations(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: the runtime imports neither torch nor the program representation")
         elif parts[0] == "tersor" and room in MAY_IMPORT:
             other = parts[1] if len(parts) > 1 else ""
-            if other not in {room, "errors"} | MAY_IMPORT[room]:
+            if other not in {room} | SHARED | MAY_IMPORT[room]:
                 found.append(f"{path}:{line}: room {room} must not import `{module}`")
     return found
 

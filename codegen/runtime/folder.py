@@ -7,47 +7,65 @@ import hashlib
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from tersor import folders
 from tersor.codegen.runtime.manifest import FILES, MANIFEST, PIECE, FileRecord, Manifest
 from tersor.errors import ArtifactError
 
 
 @contextmanager
-def new_folder(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` when the block ends well, and vanishes otherwise.
+def new_artifact(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes the artifact at `path` when the block ends well, and vanishes otherwise.
 
-    `size` is the number of bytes that will be written, checked against the free space first. An existing
-    artifact is replaced (`overwrite`), anything else at `path` is left alone. Raises ArtifactError for
-    whatever the file system refuses.
+    `size` is the number of bytes that will be written, checked against the free space first. Raises
+    ArtifactError as `check_place`, and for whatever the file system refuses.
+    """
+    path = check_place(path, overwrite)
+    try:
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with folders.new_folder(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise _unwritable(path, error, size) from error
+
+
+def check_place(path: str | os.PathLike[str], overwrite: bool = True) -> Path:
+    """`path` without links, where an artifact may be written: an existing one is replaced if `overwrite` says so.
+
+    Raises ArtifactError when there is no folder to write it to, or something else lies there.
     """
     try:
         path = Path(os.path.realpath(path))
-        _check_place(path, overwrite)
-        free = shutil.disk_usage(path.parent).free
-        if free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except ValueError as error:  # a zero byte in the path
+        if not path.parent.is_dir():
+            raise ArtifactError(
+                f"cannot write {str(path)!r}",
+                why=f"the folder {str(path.parent)!r} does not exist",
+                fix="create it, or choose another place",
+            )
+        if not folders.may_replace(path, MANIFEST):
+            raise ArtifactError(
+                f"will not overwrite {str(path)!r}",
+                why="it exists and is not a Tersor artifact",
+                fix="choose another name, or remove it yourself",
+            )
+        if path.exists() and not overwrite:
+            raise ArtifactError(
+                f"{str(path)!r} exists already", fix="choose another name, or allow it to be overwritten"
+            )
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+    except (TypeError, ValueError) as error:  # a number for a path, a zero byte in it
         raise ArtifactError(
-            f"cannot write {str(path)!r}", why=str(error), fix="choose another name"
+            f"cannot write to {path!r}", why=str(error), fix="give the path of a folder"
         ) from error
     except OSError as error:
-        raise _unwritable(path, size, error) from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        _sync(temporary)
-        _replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _unwritable(path, size, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unwritable(path, error) from error
+    return path
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -63,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`; ArtifactError when there is none."""
     try:
         if not (folder / MANIFEST).is_file():
-            why = "there is no manifest.json in it" if folder.is_dir() else "there is no such folder"
+            why = f"there is no {MANIFEST} in it" if folder.is_dir() else "there is no such folder"
             raise ArtifactError(
                 f"{str(folder)!r} is not an artifact", why=why, fix="pass a folder written by compiled.save()"
             )
@@ -132,53 +150,7 @@ def _damaged(path: Path, why: str) -> ArtifactError:
     )
 
 
-def _check_place(path: Path, overwrite: bool) -> None:
-    if not path.parent.is_dir():
-        raise ArtifactError(
-            f"cannot write {str(path)!r}",
-            why=f"the folder {str(path.parent)!r} does not exist",
-            fix="create it, or choose another place",
-        )
-    if not path.exists():
-        return
-    if not path.is_dir() or (any(path.iterdir()) and not (path / MANIFEST).is_file()):
-        raise ArtifactError(
-            f"will not overwrite {str(path)!r}",
-            why="it exists and is not a Tersor artifact",
-            fix="choose another name, or remove it yourself",
-        )
-    if not overwrite:
-        raise ArtifactError(
-            f"{str(path)!r} exists already", fix="choose another name, or allow it to be overwritten"
-        )
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Put `temporary` at `path`; what was there comes back if that fails."""
-    if not path.exists():
-        os.rename(temporary, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    try:
-        os.rename(path, old)
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            os.rename(old, path)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unwritable(path: Path, size: int, error: OSError) -> ArtifactError:
+def _unwritable(path: Path, error: OSError, size: int = 0) -> ArtifactError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = f"make {size / 1e6:,.0f} MB free there, or save to another disk"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

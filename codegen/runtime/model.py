@@ -30,7 +30,7 @@ import numpy as np
 
 from tersor.codegen.runtime import library, threads, weights
 from tersor.codegen.runtime.arguments import Arguments
-from tersor.codegen.runtime.folder import map_files, new_folder, read_manifest
+from tersor.codegen.runtime.folder import map_files, new_artifact, read_manifest
 from tersor.codegen.runtime.manifest import (
     FILES,
     MANIFEST,
@@ -149,7 +149,7 @@ class CompiledModel:
         """
         names = (*FILES, MANIFEST)
         size = sum(record.size for record in self.manifest.files.values())
-        with new_folder(Path(path), size, overwrite) as folder:
+        with new_artifact(Path(path), size, overwrite) as folder:
             for name in names:
                 with open(self.path / name, "rb") as source, open(folder / name, "wb") as copy:
                     shutil.copyfileobj(source, copy, 16 << 20)

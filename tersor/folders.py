@@ -1,0 +1,62 @@
+"""Folders that appear complete or not at all: written beside their final place and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def may_replace(path: Path, marker: str) -> bool:
+    """Whether nothing of the user's is at ``path``: nothing at all, an empty folder, or one of ours.
+
+    Args:
+        marker: the file that tells a folder of ours.
+    """
+    return not path.exists() or (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file()))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OSError: what the file system refuses; whatever was at ``path`` is there still.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _sync(temporary)
+        _replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Puts ``temporary`` at ``path``; what was there comes back if that fails."""
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    try:
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
