@@ -171,7 +171,5 @@ def budget_from(config: Mapping[str, Any], where: str) -> Budget:
     """
     known = [f.name for f in fields(Budget)]
     if unknown := [name for name in config if name not in known]:
-        raise PipelineError(
-            f"{where}: a budget has no {', '.join(unknown)}", why=f"it has {', '.join(known)}"
-        )
+        raise PipelineError(f"{where}: a budget has no {', '.join(unknown)}", fix=f"use {', '.join(known)}")
     return Budget(**config)

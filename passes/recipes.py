@@ -68,7 +68,7 @@ def get(recipe: str | Path) -> Pipeline:
     raise PipelineError(
         f"there is no recipe {str(recipe)!r}",
         why=f"recipes: {', '.join(RECIPES)}; or the path of a .toml file",
-        fix=f"did you mean {near[0]!r}?" if near else None,
+        fix=f"did you mean {near[0]!r}?" if near else "`tersor recipes` says what each is for",
     )
 
 
@@ -82,7 +82,11 @@ def load(path: str | Path) -> Pipeline:
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise PipelineError(f"recipe {str(path)!r} cannot be read", why=str(error)) from None
+        raise PipelineError(
+            f"recipe {str(path)!r} cannot be read",
+            why=str(error),
+            fix="give a TOML file, for example: name = 'mine', and for each pass [[steps]], pass = 'fold.norm_beta'",
+        ) from None
     try:
         return from_config({"name": path.stem} | config)
     except PipelineError as error:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.codegen.runtime import CompiledModel, load
-from tersor.errors import InputError
+from tersor.codegen.runtime.folder import check_place
+from tersor.codegen.runtime.threads import check as check_threads
+from tersor.errors import InputError, PipelineError
 from tersor.ir.program import Program
 from tersor.passes import Context, Pipeline, load_plugins
 from tersor.passes.gates import Fidelity
@@ -68,7 +70,8 @@ def compile(
         model, example_inputs, dynamic: as for `capture`; a `Program` is taken as it is.
         target: a name that ``tersor targets`` lists, or a description.
         recipe: a named recipe, a list of passes, a pipeline, or the path of a TOML file.
-        threads: threads a call uses; None means one per physical core at run time.
+        threads: threads a call uses, at most as many as this process has CPUs; None means one per physical core
+            at run time.
         tune_minutes: time to search for better kernel tiles on this machine; 0 takes the analytic choice.
         evaluation: held-out inputs by name; stages with a budget are judged on them, against the captured model.
         verify: compares the compiled code with the program on random inputs, and refuses when it disagrees.
@@ -82,8 +85,14 @@ def compile(
     from tersor.codegen.latency import Latency
 
     report_step = progress or (lambda step: None)
-    resolved = resolve(target)  # an unknown target fails before any work
-    pipeline = _pipeline(recipe)
+    # What can be wrong with the options is said before any work.
+    resolved, pipeline = resolve(target), _pipeline(recipe)
+    threads = None if threads is None else check_threads(threads, "threads")
+    if isinstance(tune_minutes, bool) or not isinstance(tune_minutes, int | float) or tune_minutes < 0:
+        raise InputError(
+            f"tune_minutes is {tune_minutes!r}", fix="give a number of minutes, or 0 for no tuning"
+        )
+    folder = _scratch_folder() if output is None else check_place(output)
     if isinstance(model, Program):
         if example_inputs is not None or dynamic is not None:
             raise InputError(
@@ -102,7 +111,6 @@ def compile(
         progress=report_step,
     )
     program, report = pipeline.run(program, context)
-    folder = Path(output) if output is not None else _scratch_folder()
     build(
         program,
         resolved,
@@ -139,4 +147,9 @@ def _pipeline(recipe: Recipe) -> Pipeline:
         return recipe
     if isinstance(recipe, str | Path):
         return get_recipe(recipe)
-    return Pipeline(list(recipe))
+    if not isinstance(recipe, Sequence):
+        raise PipelineError(
+            f"a recipe is not a {type(recipe).__name__}",
+            fix="give a name that `tersor recipes` lists, a list of passes, a Pipeline, or the path of a .toml file",
+        )
+    return Pipeline(recipe)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tersor
-from tersor.errors import BudgetError, CaptureError, InputError, PipelineError, TargetError
+from tersor.errors import ArtifactError, BudgetError, CaptureError, InputError, PipelineError, TargetError
 from tersor.ir import Dim, Program, Range, Value, ops, register_op
 
 transformers = pytest.importorskip("transformers")
@@ -103,6 +103,37 @@ def test_a_nan_in_a_weight_is_named():
 def test_an_unknown_target_fails_before_any_work(bert):
     with pytest.raises(TargetError, match="x86-64-v3"):
         tersor.compile(bert, text(), target="x86-64-v33")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"threads": 0}, InputError, "threads=0"),
+        ({"threads": 1 << 20}, InputError, "threads=1048576"),
+        ({"threads": True}, InputError, "threads=True"),
+        ({"tune_minutes": -1}, InputError, "tune_minutes is -1"),
+        ({"tune_minutes": "5"}, InputError, "tune_minutes is '5'"),
+        ({"recipe": "fp23"}, PipelineError, "fp32"),
+        ({"recipe": None}, PipelineError, "NoneType"),
+        ({"recipe": "missing.toml"}, PipelineError, "missing.toml"),
+        ({"output": "missing/model.tersor"}, ArtifactError, "does not exist"),
+        ({"output": __file__}, ArtifactError, "will not overwrite"),
+        ({"output": Path(__file__).parent}, ArtifactError, "will not overwrite"),
+        ({"output": 3}, ArtifactError, "path of a folder"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_options_are_explained_before_any_work(options, error, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=says) as caught:
+        tersor.compile(None, **options)  # what is wrong with the model would be said later
+    assert caught.value.fix and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_written_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+    with pytest.raises(ArtifactError, match="may write to"):
+        tersor.compile(None, output=tmp_path / "model.tersor")
 
 
 def test_too_little_memory_is_said_before_compiling(bert):
