@@ -102,21 +102,28 @@ SUPPORTED_DTYPES = {"float32", "int64", "int32", "bool"}
 
 def check_supported(program: Program) -> None:
     """Raises CompileError naming every operation and dtype that this code generator does not cover."""
-    problems: dict[str, list[str]] = {}
+    operations: dict[str, list[str]] = {}
+    dtypes: dict[str, list[str]] = {}
     for _, node in program.nodes():
         if node.op == "output":
             continue
         value = node.meta["value"]
         if node.op == "call_function" and node.target.name not in _rules and node.target.elementwise is None:
-            problems.setdefault(f"operation {node.target.name!r} has no lowering", []).append(describe(node))
+            operations.setdefault(f"operation {node.target.name!r} has no lowering", []).append(
+                describe(node)
+            )
         elif value.dtype not in SUPPORTED_DTYPES:
-            problems.setdefault(f"dtype {value.dtype} is not supported", []).append(describe(node))
-    if problems:
+            dtypes.setdefault(f"dtype {value.dtype} is not supported", []).append(describe(node))
+    if operations or dtypes:
+        problems = {**operations, **dtypes}
         lines = [f"  - {what}: {len(nodes)}x, first at {nodes[0]}" for what, nodes in problems.items()]
+        fixes = [
+            "give each operation a decomposition (ir.register_op) or a lowering (codegen.register_lowering)",
+            "compile the model in float32: model.float(), with float32 inputs",
+        ]
         raise CompileError(
             "the program cannot be lowered:\n" + "\n".join(lines),
-            fix="give the operation a decomposition (ir.register_op) or a lowering (codegen.register_lowering); "
-            "convert a half-precision model with model.float()",
+            fix="; ".join(fix for fix, found in zip(fixes, (operations, dtypes), strict=True) if found),
         )
 
 

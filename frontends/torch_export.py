@@ -155,26 +155,50 @@ def _evaluation(model: nn.Module):
             module.training = flag
 
 
-def as_tuple(example_inputs: Any) -> Sequence[Any]:
-    """Positional example inputs; a tensor alone is the first argument."""
-    return (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
+def by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Example inputs by the names that the model's forward gives them; a tensor alone is the first one.
+
+    Raises:
+        InputError: there are more than arguments, or they are neither named nor in an order.
+    """
+    named = _argument_names(model)
+    if _is_array(example_inputs):
+        example_inputs = (example_inputs,)
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
+        return dict(example_inputs)
+    if not isinstance(example_inputs, list | tuple):
+        raise InputError(
+            f"the example inputs are {_described(example_inputs)}",
+            fix=f"give a dict of tensors by argument name ({', '.join(named)}), or a tuple in that order",
+        )
+    if len(example_inputs) > len(named):
+        raise InputError(
+            f"{len(example_inputs)} example inputs for a model of {len(named)} arguments",
+            why=f"forward takes {', '.join(named)}",
+            fix="give them by name",
+        )
+    return dict(zip(named, example_inputs, strict=False))
 
 
-def _bind_inputs(
-    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _argument_names(model: nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters
+    return [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
+
+
+def _described(value: Any) -> str:
+    kind = f"a {type(value).__name__}"
+    return f"{kind} with the keys {', '.join(map(repr, value))}" if isinstance(value, Mapping) else kind
+
+
+def _bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and constants by name, in the order of the model's forward."""
     parameters = inspect.signature(model.forward).parameters
-    named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not isinstance(example_inputs, Mapping):
-        example_inputs = as_tuple(example_inputs)
-        if len(example_inputs) > len(named):
-            raise InputError(
-                f"{len(example_inputs)} example inputs for a model of {len(named)} arguments",
-                why=f"forward takes {', '.join(named)}",
-                fix="give them by name",
-            )
-        example_inputs = dict(zip(named, example_inputs, strict=False))
+    named = _argument_names(model)
+    example_inputs = by_name(model, example_inputs)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [n for n in example_inputs if n not in named and not anything]
     missing = [
@@ -195,10 +219,14 @@ def _bind_inputs(
     constants: dict[str, Any] = {}
     for name in ordered:
         value = example_inputs[name]
-        if hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
-            value = torch.as_tensor(value)
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value.detach()
+        if _is_array(value):
+            tensors[name] = tensor = torch.as_tensor(value).detach()
+            if not tensor.numel():
+                raise InputError(
+                    f"example input {name!r} is empty",
+                    why=f"its shape is {list(tensor.shape)}",
+                    fix="give an example with at least one element",
+                )
         elif value is None or isinstance(value, bool | int | float | str):
             constants[name] = value
         else:
@@ -225,7 +253,8 @@ def _check_weights(model: nn.Module, allow_nonfinite: bool) -> None:
             raise InputError(
                 f"parameter {name!r} holds NaN or infinity",
                 why=f"{count} of {parameter.numel()} values are not finite",
-                fix="repair the checkpoint, or pass allow_nonfinite=True",
+                fix="repair the checkpoint; or compile the program of "
+                "tersor.frontends.capture(..., allow_nonfinite=True)",
             )
 
 
@@ -391,7 +420,8 @@ class _Conversion:
             return self._agreeing(build, result, expected)
         except TersorError as error:
             where = f"{node.meta['module'] or 'the model'} ({node.meta['source']})"
-            raise CaptureError(error.what, where=where, why=error.why, fix=error.fix) from error
+            fix = error.fix or "check that model(**example_inputs) runs, and that dtypes agree"
+            raise CaptureError(error.what, where=where, why=error.why, fix=fix) from error
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

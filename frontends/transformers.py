@@ -61,8 +61,8 @@ def capture(
     arguments = inspect.signature(model.forward).parameters
     if example_inputs is None:
         example_inputs = make_example_inputs(model)
-    elif not isinstance(example_inputs, Mapping):
-        example_inputs = dict(zip(arguments, torch_export.as_tuple(example_inputs), strict=False))
+    else:
+        example_inputs = torch_export.by_name(model, example_inputs)
     if isinstance(dynamic, str):
         if dynamic != "auto":
             raise InputError(f"dynamic is {dynamic!r}", fix='give "auto", or dimensions by input and axis')

@@ -13,7 +13,7 @@ from torch import nn
 
 from tersor.errors import CaptureError, InputError, UnsupportedOpError
 from tersor.frontends.torch_export import capture
-from tersor.ir import Dim, register_op, run
+from tersor.ir import Dim, Value, register_op, run
 
 X = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
 
@@ -305,10 +305,25 @@ def test_weights_without_data():
         ({"x": [1, 2]}, "is a list"),
         ({"x": 3}, "no tensor"),
         ({}, "missing: x"),
+        ({0: X}, "a dict with the keys 0"),
+        (5, "are a int"),
+        ({1, 2}, "are a set"),
+        ({"x": torch.zeros(0, 8)}, "'x' is empty"),
     ],
 )
 def test_examples_that_do_not_fit(examples, part):
-    assert part in refuse(InputError, Call(torch.tanh), examples)
+    message = refuse(InputError, Call(torch.tanh), examples)
+    assert part in message and "fix: " in message
+
+
+@pytest.mark.parametrize("examples", [X, X.numpy(), (X,), [X], {"x": X}], ids=lambda e: type(e).__name__)
+def test_one_input_may_be_given_in_many_ways(examples):
+    assert capture(Call(torch.tanh), examples).main.inputs == {"x": Value("float32", tuple(X.shape))}
+
+
+def test_dtypes_that_disagree_are_explained():
+    message = refuse(CaptureError, nn.Linear(8, 8), (X.double(),))
+    assert "expected float64" in message and "dtypes agree" in message
 
 
 def test_something_else_than_a_module():

@@ -13,7 +13,15 @@ import pytest
 import torch
 
 import tersor
-from tersor.errors import ArtifactError, BudgetError, CaptureError, InputError, PipelineError, TargetError
+from tersor.errors import (
+    ArtifactError,
+    BudgetError,
+    CaptureError,
+    CompileError,
+    InputError,
+    PipelineError,
+    TargetError,
+)
 from tersor.ir import Dim, Program, Range, Value, ops, register_op
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +106,19 @@ def test_a_nan_in_a_weight_is_named():
     model[0].weight.data[1, 2] = float("nan")
     with pytest.raises(InputError, match="0.weight"):
         tersor.compile(model, (torch.randn(2, 4),))
+
+
+def test_a_model_in_half_precision_is_told_what_to_do():
+    with pytest.raises(CompileError, match="float16 is not supported(.*\n)*.*model.float()"):
+        tersor.compile(torch.nn.Linear(4, 4).half(), (torch.randn(2, 4).half(),))
+
+
+def test_a_model_in_training_mode_is_compiled_as_it_evaluates_and_left_as_it_is():
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).train(), torch.randn(2, 4)
+    compiled = tersor.compile(model, x, threads=1)
+    assert model.training and model[1].training
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)[0], model.eval()(x))
 
 
 def test_an_unknown_target_fails_before_any_work(bert):
