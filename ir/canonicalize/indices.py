@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from torch import fx
 
 from tersor.errors import CaptureError
-from tersor.ir.canonicalize.affine import Affine, Number, Positions, known, lower_bound
+from tersor.ir.canonicalize.affine import Affine, Number, Positions, known
 from tersor.ir.dims import shape_symbols
+from tersor.ir.interpreter import resolve
 from tersor.ir.matching import Match, P, Rule
 from tersor.ir.program import Builder
 from tersor.ir.verify import describe
@@ -37,25 +40,35 @@ def _index(m: Match) -> Affine | None:
     return Positions(m.function).affine(m["index"])
 
 
-def _rows_suffice(m: Match) -> None:
+def _check_inside(m: Match, table: fx.Node, dim: int) -> None:
     """Positions that run past a table are an error of the signature, and nobody would find it at run time."""
     start, count, _ = _run(_index(m))
-    rows = m.value("table").shape[0]
-    if lower_bound(rows - (start + count), m.function.dims) < 0:
-        names = sorted(shape_symbols((start + count,)))
-        limits = ", ".join(f"{n} to {m.function.dims[n].max}" for n in names) or f"{start + count} positions"
-        raise CaptureError(
-            f"a table of {rows} rows is too short for the dynamic dimensions",
-            where=describe(m["table"]),
-            why=f"it is read up to row {start + count}, and the signature allows {limits}",
-            fix=f"lower the largest {names[0] if names else 'position'}",
-        )
+    rows, end = table.meta["value"].shape[dim], start + count
+    names = sorted(shape_symbols((end - rows,)))
+    for extremes in product(*((m.function.dims[n].min, m.function.dims[n].max) for n in names)):
+        sizes = dict(zip(names, extremes, strict=True))
+        if resolve(end - rows, sizes) > 0:
+            at = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise CaptureError(
+                f"{rows} rows are too few for the dynamic dimensions",
+                where=describe(table),
+                why=f"rows up to {end} are read, and the signature allows {at or 'it'}",
+                fix=f"narrow the range of {' or '.join(names) or 'positions'}, or name the same dimensions for all "
+                "inputs that go together",
+            )
 
 
 def _embeds_run(m: Match) -> str | None:
     if reason := _is_run(m):
         return reason
-    _rows_suffice(m)
+    _check_inside(m, m["table"], 0)
+    return None
+
+
+def _selects_run(m: Match) -> str | None:
+    if reason := _is_run(m):
+        return reason
+    _check_inside(m, m["x"], m.root.kwargs["dim"] % m.value("x").rank)
     return None
 
 
@@ -98,6 +111,7 @@ def _gathers_run(m: Match) -> str | None:
     dim, index, x = m.root.kwargs["dim"] % m.value("x").rank, m.value("index").shape, m.value("x").shape
     if axes - {dim} or any(a != b for i, (a, b) in enumerate(zip(index, x, strict=True)) if i != dim):
         return "it gathers along several axes"
+    _check_inside(m, m["x"], dim)
     return None
 
 
@@ -125,7 +139,7 @@ RULES = (
         "indices.select",
         P.index_select(P.any("x"), P.any("index")),
         lambda build, m: _take_run(build, m["x"], m.root.kwargs["dim"] % m.value("x").rank, _index(m)),
-        _is_run,
+        _selects_run,
     ),
     # gather(x, arange(T))  ->  x[:T]
     Rule("indices.gather", P.gather(P.any("x"), P.any("index")), _gather_slice, _gathers_run),

@@ -148,7 +148,20 @@ def test_positions_beyond_the_table_are_refused():
 
     with pytest.raises(CaptureError) as caught:
         canonicalize(program_of(model, X))
-    assert "41 rows" in str(caught.value) and "length to 40" in str(caught.value)
+    assert "41 rows" in str(caught.value) and "length 40" in str(caught.value)
+
+
+def test_positions_beyond_another_input_are_refused():
+    """A mask of two rows cannot serve a batch of up to four: torch.export does not notice, reads past its end."""
+
+    def model(b, x, mask):
+        rows = b.add(b.reshape(b.mul(b.arange(end=B), 8), shape=(B, 1)), b.arange(end=8))
+        return b.add(x, b.index_select(b.reshape(mask, shape=(16,)), rows, dim=0))
+
+    inputs = {"x": Value("float32", (B, 8)), "mask": Value("float32", (2, 8))}
+    with pytest.raises(CaptureError) as caught:
+        canonicalize(program_of(model, inputs))
+    assert "16 rows" in str(caught.value) and "batch 4" in str(caught.value)
 
 
 def test_one_row_for_all_is_broadcast():
