@@ -34,8 +34,9 @@ def capture(
         model: a ``torch.nn.Module``, a transformers model, or a local folder with config.json and safetensors.
         example_inputs: arguments of ``forward`` by name, or a tuple in its order; may be left out for transformers
             models, for which they are made.
-        dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``; ``"auto"`` gives a transformers
-            model a batch of 1 to 8 and every length it can take. Everything is static when left out.
+        dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``; masks and ids of the
+            same text follow in models of transformers. ``"auto"`` gives those a batch of 1 to 8 and every length they
+            can take. Everything is static when left out.
         name: of the program's function.
         allow_nonfinite: accept NaN and infinity in parameters.
 

@@ -156,7 +156,7 @@ def _evaluation(model: nn.Module):
 
 
 def by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """Example inputs by the names that the model's forward gives them; a tensor alone is the first one.
+    """Example inputs by the names that the model's forward gives them, arrays as tensors; one alone is the first.
 
     Raises:
         InputError: there are more than arguments, or they are neither named nor in an order.
@@ -165,7 +165,7 @@ def by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if _is_array(example_inputs):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
-        return dict(example_inputs)
+        return {name: _as_tensor(value) for name, value in example_inputs.items()}
     if not isinstance(example_inputs, list | tuple):
         raise InputError(
             f"the example inputs are {_described(example_inputs)}",
@@ -177,7 +177,7 @@ def by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
             why=f"forward takes {', '.join(named)}",
             fix="give them by name",
         )
-    return dict(zip(named, example_inputs, strict=False))
+    return {name: _as_tensor(value) for name, value in zip(named, example_inputs, strict=False)}
 
 
 def _argument_names(model: nn.Module) -> list[str]:
@@ -187,6 +187,10 @@ def _argument_names(model: nn.Module) -> list[str]:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.as_tensor(value) if _is_array(value) else value
 
 
 def _described(value: Any) -> str:
@@ -219,14 +223,14 @@ def _bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, torch
     constants: dict[str, Any] = {}
     for name in ordered:
         value = example_inputs[name]
-        if _is_array(value):
-            tensors[name] = tensor = torch.as_tensor(value).detach()
-            if not tensor.numel():
+        if isinstance(value, torch.Tensor):
+            if not value.numel():
                 raise InputError(
                     f"example input {name!r} is empty",
-                    why=f"its shape is {list(tensor.shape)}",
+                    why=f"its shape is {list(value.shape)}",
                     fix="give an example with at least one element",
                 )
+            tensors[name] = value.detach()
         elif value is None or isinstance(value, bool | int | float | str):
             constants[name] = value
         else:

@@ -52,7 +52,8 @@ def capture(
 
     Args:
         example_inputs: made for the architecture when left out.
-        dynamic: as for `tersor.frontends.capture`.
+        dynamic: as for `tersor.frontends.capture`; token ids and masks that it does not name vary like those of
+            the same shape that it does, unless given as ``{}``.
         options: of `torch_export.capture`.
 
     Raises:
@@ -67,6 +68,8 @@ def capture(
         if dynamic != "auto":
             raise InputError(f"dynamic is {dynamic!r}", fix='give "auto", or dimensions by input and axis')
         dynamic = default_dynamic(model, example_inputs)
+    elif isinstance(dynamic, Mapping):
+        dynamic = _spread(dynamic, example_inputs)
     if "use_cache" in arguments:
         example_inputs = {"use_cache": False, **example_inputs}
     with _inference_settings(model):
@@ -158,10 +161,27 @@ def default_dynamic(
         if not isinstance(value, torch.Tensor) or not value.ndim:
             continue
         dims[name] = {0: ("batch", 1, max(LARGEST_BATCH, value.shape[0]))}
-        if value.ndim == 2 and not value.is_floating_point():
+        if _is_text(value):
             side = "target_length" if name.startswith("decoder_") else "length"
             dims[name][1] = (side, 1, longest)
     return dims
+
+
+def _is_text(value: Any) -> bool:
+    """Token ids, their types and positions, or a mask over them."""
+    return isinstance(value, torch.Tensor) and value.ndim == 2 and not value.is_floating_point()
+
+
+def _spread(dynamic: Mapping[str, Any], example_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Named dimensions for every input of a text of which one is named: a mask is as long as its ids."""
+    texts = {name: value for name, value in example_inputs.items() if _is_text(value)}
+    spread = dict(dynamic)
+    for name, value in texts.items():
+        for other in dynamic.keys() & texts.keys() if name not in dynamic else ():
+            same_side = name.startswith("decoder_") == other.startswith("decoder_")
+            if same_side and value.shape == texts[other].shape:
+                spread[name] = dynamic[other]
+    return spread
 
 
 def _longest_text(model: nn.Module) -> int:

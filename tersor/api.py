@@ -6,7 +6,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tersor.codegen.runtime import CompiledModel, load
 from tersor.codegen.runtime.folder import check_place
@@ -21,7 +21,7 @@ from tersor.targets import Target, missing_on_host, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]]
+Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]] | Literal["auto"]
 Recipe = str | Path | Sequence[Any] | Pipeline
 Progress = Callable[[str], None]
 
@@ -38,7 +38,8 @@ def capture(
         example_inputs: tensors by input name, or a tuple in the order of ``forward``; made for the architecture
             where absent and the model is one of transformers'.
         dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``: axes whose size may vary, with a
-            name (equal names are equal sizes), the smallest and the largest size.
+            name (equal names are equal sizes), the smallest and the largest size. In models of transformers, masks
+            and ids of the same text follow. ``"auto"`` gives those a batch of 1 to 8 and every length they can take.
 
     Raises:
         CaptureError: the model cannot be exported; UnsupportedOpError lists every unsupported operation at once.

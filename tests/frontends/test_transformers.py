@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import models
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tersor import frontends
-from tersor.errors import InputError
+from tersor.errors import InputError, TersorError
 from tersor.frontends import transformers as frontend
 
 
@@ -43,6 +44,23 @@ def test_automatic_dimensions_end_where_positions_end():
     assert program.main.dims["length"].max == 62, "64 rows, of which 2 belong to the padding id"
     program = frontends.capture(models.OTHER["vit"][0](), dynamic="auto")
     assert set(program.main.dims) == {"batch"}
+
+
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray], ids=["torch", "numpy"])
+def test_automatic_dimensions_with_examples_of_both_kinds(kind):
+    model = models.TEXT["bert"]()
+    examples = {name: kind(value) for name, value in frontend.make_example_inputs(model).items()}
+    assert set(frontends.capture(model, examples, "auto").main.dims) == {"batch", "length"}
+
+
+def test_masks_vary_with_their_ids():
+    model, length = models.TEXT["bert"](), ("length", 1, 32)
+    program = frontends.capture(model, dynamic={"input_ids": {1: length}})
+    assert str(program.main.inputs["attention_mask"]) == "int64[2, length]"
+    program = frontends.capture(model, dynamic={"input_ids": {0: ("batch", 1, 8), 1: length}})
+    assert str(program.main.inputs["attention_mask"]) == "int64[batch, length]"
+    with pytest.raises(TersorError):
+        frontends.capture(model, dynamic={"input_ids": {1: length}, "attention_mask": {}})
 
 
 def test_settings_are_restored():
