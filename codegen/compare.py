@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from tersor.errors import BudgetError
+from tersor.errors import BudgetError, CompileError
 from tersor.ir.interpreter import run
 from tersor.ir.program import Function
 from tersor.ir.samples import sample_inputs
@@ -37,13 +37,23 @@ def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) ->
     """Runs both at the smallest, the largest and an odd size of every named dimension.
 
     Raises:
+        CompileError: the program itself fails there.
         BudgetError: an output is further off than ``tolerance``, or not finite where the reference is.
     """
     comparisons = []
     for seed, sizes in enumerate(probe_sizes(function)):
         inputs = sample_inputs(function, sizes, seed)
-        with torch.inference_mode():
-            expected = run(function, inputs)
+        place = f"function {function.name!r} at {sizes or 'its static shapes'}"
+        try:
+            with torch.inference_mode():
+                expected = run(function, inputs)
+        except Exception as error:  # whatever torch raises
+            raise CompileError(
+                "the program does not run on the random inputs that the compiled code is compared on",
+                where=place,
+                why=f"{type(error).__name__}: {error}",
+                fix="check the ranges of the dynamic dimensions; verify=False skips the comparison",
+            ) from error
         actual = compiled(inputs)
         errors = {name: relative_error(actual[name], expected[name]) for name in function.outputs}
         comparisons.append(Comparison(sizes, errors))
@@ -54,7 +64,7 @@ def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) ->
             raise BudgetError(
                 f"the compiled code disagrees with the program: output {worst!r} is off by {errors[worst]:.2e} "
                 f"of its scale (tolerance {tolerance:.0e})",
-                where=f"function {function.name!r} at {sizes or 'its static shapes'}",
+                where=place,
                 why="a kernel is wrong for this target, or the program amplifies rounding",
                 fix="report it with the program (tersor inspect); verify=False skips this comparison",
             )
