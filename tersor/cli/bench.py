@@ -64,6 +64,10 @@ def check_engines(options: argparse.Namespace) -> None:
             why="an artifact holds compiled code, which other engines cannot read",
             fix="add --model FOLDER",
         )
+    if options.against and not options.model.is_dir():
+        raise InputError(
+            f"{options.model} is not a folder", fix="give the folder that the artifact was compiled from"
+        )
 
 
 def beside(compiled: CompiledModel, inputs: dict | None, options: argparse.Namespace) -> int:
@@ -77,7 +81,7 @@ def beside(compiled: CompiledModel, inputs: dict | None, options: argparse.Names
     source = Folder(options.model, tuple(inputs), artifact=options.artifact.resolve())
     engines = {US: OURS} | {name: ENGINES[name] for name in options.against}
     with ExitStack() as stack, Steps() as steps:
-        steps(f"timing {', '.join(engines)} on {compiled.threads} threads")
+        steps(f"timing {', '.join(engines)} on {compiled.threads} thread{'s' * (compiled.threads > 1)}")
         workers = {
             name: stack.enter_context(Worker(engine, compiled.threads)) for name, engine in engines.items()
         }

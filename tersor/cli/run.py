@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    import numpy as np
-
     import tersor
 
     inputs = shared.read_npz(options.input)
@@ -38,14 +37,29 @@ def execute(options: argparse.Namespace) -> int:
     ]
     table(("output", "dtype", "shape", "smallest", "largest"), rows, right=("smallest", "largest"))
     if options.output:
-        try:
-            np.savez(options.output, **outputs)
-        except OSError as error:
-            raise ArtifactError(
-                "the outputs cannot be written", where=str(options.output), why=str(error)
-            ) from error
+        write_npz(options.output, outputs)
         print(f"wrote {options.output}")
     return 0
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name; the file appears complete or not at all. ArtifactError when that fails."""
+    import numpy as np
+
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with open(partial, "wb") as file:  # numpy adds .npz to names, not to files
+            np.savez(file, **arrays)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise ArtifactError(
+            "the outputs cannot be written",
+            where=str(path),
+            why=str(error),
+            fix="give a file in a folder that exists, with room for it",
+        ) from error
 
 
 def flatten(outputs: Mapping[str, Any] | tuple, prefix: str = "") -> Iterator[tuple[str, Any]]:

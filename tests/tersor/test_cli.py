@@ -12,9 +12,9 @@ import pytest
 
 from tersor.cli import COMMANDS, FAILED, demo, doctor, main
 from tersor.cli.options import axis, dynamic, sizes
-from tersor.cli.run import flatten
+from tersor.cli.run import flatten, write_npz
 from tersor.codegen import linker
-from tersor.errors import InputError, TargetError
+from tersor.errors import ArtifactError, InputError, TargetError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture) -> None:
@@ -126,11 +126,28 @@ def test_unreadable_inputs_are_explained(kind: str, tmp_path: Path, capsys: pyte
     assert "the inputs cannot be read" in shown and str(path) in shown and "numpy.savez" in shown
 
 
+def test_outputs_are_written_under_the_name_that_was_given(tmp_path: Path) -> None:
+    write_npz(tmp_path / "y", {"logits": np.arange(3)})
+    with np.load(tmp_path / "y") as file:
+        np.testing.assert_array_equal(file["logits"], np.arange(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
+@pytest.mark.parametrize("place", ["missing/y.npz", "file/y.npz", "folder"])
+def test_outputs_that_cannot_be_written_leave_nothing(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ArtifactError, match="outputs cannot be written"):
+        write_npz(tmp_path / place, {"logits": np.arange(3)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--against", "onnxruntime,tensorrt"], "unknown engine tensorrt"),
         (["--against", "onnxruntime"], "--model FOLDER"),
+        (["--against", "onnxruntime", "--model", "nowhere"], "nowhere is not a folder"),
         ([], "is not an artifact"),
     ],
 )
