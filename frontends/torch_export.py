@@ -22,7 +22,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
-from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError
+from tersor.errors import CaptureError, InputError, ProgramError, TersorError, UnsupportedOpError
 from tersor.frontends.aten import CONVERTERS, Context
 from tersor.frontends.dynamic import DynamicDims, export_dims, read_dynamic
 from tersor.frontends.origin import module_path, source_line, translate_export_error
@@ -31,6 +31,7 @@ from tersor.ir import Program, Value, ops, verify
 from tersor.ir.canonicalize import canonicalize
 
 log = logging.getLogger("tersor.capture")
+RUNS = "check that model(**example_inputs) runs, and that dtypes agree"
 ROOT = "model"  # the attribute under which `_Traced` holds the user's model
 
 
@@ -424,7 +425,10 @@ class _Conversion:
             return self._agreeing(build, result, expected)
         except TersorError as error:
             where = f"{node.meta['module'] or 'the model'} ({node.meta['source']})"
-            fix = error.fix or "check that model(**example_inputs) runs, and that dtypes agree"
+            misfit = isinstance(error, ProgramError)  # an operation refuses its operands
+            fix = error.fix or (
+                RUNS if misfit else "write this place with other operations, see docs/program.md"
+            )
             raise CaptureError(error.what, where=where, why=error.why, fix=fix) from error
 
     def _value(self, value: Any) -> Any:
@@ -450,7 +454,9 @@ class _Conversion:
         actual = result.meta["value"]
         if actual.shape != expected.shape:
             raise CaptureError(
-                f"an operator became {actual}, torch has {expected}", why="this is a defect of Tersor"
+                f"an operator became {actual}, torch has {expected}",
+                why="this is a defect of Tersor",
+                fix="report it, with the line of the model",
             )
         return result if actual.dtype == expected.dtype else build.cast(result, dtype=expected.dtype)
 

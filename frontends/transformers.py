@@ -264,7 +264,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json", fix="save the model with model.save_pretrained"
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not JSON", why=str(error)) from error
+        raise InputError(
+            f"{path} is not JSON", why=str(error), fix="save the model again with model.save_pretrained"
+        ) from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{path} is not a model configuration", why="it has no 'model_type'")
+        raise InputError(
+            f"{path} is not a model configuration",
+            why="it has no 'model_type'",
+            fix="give the folder that model.save_pretrained wrote",
+        )
     return config

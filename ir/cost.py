@@ -123,7 +123,7 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport
     if unknown := sizes.keys() - known:
         raise InputError(
             f"unknown dimensions: {', '.join(sorted(unknown))}",
-            why=f"the program's are {', '.join(sorted(known)) or 'all fixed'}",
+            fix=f"use {', '.join(sorted(known))}" if known else "leave them out: all sizes are fixed",
         )
     return CostReport(
         {name: function_cost(function, sizes) for name, function in program.functions.items()},
@@ -138,7 +138,7 @@ def function_cost(function: Function, sizes: Mapping[str, int] | None = None) ->
         at[name] = (sizes or {}).get(name, limits.max)
         if not limits.min <= at[name] <= limits.max:
             raise InputError(
-                f"dimension {name} is {at[name]}", why=f"its range is {limits.min}..{limits.max}"
+                f"dimension {name} is {at[name]}", fix=f"give a size in {limits.min}..{limits.max}"
             )
     by_op: dict[str, Row] = {}
     by_site: dict[str, Row] = {}

@@ -50,7 +50,11 @@ class StepCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot use the cache folder {str(folder)!r}", why=str(error)) from None
+            raise InputError(
+                f"cannot use the cache folder {str(folder)!r}",
+                why=str(error),
+                fix="give a folder that you may write to",
+            ) from None
 
     def key(self, pass_: Pass, context: Context, program: Program) -> str | None:
         """The name of the result of a pass on a program; None when it follows from more than can be named."""

@@ -121,16 +121,20 @@ class Fidelity:
 
     Args:
         reference: the captured program.
-        batches: held-out inputs of ``main``, by name; spooled, so that an iterator serves every evaluation.
+        batches: held-out inputs of ``main``, by name, torch or numpy; spooled, so that an iterator serves
+            every evaluation.
         metric: the user's measure of a program's quality, larger is better.
     """
 
     def __init__(
         self, reference: Program, batches: Iterable[Mapping[str, torch.Tensor]], metric: Measure | None = None
     ):
-        self.batches, self.metric = list(batches), metric
+        self.batches = [{name: torch.as_tensor(x) for name, x in batch.items()} for batch in batches]
+        self.metric = metric
         if not self.batches:
-            raise PipelineError("there are no held-out batches to evaluate with")
+            raise PipelineError(
+                "there are no held-out batches to evaluate with", fix="give inputs by name, in a list"
+            )
         self._expected = [self._floats(reference, batch) for batch in self.batches]
 
     def __call__(self, program: Program) -> dict[str, float]:

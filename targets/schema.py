@@ -144,7 +144,12 @@ class Target:
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise TargetError("a target file cannot be read", where=str(path), why=str(error)) from error
+            raise TargetError(
+                "a target file cannot be read",
+                where=str(path),
+                why=str(error),
+                fix="give the path of a TOML file as docs/targets.md shows",
+            ) from error
         return cls.from_dict(values, where=str(path))
 
     def to_toml(self) -> str:

@@ -86,11 +86,17 @@ class Arguments:
         takes = f"the model takes {', '.join(map(str, self.signature.inputs))}"
         if len(positional) > len(self.names):
             raise InputError(
-                f"{len(positional)} inputs were given, {len(self.names)} are expected", why=takes
+                f"{len(positional)} inputs were given, {len(self.names)} are expected",
+                why=takes,
+                fix="pass every input once, best by name",
             )
         both = dict(zip(self.names, positional, strict=False))
         if twice := sorted(set(both) & set(named)):
-            raise InputError(f"input {twice[0]!r} is given twice, by position and by name", why=takes)
+            raise InputError(
+                f"input {twice[0]!r} is given twice, by position and by name",
+                why=takes,
+                fix="pass every input once, best by name",
+            )
         both.update(named)
         self._check_names(both)
         return both
@@ -149,13 +155,15 @@ class Arguments:
         origin: Mapping[str, str],
     ) -> None:
         why = f"given {list(given)}, expected {tensor}"
+        fix = "pad, cut or split the input, or compile again with this axis named in dynamic="
         if isinstance(dim, Expression):
             sizes = ", ".join(f"{name!r} is set by {origin[name]}" for name in sorted(dim.symbols))
             why += f"; {dim.text} is {expected} here ({sizes})"
+            fix = "give all inputs matching shapes"
         raise InputError(
             f"axis {axis} of input {tensor.name!r} is {given[axis]}, expected {expected}",
             why=why,
-            fix="give all inputs matching shapes",
+            fix=fix,
         )
 
 

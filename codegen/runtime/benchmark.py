@@ -71,7 +71,8 @@ def make_inputs(function: CompiledFunction, dims: Mapping[str, int]) -> dict[str
     signature = function.signature
     if unknown := sorted(set(dims) - set(signature.dims)):
         raise InputError(
-            f"there is no dimension {unknown[0]!r}", why=f"the dimensions are {sorted(signature.dims)}"
+            f"there is no dimension {unknown[0]!r}",
+            fix=f"use {', '.join(signature.dims)}" if signature.dims else "leave it out: all sizes are fixed",
         )
     sizes = {name: high for name, (_, high) in signature.dims.items()} | dict(signature.example) | dict(dims)
     shapes = function.arguments.shapes(sizes)

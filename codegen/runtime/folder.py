@@ -88,7 +88,10 @@ def read_manifest(folder: Path) -> Manifest:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(
-            "this artifact's manifest cannot be read", where=str(folder / MANIFEST), why=str(error)
+            "this artifact's manifest cannot be read",
+            where=str(folder / MANIFEST),
+            why=str(error),
+            fix="check its permissions, or copy the artifact again",
         ) from error
     return Manifest.from_json(text, str(folder / MANIFEST))
 
