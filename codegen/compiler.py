@@ -27,10 +27,10 @@ from tersor.codegen.runtime import load
 from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError, TargetError
-from tersor.ir.cost import cost
+from tersor.ir.costs import cost
 from tersor.ir.dims import Shape
 from tersor.ir.program import Function, Program
-from tersor.ir.verify import verify as verify_program
+from tersor.ir.verifier import verify as verify_program
 from tersor.targets import Target, check_memory, missing_on_host
 
 Progress = Callable[[str], None]

@@ -24,7 +24,7 @@ from tersor.errors import CompileError
 from tersor.ir.dialect import Op
 from tersor.ir.dims import Dim, Shape
 from tersor.ir.program import Function, Program
-from tersor.ir.verify import describe
+from tersor.ir.verifier import describe
 from tersor.targets import Target
 
 Lower = Callable[["Lowering", fx.Node], relax.Expr]

@@ -21,7 +21,7 @@ from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
 from tersor.ir.dims import Dim, Shape, product
 from tersor.ir.value import Value
-from tersor.ir.verify import describe
+from tersor.ir.verifier import describe
 
 BIAS = Chain((ChainInput("accumulator"), ChainInput("column")), (Step("add", (0, 1)),), (2,))
 

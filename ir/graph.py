@@ -11,7 +11,7 @@ import networkx as nx
 from torch import fx
 
 from tersor.ir.program import Function, Program
-from tersor.ir.sites import structural_names
+from tersor.ir.site import structural_names
 from tersor.ir.structure import AttentionLayer, FeedForward, attention_layers, feed_forwards, is_norm
 
 

@@ -25,7 +25,7 @@ from torch import fx
 from tersor.errors import ProgramError
 from tersor.ir.dialect import ops
 from tersor.ir.program import Builder, Function
-from tersor.ir.verify import describe
+from tersor.ir.verifier import describe
 
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "eq", "ne", "logical_and", "logical_or"})
 MAX_SWEEPS = 100

@@ -25,7 +25,7 @@ from tersor.ir.dims import Dim
 from tersor.ir.parameters import Parameter, ParameterStore
 from tersor.ir.program import PROVENANCE, Function, Program, Range
 from tersor.ir.value import DTYPES, Value
-from tersor.ir.verify import verify
+from tersor.ir.verifier import verify
 
 FORMAT = "tersor-program"
 VERSION = 1

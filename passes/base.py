@@ -16,7 +16,7 @@ from torch import fx
 from tersor.errors import PipelineError
 from tersor.ir import Builder, Function, Program
 from tersor.ir.matching import Match, Rule, apply_rules
-from tersor.ir.sites import select as select_sites
+from tersor.ir.site import select as select_sites
 from tersor.passes.config import conform_fields, plain
 from tersor.passes.context import Context
 from tersor.passes.sites import site_of

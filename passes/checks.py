@@ -6,7 +6,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from tersor.ir import Function, Program
-from tersor.ir.sites import select
+from tersor.ir.site import select
 from tersor.passes import facts
 from tersor.passes.base import Finding, Pass
 from tersor.passes.facts import Place, Records

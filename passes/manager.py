@@ -11,7 +11,7 @@ import torch
 
 from tersor.errors import BudgetError, InputError, PipelineError, ProgramError, TersorError
 from tersor.ir import Program, verify
-from tersor.ir.cost import cost
+from tersor.ir.costs import cost
 from tersor.passes import checks, facts
 from tersor.passes.base import Equivalent, Exact, Finding, Pass, PassResult
 from tersor.passes.cache import StepCache

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tersor.ir import Program
-from tersor.ir.cost import cost
+from tersor.ir.costs import cost
 from tersor.passes.base import Finding, Pass
 
 Status = Literal["changed", "unchanged", "skipped", "reverted"]

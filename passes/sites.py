@@ -1,11 +1,11 @@
-"""Sites as passes and reports speak of them (see `tersor.ir.sites`)."""
+"""Sites as passes and reports speak of them (see `tersor.ir.site`)."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from tersor.ir import Program
-from tersor.ir.sites import sites
+from tersor.ir.site import sites
 
 
 def site_of(place: fx.Node | str) -> str:

@@ -118,6 +118,22 @@ def test_an_allowed_import_is_not_reported(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
+def test_no_name_hides_a_module() -> None:
+    """Where a package exports a function ``cost`` from its module ``cost``, ``tersor.ir.cost`` is never the module."""
+    hidden = []
+    packages = source_files(*ROOMS)
+    for path in packages:
+        if path.name != "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                name = alias.asname or alias.name
+                if node.module.endswith(f".{name}") and (path.parent / f"{name}.py").exists():
+                    hidden.append(f"{path.relative_to(ROOT)}: {name}")
+    assert len(packages) > 20
+    assert not hidden, hidden
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

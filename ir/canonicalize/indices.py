@@ -12,7 +12,7 @@ from tersor.ir.dims import shape_symbols
 from tersor.ir.interpreter import resolve
 from tersor.ir.matching import Match, P, Rule
 from tersor.ir.program import Builder
-from tersor.ir.verify import describe
+from tersor.ir.verifier import describe
 
 
 def _run(affine: Affine) -> tuple[Number, Number, set[int]] | None:

@@ -55,7 +55,7 @@ def artifact(path: Path) -> int:
 def program(path: Path, dynamic: shared.Dynamic | str | None) -> int:
     """The captured program as text, and what it costs."""
     import tersor
-    from tersor.ir.cost import cost
+    from tersor.ir.costs import cost
     from tersor.ir.text import print_program
 
     captured = tersor.capture(path, dynamic=dynamic)

@@ -3,8 +3,8 @@
 Engines run in processes of their own (`worker`) and take turns (`race`). None is a dependency of Tersor.
 """
 
-from tersor.peers.race import Measurement, race
 from tersor.peers.source import Folder, Source
+from tersor.peers.turns import Measurement, race
 from tersor.peers.worker import EngineError, Worker
 
 ENGINES = {

@@ -8,7 +8,7 @@ import torch
 
 from tersor.errors import InputError
 from tersor.ir import Program, Value, blocks, run
-from tersor.ir.blocks import finish, start
+from tersor.ir.block import finish, start
 from tersor.ir.samples import sample_inputs
 
 EXPECTED = {

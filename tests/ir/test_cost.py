@@ -10,7 +10,7 @@ import torch
 
 from tersor.errors import InputError
 from tersor.ir import Dim, Program, Range, Value, cost
-from tersor.ir.cost import function_cost, node_cost
+from tersor.ir.costs import function_cost, node_cost
 from tersor.ir.opset.__main__ import builtin_ops
 
 B, T = Dim.symbol("batch"), Dim.symbol("length")

@@ -7,7 +7,7 @@ import small_models
 
 from tersor.errors import InputError
 from tersor.ir import Program, find_site, select, sites
-from tersor.ir.sites import structural_names
+from tersor.ir.site import structural_names
 
 
 def structural(program: Program) -> dict[str, str]:

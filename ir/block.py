@@ -19,7 +19,7 @@ from torch import fx
 
 from tersor.ir.interpreter import Observer, bind_dims, execute
 from tersor.ir.program import Function
-from tersor.ir.sites import structural_names
+from tersor.ir.site import structural_names
 from tersor.ir.structure import attention_layers, find_blocks, residual_join
 
 
