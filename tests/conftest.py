@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run, however slow the machine; `pytest --hypothesis-profile=default` looks for new ones.
+settings.register_profile("tersor", derandomize=True, deadline=None)
+settings.load_profile("tersor")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test draws the same numbers whether it runs alone or behind others."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def _regrouped(draw, shape):
     return result
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(chains())
 def test_any_chain_keeps_its_meaning_and_needs_three_moves_at_most(chain):
     shape, moves = chain

@@ -77,7 +77,7 @@ def towers(draw):
     return tower
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(towers())
 def test_what_is_read_is_what_is_computed(tower):
     affine, program = read(tower)

@@ -83,7 +83,7 @@ def reordered(program: Program, seed: int) -> Program:
     return new
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     programs(),
     st.integers(0, 9),

@@ -388,7 +388,7 @@ def test_a_header_that_claims_huge_sizes(saved):
             load_program(saved.folder)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_is_loaded_or_refused(data, saved):
     """Replaces one random place of the JSON by something else: nothing but a ProgramError may come out."""

@@ -32,7 +32,7 @@ def transformers(draw) -> Transformer:
     )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(transformers())
 def test_folds_keep_results_and_leave_no_zero_structure(model):
     made = in_float64(model.build())
