@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tersor.codegen.tiles import GemmTile, choose, neighbours
-from tersor.errors import TargetError
+from tersor.errors import CompileError, TargetError
 from tersor.ir.dims import evaluate_shape, shape_symbols
 from tersor.targets import Target, missing_on_host
 
@@ -70,12 +70,19 @@ class Database:
     """Records in a file of JSON lines, found by content: kernel, target, and versions of the code generators.
 
     Records are appended one by one, so an interrupted search loses at most the kernel it was timing.
+
+    Raises:
+        CompileError: the file cannot be read, or its folder not made.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.used: dict[str, Record] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unusable(path, error) from error
         self._records = {record.key: record for record in map(Record.from_json, lines) if record}
 
     def __len__(self) -> int:
@@ -89,15 +96,26 @@ class Database:
         return record
 
     def add(self, record: Record) -> None:
-        """Keep a record, on disk when this returns. OSError when the file cannot be written."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            torn = file.read(1) not in (b"", b"\n")
-            file.write((("\n" if torn else "") + record.to_json() + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """Keep a record, on disk when this returns. CompileError when the file cannot be written."""
+        try:
+            with self.path.open("a+b") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                torn = file.read(1) not in (b"", b"\n")
+                file.write((("\n" if torn else "") + record.to_json() + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unusable(self.path, error) from error
         self._records[record.key] = record
+
+
+def _unusable(path: Path, error: Exception) -> CompileError:
+    return CompileError(
+        "the database of measured tiles cannot be used",
+        where=str(path),
+        why=str(error),
+        fix="free space or permissions there, let XDG_CACHE_HOME name another folder, or compile without tuning",
+    )
 
 
 def default_path() -> Path:

@@ -13,7 +13,7 @@ from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import GemmTile, choose, most_rows, neighbours, panel_width, partition
 from tersor.codegen.tuning import Database, Record, recorded_tile, tune, using
-from tersor.errors import TargetError
+from tersor.errors import CompileError, TargetError
 from tersor.ir.dims import Dim
 from tersor.targets import resolve
 
@@ -103,6 +103,17 @@ def test_torn_write_loses_only_its_own_record(tmp_path):
     again.add(record(third))
     last = Database(database.path)
     assert [last.find(kernel, AVX2) is not None for kernel in (first, second, third)] == [True, False, True]
+
+
+def test_a_file_that_cannot_be_used_is_explained(tmp_path):
+    (tmp_path / "file").write_bytes(b"\xff")
+    for path in (tmp_path / "file", tmp_path / "file" / "tuning.jsonl", tmp_path):
+        with pytest.raises(CompileError, match="cannot be used(\n.*)*XDG_CACHE_HOME"):
+            Database(path)
+    database = Database(tmp_path / "t.jsonl")
+    database.path.mkdir()
+    with pytest.raises(CompileError, match="cannot be used"):
+        database.add(record(Gemm((8,), 16, 32, panel=16)))
 
 
 @pytest.mark.parametrize("line", ["", "[]", "3", "{}", '{"tile": 3}', '{"tile": {"rows": 3}}', "\x00"])
