@@ -7,7 +7,9 @@ tersor inspect ./all-MiniLM-L6-v2
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from tersor.cli import options as shared
 from tersor.cli.output import human, table
@@ -29,10 +31,12 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def artifact(path: Path) -> int:
-    """Signatures, origin and files, from the manifest alone."""
-    from tersor.codegen.runtime.folder import read_manifest
+    """Signatures, origin, files and what the passes did; also of an artifact that this CPU cannot run."""
+    from tersor.codegen.runtime.folder import map_files, read_manifest
+    from tersor.codegen.runtime.manifest import REPORT
 
     manifest = read_manifest(path)
+    report = json.loads(bytes(map_files(path, manifest)[REPORT]))
     for name, signature in manifest.functions.items():
         inputs, outputs = (", ".join(map(str, tensors)) for tensors in (signature.inputs, signature.outputs))
         print(f"{name}({inputs}) -> {outputs}")
@@ -49,7 +53,20 @@ def artifact(path: Path) -> int:
             *((file, human(record.size)) for file, record in manifest.files.items()),
         ],
     )
+    if report.get("steps"):
+        table(
+            ("pass", "result", "places", "parameters", "MACs", "error"),
+            map(row, report["steps"]),
+            right=("places", "parameters", "MACs", "error"),
+        )
     return 0
+
+
+def row(step: dict[str, Any]) -> tuple[str, ...]:
+    """A pass of the report: what it left of the program, and how far it moved the results."""
+    error = "" if step["error"] is None else f"{float(step['error']):.1e}"
+    left = (f"{step['after'][key]:,}" for key in ("parameters", "macs"))
+    return (step["name"], step["status"], str(len(step["changes"]) or ""), *left, error)
 
 
 def program(path: Path, dynamic: shared.Dynamic | str | None) -> int:

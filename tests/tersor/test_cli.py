@@ -327,6 +327,7 @@ def test_inspect_shows_an_artifact_and_a_folder(
     assert main(["inspect", str(artifact)]) == 0
     shown = capsys.readouterr().out
     assert "length from 1 to 32" in shown and "weights.safetensors" in shown and "fp32" in shown
+    assert "fold.value_bias" in shown and "changed" in shown
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "attention" in shown and "MAC" in shown
