@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}", fix="give a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            "the model is a TorchScript module",
+            why="torch.export traces Python code, which it no longer has",
+            fix="give the module that it was made from",
+        )
     tensors, constants = _bind_inputs(model, example_inputs)
     dims = read_dynamic({} if dynamic is None else dynamic, tensors)
     _check_weights(model, allow_nonfinite)
@@ -205,7 +212,12 @@ def _bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, torch
     named = _argument_names(model)
     example_inputs = by_name(model, example_inputs)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    unknown = [n for n in example_inputs if n not in named and not anything]
+    # forward(**kwargs) takes every name, but one nearly right is a mistake that it would swallow
+    unknown = [
+        n
+        for n in example_inputs
+        if n not in named and (not anything or get_close_matches(n, set(named) - set(example_inputs), 1, 0.9))
+    ]
     missing = [
         n for n in named if parameters[n].default is inspect.Parameter.empty and n not in example_inputs
     ]
@@ -362,6 +374,8 @@ class _Conversion:
             elif node.op == "call_function":
                 self.environment[node] = self._call(node)
         results = self.exported.graph.output_node().args[0]
+        if not results:
+            raise CaptureError("the model returns no tensor", fix="return what is to be computed")
         if len(set(output_names)) != len(output_names):
             raise CaptureError(f"output names collide: {', '.join(output_names)}", fix="rename the outputs")
         self.function.set_outputs(

@@ -326,5 +326,23 @@ def test_dtypes_that_disagree_are_explained():
     assert "expected float64" in message and "dtypes agree" in message
 
 
+def test_a_misspelt_name_is_not_swallowed_by_keywords():
+    class Takes(nn.Module):
+        def forward(self, input_ids=None, mask=None, **more):
+            return input_ids + 1
+
+    assert "unknown: inputs_ids" in refuse(InputError, Takes(), {"inputs_ids": X})
+    assert set(capture(Takes(), {"input_ids": X, "anything_else": X}).main.inputs) >= {"input_ids"}
+
+
+def test_results_without_a_tensor():
+    assert "no tensor" in refuse(CaptureError, Call(lambda x: None), (X,))
+
+
+def test_a_scripted_module():
+    scripted = torch.jit.script(nn.Linear(8, 8))
+    assert "TorchScript" in refuse(InputError, scripted, (X,))
+
+
 def test_something_else_than_a_module():
     assert "torch.nn.Module" in refuse(InputError, np.tanh, (X,))
