@@ -2,6 +2,7 @@
 
 torch_export    any torch.nn.Module, through torch.export; `aten` has what each operator becomes
 transformers    model objects and local folders of Hugging Face transformers
+onnx            ONNX files
 dynamic         named dynamic dimensions; `symbols` translates torch's
 origin          module paths, source lines, and torch.export's failures in our words
 """
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["capture"]
 
 
+def is_onnx(model: Any) -> bool:
+    """Whether a model is an ONNX file by its name, or what the package onnx makes of one."""
+    if isinstance(model, str | Path):
+        return Path(model).suffix.lower() == ".onnx"
+    return type(model).__name__ == "ModelProto" and type(model).__module__.startswith("onnx")
+
+
 def capture(
     model: nn.Module | str | Path,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -31,7 +39,8 @@ def capture(
     """Captures a model as a program.
 
     Args:
-        model: a ``torch.nn.Module``, a transformers model, or a local folder with config.json and safetensors.
+        model: a ``torch.nn.Module``, a transformers model, a local folder with config.json and safetensors, or an ONNX
+            file (a path that ends in .onnx, or an ``onnx.ModelProto``).
         example_inputs: arguments of ``forward`` by name, or a tuple in its order; may be left out for transformers
             models, for which they are made.
         dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``; masks and ids of the
@@ -49,6 +58,10 @@ def capture(
     from tersor.frontends import torch_export, transformers
 
     options = {"name": name, "allow_nonfinite": allow_nonfinite}
+    if is_onnx(model):
+        from tersor.frontends import onnx
+
+        return onnx.capture(model, example_inputs, None if dynamic == "auto" else dynamic, **options)
     if isinstance(model, str | Path):
         model = transformers.load(model)
     model = transformers.unwrap(model)

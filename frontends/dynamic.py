@@ -62,7 +62,7 @@ def read_dynamic(spec: DynamicSpec, tensors: Mapping[str, torch.Tensor]) -> Dyna
                 fix=f"use their names: {', '.join(tensors)}",
             )
         for axis, entry in dims.items():
-            dim, low, high = _entry(name, axis, entry)
+            dim, low, high = read_entry(name, axis, entry)
             shape = tuple(tensors[name].shape)
             if not _whole(axis) or not -len(shape) <= axis < len(shape):
                 raise InputError(
@@ -107,7 +107,12 @@ def export_dims(dims: DynamicDims, tensors: Mapping[str, torch.Tensor]) -> dict[
     }
 
 
-def _entry(name: str, axis: Any, entry: Any) -> tuple[str, int, int]:
+def read_entry(name: str, axis: Any, entry: Any) -> tuple[str, int, int]:
+    """One (dimension name, smallest, largest) as the caller wrote it.
+
+    Raises:
+        InputError: it is none.
+    """
     well_formed = (
         isinstance(entry, tuple | list)
         and len(entry) == 3

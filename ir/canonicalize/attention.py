@@ -155,19 +155,20 @@ def _with(m: Match, build: Builder, operands: list[Any] | tuple[Any, ...], **cha
     return build.emit(m.root.target, *operands, **{**m.root.kwargs, **changed})
 
 
-def _scaled_operand(m: Match) -> tuple[int, fx.Node, float] | None:
+def _scaled_operand(m: Match) -> tuple[int, fx.Node, Layout, float] | None:
+    """The query or key operand that is a number times a value: its position, the value, its layout, the number."""
     for i in (0, 1):
-        node = m.root.args[i]
+        node, layout = trace(m.root.args[i])
         if is_call(node, "mul", "div") and is_number(node.args[1]) and isinstance(node.args[0], fx.Node):
-            return i, node.args[0], node.args[1] if node.target.name == "mul" else 1 / node.args[1]
+            return i, node.args[0], layout, node.args[1] if node.target.name == "mul" else 1 / node.args[1]
         if is_call(node, "mul") and is_number(node.args[0]):
-            return i, node.args[1], node.args[0]
+            return i, node.args[1], layout, node.args[0]
     return None
 
 
 def _fold_scale(build: Builder, m: Match) -> fx.Node:
-    i, x, factor = _scaled_operand(m)
-    operands = [x if j == i else a for j, a in enumerate(m.root.args)]
+    i, x, layout, factor = _scaled_operand(m)
+    operands = [arrange(build, x, layout) if j == i else a for j, a in enumerate(m.root.args)]
     return _with(m, build, operands, scale=m.root.kwargs["scale"] * factor)
 
 
@@ -216,11 +217,15 @@ def _share_keys(build: Builder, m: Match) -> fx.Node:
     return _with(m, build, operands, kv_heads=heads)
 
 
+_SOFTMAX = P.softmax(P.any("scores")).named("softmax")
+# Exporters spell out that a row which hides every key gives 0, as it does in the operation.
+_SAFE_SOFTMAX = P.where(P.ne(_SOFTMAX, _SOFTMAX), 0.0, _SOFTMAX)
+
 RULES = (
     # matmul(softmax(matmul(q, k^T) * scale + mask), v)  ->  attention(q, k, v, mask) on merged heads
     Rule(
         "attention.fuse",
-        P.matmul(P.softmax(P.any("scores")).named("softmax"), P.any("v")),
+        P.matmul(P.one_of(_SOFTMAX, _SAFE_SOFTMAX), P.any("v")),
         _fuse,
         _is_attention,
     ),

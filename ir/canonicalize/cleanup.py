@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from tersor.ir.dims import Dim
 from tersor.ir.matching import Match, P, Rule, is_call
 from tersor.ir.opset.rules import broadcast
 from tersor.ir.program import Builder, Function
@@ -81,6 +82,28 @@ def _compose_slices(build: Builder, m: Match) -> fx.Node:
 
 def _axis(node: fx.Node) -> int:
     return node.kwargs["dim"] % node.meta["value"].rank
+
+
+def _part_of_concat(m: Match) -> tuple[fx.Node, int | Dim, int | Dim] | None:
+    """The operand of a concat that a slice lies in, and where in it."""
+    axis, begin = _axis(m.root), m.root.kwargs.get("start", 0)
+    if m.root.kwargs.get("step", 1) != 1 or _axis(m["whole"]) != axis:
+        return None
+    length = m.root.meta["value"].shape[axis]
+    position: int | Dim = 0
+    for part in m["whole"].args[0]:
+        size = part.meta["value"].shape[axis]
+        start = begin - position
+        left = size - start - length
+        if isinstance(start, int) and isinstance(left, int) and start >= 0 and left >= 0:
+            return part, start, start + length
+        position = position + size
+    return None
+
+
+def _slice_part(build: Builder, m: Match) -> fx.Node:
+    part, start, end = _part_of_concat(m)
+    return build.slice(part, dim=_axis(m.root), start=start, end=end)
 
 
 def _broadcasts_alone(m: Match) -> str | None:
@@ -194,6 +217,13 @@ RULES = (
     Rule("cleanup.cast_of_cast", P.cast(P.cast(_X).named("inner")), _cast_once, _inner_is_exact),
     # slice(slice(x))  ->  slice(x)
     Rule("cleanup.slice_of_slice", P.slice(P.slice(_X).named("inner")), _compose_slices, _slices_compose),
+    # slice(concat(x, y))  ->  slice(x), where it lies in x alone
+    Rule(
+        "cleanup.slice_of_concat",
+        P.slice(P.concat(...).named("whole")),
+        _slice_part,
+        lambda m: None if _part_of_concat(m) else "it does not lie in one operand",
+    ),
     # expand(expand(x))  ->  expand(x)
     Rule(
         "cleanup.expand_of_expand",

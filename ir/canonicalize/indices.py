@@ -8,7 +8,7 @@ from torch import fx
 
 from tersor.errors import CaptureError
 from tersor.ir.canonicalize.affine import Affine, Number, Positions, known
-from tersor.ir.dims import shape_symbols
+from tersor.ir.dims import Dim, shape_symbols
 from tersor.ir.interpreter import resolve
 from tersor.ir.matching import Match, P, Rule
 from tersor.ir.program import Builder
@@ -40,6 +40,22 @@ def _index(m: Match) -> Affine | None:
     return Positions(m.function).affine(m["index"])
 
 
+class TableTooShort(CaptureError):
+    """A table has fewer rows than the dynamic dimensions allow to be read.
+
+    Attributes:
+        dim: the dimension that is too large, where there is only one.
+        limit: the largest size for which the table suffices.
+    """
+
+    def __init__(self, what: str, *, rows: Number, end: Number, **details: str):
+        super().__init__(what, **details)
+        names = sorted(shape_symbols((end, rows)))
+        slack = Dim.symbol(names[0]) + (rows - end) if len(names) == 1 else None
+        self.dim = names[0] if isinstance(slack, int) else None
+        self.limit = slack if isinstance(slack, int) else 0
+
+
 def _check_inside(m: Match, table: fx.Node, dim: int) -> None:
     """Positions that run past a table are an error of the signature, and nobody would find it at run time."""
     start, count, _ = _run(_index(m))
@@ -49,8 +65,10 @@ def _check_inside(m: Match, table: fx.Node, dim: int) -> None:
         sizes = dict(zip(names, extremes, strict=True))
         if resolve(end - rows, sizes) > 0:
             at = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise CaptureError(
+            raise TableTooShort(
                 f"{rows} rows are too few for the dynamic dimensions",
+                rows=rows,
+                end=end,
                 where=describe(table),
                 why=f"rows up to {end} are read, and the signature allows {at or 'it'}",
                 fix=f"narrow the range of {' or '.join(names) or 'positions'}, or name the same dimensions for all "

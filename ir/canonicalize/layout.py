@@ -244,6 +244,19 @@ def _sink_both(build: Builder, m: Match) -> fx.Node:
     return arrange(build, build.emit(m.root.target, x, y), layout)
 
 
+def _last_axis_stays(m: Match) -> str | None:
+    if m.value("vector").shape != m.value("x").shape[-1:]:
+        return f"{m.value('vector')} is not one number per channel"
+    _, layout = trace(m["x"])
+    same = layout.source and layout.source[-1] == layout.result[-1]
+    return None if same else "the last axis does not stay as it is"
+
+
+def _sink_vector(build: Builder, m: Match) -> fx.Node:
+    source, layout = trace(m["x"])
+    return arrange(build, build.emit(m.root.target, source, m["vector"]), layout)
+
+
 def _wider(layout: Layout, width: int | Dim) -> Layout:
     """The layout when the last axis, which stays whole, gets another size."""
     atoms = layout.source[-1]
@@ -301,6 +314,13 @@ RULES = (
         P.op(("add", "sub", "mul", "div"), P.op(MOVES, P.any()).named("x"), P.op(MOVES, P.any()).named("y")),
         _sink_both,
         _same_move,
+    ),
+    # reshape(x) + bias  ->  reshape(x + bias)
+    Rule(
+        "layout.sink_vector",
+        P.op(("add", "mul"), P.op(MOVES, P.any()).named("x"), P.parameter("vector")),
+        _sink_vector,
+        _last_axis_stays,
     ),
     # slice(permute(reshape(x)))  ->  permute(reshape(slice(x)))
     Rule("layout.lift_slice", P.slice(_MOVED), _lift_slice, _slice_lifts),

@@ -1,0 +1,149 @@
+"""Quantized ONNX operators, evaluated in float32.
+
+Integers of 8 bits, and sums of their products up to 2^24, are exact in float32; larger sums are rounded to 24 bits.
+What is stored quantized becomes float32 parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tersor.frontends.onnx.elementwise import WHOLE, round_half_even
+from tersor.frontends.onnx.reader import dtype_name
+from tersor.frontends.onnx.table import MICROSOFT, Call, converts, dtype, size
+from tersor.frontends.onnx.values import Known
+
+_LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
+
+
+def _integers(c: Call, x: fx.Node, name: str) -> fx.Node:
+    """A float32 value of whole numbers within the type's range, as that type."""
+    result = c.build.cast(x, dtype=name)
+    result.meta[WHOLE] = True
+    return result
+
+
+def as_float(c: Call, x: fx.Node | Known) -> fx.Node:
+    """Integers as float32, without the detour where they are such a cast."""
+    if isinstance(x, Known):
+        return c.as_node(Known(x.tensor.float(), name=x.name))
+    return x.args[0] if x.meta.get(WHOLE) else c.cast(x, "float32")
+
+
+@converts("DequantizeLinear", since=10)
+@converts("DequantizeLinear", domain=MICROSOFT)
+def _dequantize(c: Call) -> Any:
+    """(x - zero point) * scale; a stored x is dequantized here and keeps its name."""
+    x, scale, zero = c.require(0), c.require(1), c.inputs[2] if c.given(2) else None
+    axis, block = c.attribute("axis", 1), c.attribute("block_size", 0)
+    stored = all(y is None or isinstance(y, Known) and y.tensor is not None for y in (x, scale, zero))
+    if stored:
+        s = _along(x.tensor.shape, scale.tensor, axis, block)
+        centred = x.tensor.float()
+        if zero is not None:
+            centred = centred - _along(x.tensor.shape, zero.tensor, axis, block).float()
+        return Known((centred * s.float()).to(scale.tensor.dtype), name=x.name)
+    if block:
+        raise c.refuse("dequantizes computed values block by block", why="that comes with integer execution")
+    result = as_float(c, x)
+    if zero is not None and not _is_zero(zero):
+        result = c.build.sub(result, _factor(c, as_float(c, zero), result, axis))
+    return c.build.mul(result, _factor(c, c.as_node(scale), result, axis))
+
+
+def _is_zero(zero: fx.Node | Known) -> bool:
+    return isinstance(zero, Known) and not zero.tensor.any()
+
+
+def _along(shape: torch.Size, factor: torch.Tensor, axis: int, block: int) -> torch.Tensor:
+    """Scale or zero point in a form that broadcasts over x: one number, one per channel, or one per block."""
+    if factor.numel() == 1:
+        return factor.reshape(())
+    if block:
+        return factor.repeat_interleave(block, dim=axis).narrow(axis, 0, shape[axis])
+    return factor.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+
+
+def _factor(c: Call, factor: fx.Node, x: fx.Node, axis: int) -> Any:
+    if size(factor) in ((), (1,)):
+        return c.reshape(factor, ())
+    return c.reshape(factor, [d if i == axis % len(size(x)) else 1 for i, d in enumerate(size(x))])
+
+
+@converts("QuantizeLinear", since=10)
+@converts("QuantizeLinear", domain=MICROSOFT)
+def _quantize(c: Call) -> fx.Node:
+    """saturate(round(x / scale) + zero point)."""
+    x, scale = c.node(0), c.node(1)
+    code = c.attribute("output_dtype", 0)
+    name = dtype(c.require(2)) if c.given(2) else dtype_name(code) if code else "uint8"
+    if name not in _LIMITS or c.attribute("block_size", 0):
+        raise c.refuse(f"makes {name}, or works in blocks", why="8 and 16 bits by channel are known")
+    axis = c.attribute("axis", 1)
+    codes = round_half_even(c, c.build.div(x, _factor(c, scale, x, axis)))
+    if c.given(2) and not _is_zero(c.require(2)):
+        codes = c.build.add(codes, _factor(c, as_float(c, c.require(2)), x, axis))
+    low, high = _LIMITS[name]
+    return _integers(c, _clamped(c, codes, low, high), name)
+
+
+def _clamped(c: Call, x: fx.Node, low: int, high: int) -> fx.Node:
+    return c.build.minimum(c.build.maximum(x, float(low)), float(high))
+
+
+@converts("DynamicQuantizeLinear", since=11)
+def _dynamic_quantize(c: Call) -> tuple[fx.Node, ...]:
+    codes, scale, zero = dynamic_codes(c, c.node(0))
+    return _integers(c, codes, "uint8"), scale, _integers(c, zero, "uint8")
+
+
+def dynamic_codes(c: Call, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """uint8 codes as float32, scale and zero point by the range of the whole tensor, which includes 0."""
+    axes = tuple(range(len(size(x))))
+    high = c.build.maximum(c.build.amax(x, dims=axes), 0.0)
+    low = c.build.minimum(c.build.amin(x, dims=axes), 0.0)
+    scale = c.build.div(c.build.sub(high, low), 255.0)
+    scale = c.build.where(c.build.eq(scale, 0.0), 1.0, scale)
+    zero = round_half_even(c, _clamped(c, c.build.div(c.build.neg(low), scale), 0, 255))
+    codes = _clamped(c, c.build.add(round_half_even(c, c.build.div(x, scale)), zero), 0, 255)
+    return codes, scale, zero
+
+
+@converts("MatMulInteger", since=10)
+def _matmul_integer(c: Call) -> fx.Node:
+    return _integers(c, c.build.matmul(_centred(c, 0, 2), _centred(c, 1, 3)), "int32")
+
+
+def _centred(c: Call, i: int, zero: int) -> fx.Node:
+    """Operand i less its zero point, which is a number, or one per row of A or column of B."""
+    x = c.require(i)
+    if not c.given(zero) or _is_zero(c.require(zero)):
+        return as_float(c, x)
+    point = c.require(zero)
+    if isinstance(x, Known) and isinstance(point, Known):
+        shifted = x.tensor.float() - point.tensor.float()
+        return c.as_node(Known(shifted, name=x.name))
+    point = as_float(c, point)
+    if i == 0 and len(size(point)) == 1 and size(point) != (1,):
+        point = c.reshape(point, (*size(point), 1))
+    return c.build.sub(as_float(c, x), c.reshape(point, ()) if size(point) == (1,) else point)
+
+
+@converts("MatMulIntegerToFloat", domain=MICROSOFT)
+def _matmul_integer_to_float(c: Call) -> fx.Node:
+    """A, B, scale of A, scale of B, zero points, bias."""
+    result = c.build.matmul(_centred(c, 0, 4), _centred(c, 1, 5))
+    result = c.build.mul(c.build.mul(result, c.node(2)), c.node(3))
+    return c.build.add(result, c.node(6)) if c.given(6) else result
+
+
+@converts("DynamicQuantizeMatMul", domain=MICROSOFT)
+def _dynamic_quantize_matmul(c: Call) -> fx.Node:
+    """A is quantized by its range; B, its scale, its zero point, bias."""
+    codes, scale, zero = dynamic_codes(c, c.node(0))
+    result = c.build.matmul(c.build.sub(codes, zero), _centred(c, 1, 3))
+    result = c.build.mul(result, c.build.mul(c.node(2), scale))
+    return c.build.add(result, c.node(4)) if c.given(4) else result
