@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tersor import folders
 from tersor.codegen.runtime.manifest import FILES, MANIFEST, PIECE, FileRecord, Manifest
 from tersor.errors import ArtifactError
+from tersor.folders import may_replace, new_folder
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def new_artifact(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
     try:
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with folders.new_folder(path) as temporary:
+        with new_folder(path) as temporary:
             yield temporary
     except OSError as error:
         raise _unwritable(path, error, size) from error
@@ -47,7 +47,7 @@ def check_place(path: str | os.PathLike[str], overwrite: bool = True) -> Path:
                 why=f"the folder {str(path.parent)!r} does not exist",
                 fix="create it, or choose another place",
             )
-        if not folders.may_replace(path, MANIFEST):
+        if not may_replace(path, MANIFEST):
             raise ArtifactError(
                 f"will not overwrite {str(path)!r}",
                 why="it exists and is not a Tersor artifact",
