@@ -57,7 +57,7 @@ def capture(
             notes = canonicalize(program)
             break
         except TableTooShort as error:
-            if error.dim not in assumed or not 1 <= error.limit < dims[error.dim].max:
+            if error.dim not in assumed or not 1 <= error.limit < limits.get(error.dim, dims[error.dim].max):
                 raise
             limits[error.dim] = error.limit  # nobody asked for the range that is too large
     for note in notes:

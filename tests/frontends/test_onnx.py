@@ -1,0 +1,143 @@
+"""Models through torch's ONNX exporter: the same program as from torch, whatever the exporter takes apart."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import models
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+from tersor import frontends  # noqa: E402
+from tersor.errors import CaptureError, InputError  # noqa: E402
+from tersor.ir import Range  # noqa: E402
+
+ALL = [*models.TEXT, *models.OTHER]
+
+
+def _built(name: str) -> nn.Module:
+    """Every matrix is different, or the exporter would store equal ones once, under one of their names."""
+    torch.manual_seed(0)
+    model = models.prepared(models.TEXT[name]() if name in models.TEXT else models.OTHER[name][0]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    return model
+
+
+def _inputs(name: str, *sizes: int) -> dict[str, torch.Tensor]:
+    return models.text(*sizes) if name in models.TEXT else models.OTHER[name][1](*sizes[:1])
+
+
+def _dynamic(name: str) -> dict:
+    if name in models.TEXT:
+        return models.text_dims()
+    return {n: {0: ("batch", 1, 8)} for n in _inputs(name, 2)}
+
+
+def export(model: nn.Module, inputs: dict, dynamic: dict, path) -> str:
+    """torch.onnx.export with named dynamic dimensions."""
+    dims = {
+        d[0]: torch.export.Dim(d[0], min=d[1], max=d[2]) for axes in dynamic.values() for d in axes.values()
+    }
+    shapes = {n: {a: dims[d[0]] for a, d in dynamic[n].items()} for n in inputs}
+    arguments = {**inputs, **models.no_cache(model)}
+    shapes.update({n: None for n in models.no_cache(model)})
+    silenced = logging.root.manager.disable
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        logging.disable(logging.ERROR)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, (), kwargs=arguments, dynamo=True, dynamic_shapes=shapes, verbose=False
+            )
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        logging.disable(silenced)
+    program.save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Each model with its file, made once."""
+    made: dict[str, tuple[nn.Module, str]] = {}
+
+    def get(name: str) -> tuple[nn.Module, str]:
+        if name not in made:
+            model, path = _built(name), tmp_path_factory.mktemp("onnx") / f"{name}.onnx"
+            made[name] = model, export(model, _inputs(name, 3, 12), _dynamic(name), path)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_file_gives_the_program_that_torch_gives(exported, name):
+    model, path = exported(name)
+    program = frontends.capture(path, dynamic=_dynamic(name))
+    from_torch = frontends.capture(
+        model, {**_inputs(name, 3, 12), **models.no_cache(model)}, dynamic=_dynamic(name)
+    )
+    assert models.operations(program) == models.operations(from_torch)
+    assert _sites(program) == _sites(from_torch)
+    for sizes in ((1, 5), (2, 33)):
+        inputs = _inputs(name, *sizes)
+        expected = models.reference(model, inputs).values()
+        for actual, wanted in zip(program(**inputs).values(), expected, strict=True):
+            assert float((actual - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+def _sites(program) -> set[str]:
+    return {n.meta["site"] for n in program.main.calls() if "site" in n.meta}
+
+
+def test_dimensions_keep_the_names_of_the_file(exported):
+    _, path = exported("distilbert")
+    program = frontends.capture(path)
+    assert program.main.dims == {"batch": Range(1, 8), "length": Range(1, 512)}
+    program = frontends.capture(path, dynamic={"input_ids": {1: ("tokens", 2, 40)}})
+    assert program.main.dims == {"batch": Range(1, 8), "tokens": Range(2, 40)}
+    program = frontends.capture(path, dynamic={"input_ids": {0: ("batch", 1, 1), 1: ("length", 16, 16)}})
+    assert not program.main.dims and program.main.inputs["input_ids"].shape == (1, 16)
+
+
+def test_assumed_ranges_end_where_positions_end(exported):
+    path = exported("spelt_out")[1]
+    assert frontends.capture(path).main.dims["length"].max == 64, "its tables have 64 rows"
+    with pytest.raises(CaptureError, match="64"):
+        frontends.capture(path, dynamic={"input_ids": {1: ("length", 1, 65)}})
+
+
+@pytest.mark.parametrize(
+    "dynamic, message",
+    [
+        ({"ids": {0: ("batch", 1, 8)}}, "dynamic names the input 'ids'"),
+        ({"input_ids": {2: ("batch", 1, 8)}}, "axis 2"),
+        ({"input_ids": {0: ("batch", 8, 1)}}, "dynamic dimension"),
+        ({"input_ids": {0: ("a", 1, 8)}, "attention_mask": {0: ("b", 1, 8)}}, "'a' and 'b'"),
+    ],
+)
+def test_unusable_dimensions(exported, dynamic, message):
+    with pytest.raises(InputError, match=message):
+        frontends.capture(exported("bert")[1], dynamic=dynamic)
+
+
+def test_examples_are_checked(exported):
+    path = exported("post_norm")[1]
+    assert frontends.capture(path, models.text(12, 600)).main.dims == {
+        "batch": Range(1, 12), "length": Range(1, 600),
+    }  # fmt: skip
+    with pytest.raises(InputError, match="missing: attention_mask"):
+        frontends.capture(path, {"input_ids": models.text()["input_ids"]})
+    with pytest.raises(InputError, match="two sizes"):
+        frontends.capture(path, {**models.text(2, 8), "attention_mask": models.text(2, 9)["attention_mask"]})
+    with pytest.raises(CaptureError, match="64"):
+        frontends.capture(exported("spelt_out")[1], models.text(2, 65))
