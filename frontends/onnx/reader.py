@@ -117,7 +117,7 @@ class StoredTensor:
         return torch.from_numpy(array).to(DTYPES[name])
 
     def _external(self, size: int) -> np.ndarray:
-        entries = {e.key: e.value for e in self.proto.external_data}
+        entries = {_text(e.key): _text(e.value) for e in self.proto.external_data}
         if self.folder is None:
             raise InputError("its data is in another file", fix="give the path of the model's file")
         location = entries.get("location", "")
@@ -272,33 +272,33 @@ class _Reader:
     def graph(self, proto: Any) -> Graph:
         if proto.sparse_initializer:
             raise CaptureError("the model stores sparse tensors", why="programs have none")
-        tensors = {t.name: StoredTensor(t, self.folder) for t in proto.initializer}
+        tensors = {_text(t.name): StoredTensor(t, self.folder) for t in proto.initializer}
         return Graph(
             self.operators(proto.node),
             tensors,
-            tuple(i.name for i in proto.input),
-            tuple(o.name for o in proto.output),
+            tuple(_text(i.name) for i in proto.input),
+            tuple(_text(o.name) for o in proto.output),
         )
 
     def operators(self, protos: Sequence[Any]) -> tuple[Operator, ...]:
         return _sorted([self.operator(p) for p in protos])
 
     def operator(self, proto: Any) -> Operator:
-        metadata = {m.key: m.value for m in proto.metadata_props}
+        metadata = {_text(m.key): _text(m.value) for m in proto.metadata_props}
         return Operator(
-            proto.name,
+            _text(proto.name),
             _domain(proto.domain),
-            proto.op_type,
-            tuple(proto.input),
-            tuple(proto.output),
-            {a.name: self.attribute(a) for a in proto.attribute},
+            _text(proto.op_type),
+            tuple(map(_text, proto.input)),
+            tuple(map(_text, proto.output)),
+            {_text(a.name): self.attribute(a) for a in proto.attribute},
             module_path(proto.name, metadata),
             source_line(metadata),
         )
 
     def attribute(self, proto: Any) -> Any:
         if proto.ref_attr_name:
-            return Reference(proto.ref_attr_name)
+            return Reference(_text(proto.ref_attr_name))
         match proto.type:
             case 1:
                 return proto.f
@@ -320,7 +320,14 @@ class _Reader:
 
 
 def _domain(domain: str) -> str:
-    return STANDARD if domain == "ai.onnx" else domain
+    return STANDARD if domain == "ai.onnx" else _text(domain)
+
+
+def _text(name: str | bytes) -> str:
+    """A name; protobuf hands out bytes where they are no text."""
+    if not isinstance(name, str):
+        raise InputError("the ONNX file is damaged: a name is not text", where=repr(name[:80]))
+    return name
 
 
 def _opsets(imports: Any) -> dict[str, int]:
@@ -339,8 +346,10 @@ def _input(proto: Any) -> Input:
     sizes: list[int | str | None] = []
     for d in tensor.shape.dim:
         # Old exporters write -1 for a size that they leave open.
-        sizes.append(d.dim_param or (d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None))
-    return Input(proto.name, dtype_name(tensor.elem_type), tuple(sizes))
+        sizes.append(
+            _text(d.dim_param) or (d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None)
+        )
+    return Input(_text(proto.name), dtype_name(tensor.elem_type), tuple(sizes))
 
 
 def _sorted(operators: list[Operator]) -> tuple[Operator, ...]:

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx
 
+from tersor.errors import CaptureError
 from tersor.ir.canonicalize.affine import is_stored
 from tersor.ir.dims import Dim, evaluate_shape
 from tersor.ir.interpreter import execute
 from tersor.ir.matching import is_call
 from tersor.ir.program import Function
+from tersor.ir.verifier import describe
 
 SMALL = 1 << 16  # bytes that a new constant may always have
 LARGEST_TABLE = 1 << 28  # bytes of a table that is tried at all
@@ -93,8 +95,15 @@ def _symbols(node: fx.Node) -> frozenset[str]:
 
 def _evaluate(function: Function, cone: list[fx.Node], sizes: dict[str, int]) -> torch.Tensor:
     values: dict[fx.Node, torch.Tensor] = {}
-    with torch.no_grad():
-        execute(function, cone, values, sizes, keep={cone[-1]})
+    try:
+        with torch.no_grad():
+            execute(function, cone, values, sizes, keep={cone[-1]})
+    except (IndexError, RuntimeError) as error:  # a stored index that is outside of its table
+        raise CaptureError(
+            "a constant of the model cannot be computed",
+            where=describe(cone[-1]),
+            why=f"{type(error).__name__}: {error}",
+        ) from error
     return values[cone[-1]]
 
 

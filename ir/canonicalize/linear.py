@@ -61,6 +61,8 @@ def _parts(m: Match) -> tuple[fx.Node, Layout, int] | str:
     group = layout.result[m.root.kwargs["dim"] % len(layout.result)]
     if m.root.kwargs.get("step", 1) != 1 or len(group) != 1 or group[0] not in layout.source[-1]:
         return "it does not cut output channels"
+    if m.root.meta["value"].elements == 0:
+        return "it takes nothing"
     if not all(isinstance(layout.sizes[a], int) for a in layout.source[-1]):
         return "the cut channels have no fixed number"
     slices = _leaves(source)
