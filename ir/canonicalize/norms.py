@@ -47,6 +47,7 @@ def _normalised(x):
         P.div(x, P.sqrt(mean)),
         P.mul(x, P.pow(mean, -0.5)),
         P.mul(x, P.reciprocal(P.sqrt(mean))),
+        P.mul(x, P.div(1, P.sqrt(mean))),
         P.div(x, P.pow(mean, 0.5)),
     )
 

@@ -15,6 +15,7 @@ pytest.importorskip("onnxscript")
 
 from tersor import frontends  # noqa: E402
 from tersor.errors import CaptureError, InputError  # noqa: E402
+from tersor.frontends.torch_export import flatten_outputs  # noqa: E402
 from tersor.ir import Range  # noqa: E402
 
 ALL = [*models.TEXT, *models.OTHER]
@@ -92,6 +93,40 @@ def test_file_gives_the_program_that_torch_gives(exported, name):
         inputs = _inputs(name, *sizes)
         expected = models.reference(model, inputs).values()
         for actual, wanted in zip(program(**inputs).values(), expected, strict=True):
+            assert float((actual - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+class _Positional(nn.Module):
+    """The TorchScript exporter takes positional arguments and returns tuples."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        options = models.no_cache(self.model)
+        result = self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return tuple(flatten_outputs(result).values())
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "spelt_out"])
+def test_torchscript_exporter_gives_the_same_too(name, tmp_path):
+    model = _Positional(_built(name)).eval()
+    inputs, path = models.text(), tmp_path / "model.onnx"
+    axes = {n: {0: "batch", 1: "length"} for n in inputs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, tuple(inputs.values()), str(path), dynamo=False, opset_version=17, input_names=list(inputs),
+            dynamic_axes=axes,
+        )  # fmt: skip
+    program = frontends.capture(path, dynamic=models.text_dims())
+    from_torch = frontends.capture(model, inputs, dynamic=models.text_dims())
+    assert models.operations(program) == models.operations(from_torch)
+    assert _sites(program) == _sites(from_torch)
+    for sizes in ((1, 5), (2, 33)):
+        expected = models.reference(model, models.text(*sizes)).values()
+        for actual, wanted in zip(program(**models.text(*sizes)).values(), expected, strict=True):
             assert float((actual - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
