@@ -34,7 +34,8 @@ def capture(
     """Turns a model into a program.
 
     Args:
-        model: a torch module, a transformers model, or a local folder with config.json and safetensors.
+        model: a torch module, a transformers model, a local folder with config.json and safetensors, or an ONNX
+            model (the path of an .onnx file, or a ModelProto; needs the ``onnx`` extra).
         example_inputs: tensors by input name, or a tuple in the order of ``forward``; made for the architecture
             where absent and the model is one of transformers'.
         dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``: axes whose size may vary, with a
