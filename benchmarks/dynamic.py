@@ -9,11 +9,11 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import tersor
 from benchmarks.models import MODELS
+from benchmarks.turns import take_turns
 
 LENGTHS = (16, 100, 128, 384)
 
@@ -37,16 +37,7 @@ def main() -> None:
         for length in options.lengths:
             inputs = model.inputs(1, length)
             static = tersor.compile(torch_model, inputs, output=Path(folder, f"{length}.tersor"))
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            times: dict[str, list[float]] = {"dynamic": [], "static": []}
-            for turn in range(options.rounds):
-                pair = [("dynamic", dynamic), ("static", static)]
-                for name, compiled in pair if turn % 2 else pair[::-1]:
-                    compiled(**inputs)
-                    for _ in range(3):
-                        start = time.perf_counter()
-                        compiled(**inputs)
-                        times[name].append(1e3 * (time.perf_counter() - start))
+            times = take_turns({"static": static, "dynamic": dynamic}, inputs, options.rounds)
             medians = {name: statistics.median(t) for name, t in times.items()}
             ratio = medians["dynamic"] / medians["static"]
             print(
@@ -54,7 +45,6 @@ def main() -> None:
                 f"static {medians['static']:.3f} ms, ratio {ratio:.3f}",
                 flush=True,
             )
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

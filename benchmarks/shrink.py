@@ -6,14 +6,13 @@ bound to one CPU, in turns whose order alternates.
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import tersor
 from benchmarks.models import MODELS
+from benchmarks.turns import take_turns
 
 
 def main() -> None:
@@ -30,15 +29,7 @@ def main() -> None:
             for recipe in ("none", "fp32")
         }
         sizes = {name: Path(folder, f"{name}.tersor/weights.safetensors").stat().st_size for name in compiled}
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        times: dict[str, list[float]] = {name: [] for name in compiled}
-        for turn in range(10):
-            for name in list(compiled)[:: 1 if turn % 2 else -1]:
-                compiled[name](**inputs)
-                for _ in range(3):
-                    start = time.perf_counter()
-                    compiled[name](**inputs)
-                    times[name].append(1e3 * (time.perf_counter() - start))
+        times = take_turns(compiled, inputs)
         before, after = (compiled[name](**inputs) for name in ("none", "fp32"))
     worst = max(float(abs(after[name] - before[name]).max() / abs(before[name]).max()) for name in before)
     for name in compiled:

@@ -6,13 +6,15 @@ latency is the sum over its calls. Passes change few kernels, so a new version o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import numpy as np
 import tvm
 
-from tersor.codegen import rules  # noqa: F401  registers the lowerings
+from tersor.codegen import (
+    rules,  # noqa: F401  registers the lowerings
+    timing,
+)
 from tersor.codegen.kernels.base import Kernel
 from tersor.codegen.llvm import compile_function
 from tersor.codegen.lowering import legalize, lower
@@ -77,11 +79,4 @@ def seconds_per_call(kernel: Kernel, target: Target) -> float:
     specs = (*kernel.inputs(), *kernel.outputs())
     size = sum(int(np.prod(s.shape, dtype=float)) * np.dtype(s.dtype).itemsize for s in specs)
     copies = [[argument(s) for s in specs] for _ in range(1 + min(16, int(COLD_BYTES // max(size, 1))))]
-    best, end = [np.inf] * len(copies), time.perf_counter() + SECONDS
-    while True:
-        for i, arguments in enumerate(copies):
-            start = time.perf_counter()
-            call(*arguments)
-            best[i] = min(best[i], time.perf_counter() - start)
-        if time.perf_counter() > end:
-            return float(np.mean(best))
+    return timing.seconds_per_call(call, copies, SECONDS)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tersor.codegen import timing
 from tersor.codegen.tiles import GemmTile, choose, neighbours
 from tersor.errors import CompileError, TargetError
 from tersor.ir.dims import evaluate_shape, shape_symbols
@@ -238,11 +239,5 @@ def seconds_per_call(
     ]
     data = weights.numpy()
     copies = [weights, *(tvm.runtime.tensor(data) for _ in range(int(cold_bytes // data.nbytes)))]
-    best, end = np.full(len(copies), np.inf), time.perf_counter() + seconds
-    while True:
-        for i, copy in enumerate(copies):
-            start = time.perf_counter()
-            call(a, copy, *others, *results)
-            best[i] = min(best[i], time.perf_counter() - start)
-        if time.perf_counter() > end:
-            return float(best.mean())
+    arguments = [(a, copy, *others, *results) for copy in copies]
+    return timing.seconds_per_call(call, arguments, seconds)
