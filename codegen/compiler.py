@@ -36,6 +36,7 @@ from tersor.targets import Target, check_memory, missing_on_host
 Progress = Callable[[str], None]
 
 LOWERING_PASSES = (
+    relax.transform.DeadCodeElimination,  # a transposition that its product reads in place
     relax.transform.ToNonDataflow,
     relax.transform.RemovePurityChecking,
     relax.transform.CallTIRRewrite,
