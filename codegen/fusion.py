@@ -73,7 +73,7 @@ def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
     frontier = list(root.all_input_nodes)
     while frontier:
         node = frontier.pop()
-        if node in inside or node in claimed or node.meta["value"].shape != shape:
+        if node in inside or node in group.anchors or node in claimed or node.meta["value"].shape != shape:
             continue
         if not all(user in inside for user in node.users):
             continue

@@ -60,6 +60,17 @@ def test_gate_and_up_share_one_kernel():
     assert [i.kind for i in build_chain(group)[0].inputs] == ["accumulator", "accumulator"]
 
 
+def test_a_linear_that_meets_itself_is_computed_once():
+    """x * sigmoid(1.702 x): the value is reached on two ways."""
+    function, x = block()
+    b = function.builder()
+    h = b.linear(x, weight(function, 32, 16), weight(function, 32))
+    function.set_outputs({"y": b.mul(h, b.sigmoid(b.mul(h, 1.702)))})
+    (group,) = plan(function).groups.values()
+    assert group.anchors == [h]
+    assert [s.op for s in build_chain(group)[0].steps] == ["add", "mul", "sigmoid", "mul"]
+
+
 def test_linears_of_different_inputs_stay_apart():
     function, x = block()
     b = function.builder()
