@@ -21,6 +21,7 @@ from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
+from tersor.ir.canonicalize.constants import fold_constants
 from tersor.ir.dialect import Op
 from tersor.ir.dims import Dim, Shape
 from tersor.ir.program import Function, Program
@@ -77,27 +78,41 @@ def lower(program: Program, target: Target) -> Lowered:
 
 
 def legalize(program: Program) -> Program:
-    """A copy in which every operation without a lowering is decomposed, as far as decompositions reach."""
+    """A copy in which every operation without a lowering is decomposed, as far as decompositions reach.
+
+    What decompositions compute from parameters alone (a weight from its codes) becomes a parameter.
+    """
     program = program.copy()
     for function in program.functions.values():
+        made: set[fx.Node] = set()
         for node in function.calls():
-            _decompose(function, node)
+            made.update(_decompose(function, node))
+        if made:
+            others = [n for n in function.calls() if not _depends(n, made)]
+            fold_constants(function, others, may_grow=True)
     return program
 
 
-def _decompose(function: Function, node: fx.Node) -> None:
+def _decompose(function: Function, node: fx.Node) -> list[fx.Node]:
+    """Replaces a node by what it is made of; returns the new operations."""
     op = node.target
     if op.decompose is None or op.name in _rules or op.elementwise is not None:
-        return
+        return []
     before = set(function.graph.nodes)
     result = op.decompose(function.builder(before=node), *node.args, **node.kwargs)
     made = [n for n in function.graph.nodes if n not in before and n.op == "call_function"]
     function.replace(node, result)
-    for inner in made:
-        _decompose(function, inner)
+    return [*made, *(inner for outer in made for inner in _decompose(function, outer))]
 
 
-SUPPORTED_DTYPES = {"float32", "int64", "int32", "bool"}
+def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
+    """Whether a node is, or reads, one of those; it joins them when it does."""
+    if node not in made and any(operand in made for operand in node.all_input_nodes):
+        made.add(node)
+    return node in made
+
+
+SUPPORTED_DTYPES = {"float32", "int64", "int32", "int8", "uint8", "bool"}
 
 
 def check_supported(program: Program) -> None:

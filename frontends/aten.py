@@ -106,7 +106,7 @@ def _binary(name: str) -> Callable[..., Any]:
     return lambda c, x, y: c.build.emit(name, c.operand(x), c.operand(y))
 
 
-for _name in ("neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "log", "floor", "cos", "sin", "tanh", "erf",
+for _name in ("neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "log", "floor", "round", "cos", "sin", "tanh", "erf",
               "sigmoid", "silu", "relu", "logical_not"):  # fmt: skip
     CONVERTERS[getattr(aten, _name).default] = _unary(_name)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):

@@ -87,7 +87,8 @@ def output_dtypes(chain: Chain) -> tuple[str, ...]:
             known.append(step.dtype or "float32")
         elif step.op in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"):
             known.append("bool")
-        elif step.op in ("add", "sub", "mul", "max", "min", "neg", "abs", "square", "floor", "relu", "where"):
+        elif step.op in ("add", "sub", "mul", "max", "min", "neg", "abs", "square", "floor", "round", "relu",
+                         "where"):  # fmt: skip
             known.append(_common_dtype(operands[1:] if step.op == "where" else operands))
         elif step.op == "pow" and isinstance(step.args[1], Const) and float(step.args[1].value).is_integer():
             known.append(_common_dtype(operands[:1]))
@@ -287,6 +288,12 @@ def floor(x: Expr) -> Expr:
     return tirx.floor(x) if _is_float(x) else x
 
 
+def round_even(x: Expr) -> Expr:
+    """The nearest integer, the even one of two that are equally near, in the dtype of x."""
+    # TVM's own nearbyint calls libm for every lane
+    return T.call_llvm_pure_intrin(x.ty.dtype, "llvm.roundeven", x) if _is_float(x) else x
+
+
 def where(condition: Expr, a: Expr, b: Expr) -> Expr:
     """a where the condition holds, b elsewhere; both are computed."""
     return tirx.Select(cast(condition, "bool"), a, b)
@@ -325,6 +332,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "abs": absolute,
     "square": lambda x: (lambda v: v * v)(bind(x)),
     "floor": floor,
+    "round": round_even,
     "relu": relu,
     "where": where,
     "eq": _comparison(tirx.EQ),

@@ -8,14 +8,14 @@ from typing import Any
 from torch import fx
 
 from tersor.frontends.onnx.reader import dtype_name
-from tersor.frontends.onnx.table import Call, converts, dtype, joint_shape, size, value
+from tersor.frontends.onnx.table import Call, converts, dtype, joint_shape, size
 from tersor.frontends.onnx.values import Known
 
 # Mark of a cast from float32 that changes no value; without it a quantized model would go to and fro.
 WHOLE = "holds_whole_numbers"
 _UNARY = {
     "Neg": "neg", "Abs": "abs", "Sqrt": "sqrt", "Reciprocal": "reciprocal", "Exp": "exp", "Log": "log",
-    "Floor": "floor", "Cos": "cos", "Sin": "sin", "Tanh": "tanh", "Erf": "erf", "Sigmoid": "sigmoid",
+    "Floor": "floor", "Round": "round", "Cos": "cos", "Sin": "sin", "Tanh": "tanh", "Erf": "erf", "Sigmoid": "sigmoid",
     "Relu": "relu", "Not": "logical_not",
 }  # fmt: skip
 _BINARY = {
@@ -114,20 +114,6 @@ def _pow(c: Call) -> fx.Node:
 @converts("Ceil")
 def _ceil(c: Call) -> fx.Node:
     return c.build.neg(c.build.floor(c.build.neg(c.node(0))))
-
-
-@converts("Round")
-def _round(c: Call) -> fx.Node:
-    return round_half_even(c, c.node(0))
-
-
-def round_half_even(c: Call, x: fx.Node) -> fx.Node:
-    """The nearest whole number, the even one of two that are equally near."""
-    down = c.build.floor(x)
-    rest = c.build.sub(x, down)  # exact
-    odd = c.build.ne(c.build.mul(c.build.floor(c.build.mul(down, 0.5)), 2.0), down)
-    up = c.build.logical_or(c.build.gt(rest, 0.5), c.build.logical_and(c.build.eq(rest, 0.5), odd))
-    return c.build.add(down, c.cast(up, value(x).dtype))
 
 
 @converts("Sign")

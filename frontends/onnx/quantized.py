@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tersor.frontends.onnx.elementwise import WHOLE, round_half_even
+from tersor.frontends.onnx.elementwise import WHOLE
 from tersor.frontends.onnx.reader import dtype_name
 from tersor.frontends.onnx.table import MICROSOFT, Call, converts, dtype, size
 from tersor.frontends.onnx.values import Known
@@ -83,7 +83,7 @@ def _quantize(c: Call) -> fx.Node:
     if name not in _LIMITS or c.attribute("block_size", 0):
         raise c.refuse(f"makes {name}, or works in blocks", why="8 and 16 bits by channel are known")
     axis = c.attribute("axis", 1)
-    codes = round_half_even(c, c.build.div(x, _factor(c, scale, x, axis)))
+    codes = c.build.round(c.build.div(x, _factor(c, scale, x, axis)))
     if c.given(2) and not _is_zero(c.require(2)):
         codes = c.build.add(codes, _factor(c, as_float(c, c.require(2)), x, axis))
     low, high = _LIMITS[name]
@@ -107,8 +107,8 @@ def dynamic_codes(c: Call, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
     low = c.build.minimum(c.build.amin(x, dims=axes), 0.0)
     scale = c.build.div(c.build.sub(high, low), 255.0)
     scale = c.build.where(c.build.eq(scale, 0.0), 1.0, scale)
-    zero = round_half_even(c, _clamped(c, c.build.div(c.build.neg(low), scale), 0, 255))
-    codes = _clamped(c, c.build.add(round_half_even(c, c.build.div(x, scale)), zero), 0, 255)
+    zero = c.build.round(_clamped(c, c.build.div(c.build.neg(low), scale), 0, 255))
+    codes = _clamped(c, c.build.add(c.build.round(c.build.div(x, scale)), zero), 0, 255)
     return codes, scale, zero
 
 

@@ -22,10 +22,13 @@ LARGEST_TABLE = 1 << 28  # bytes of a table that is tried at all
 _CHEAP = ("full", "expand", "arange")
 
 
-def fold_constants(function: Function, spare: Collection[fx.Node] = ()) -> list[str]:
+def fold_constants(
+    function: Function, spare: Collection[fx.Node] = (), *, may_grow: bool = False
+) -> list[str]:
     """Evaluates every maximal value that depends on no input; returns a note for each that stays and why.
 
-    A value of fixed shape becomes a parameter if that is small, or no larger than the parameters it makes unused.
+    A value of fixed shape becomes a parameter if that is small, or no larger than the parameters it makes unused,
+    or in any case where it ``may_grow``.
     A value over one dynamic dimension becomes a table for the dimension's maximum and a slice of it, after its
     values at smaller sizes have been found to be a prefix of the table.
     """
@@ -39,7 +42,7 @@ def fold_constants(function: Function, spare: Collection[fx.Node] = ()) -> list[
             continue
         symbols = sorted(frozenset().union(*(_symbols(n) for n in cone)))
         if not symbols:
-            reason = _fold(function, node, cone)
+            reason = _fold(function, node, cone, may_grow)
         elif len(symbols) == 1:
             reason = _tabulate(function, node, cone, symbols[0])
         else:
@@ -127,8 +130,8 @@ def _name(node: fx.Node, cone: list[fx.Node]) -> str:
     return ".".join(filter(None, (node.meta.get("module"), node.name)))
 
 
-def _fold(function: Function, node: fx.Node, cone: list[fx.Node]) -> str | None:
-    if node.meta["value"].bytes > max(SMALL, _freed(function, cone)):
+def _fold(function: Function, node: fx.Node, cone: list[fx.Node], may_grow: bool) -> str | None:
+    if not may_grow and node.meta["value"].bytes > max(SMALL, _freed(function, cone)):
         return f"as a constant it would take {node.meta['value'].bytes} bytes"
     build = function.builder(before=node)
     new = build.parameter(_name(node, cone), _evaluate(function, cone, {}))

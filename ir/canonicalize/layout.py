@@ -22,8 +22,8 @@ MOVES = ("reshape", "permute")
 # Element-wise operations on one value (their other operand, if any, is a number).
 POINTWISE = (
     "add", "sub", "mul", "div", "pow", "maximum", "minimum", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "log",
-    "floor", "cos", "sin", "tanh", "erf", "sigmoid", "silu", "relu", "gelu", "gelu_tanh", "cast", "eq", "ne", "lt",
-    "le", "gt", "ge", "logical_not",
+    "floor", "round", "cos", "sin", "tanh", "erf", "sigmoid", "silu", "relu", "gelu", "gelu_tanh", "cast", "eq", "ne",
+    "lt", "le", "gt", "ge", "logical_not",
 )  # fmt: skip
 # Operations on the last axis only: leading axes may be arranged in any way.
 ROWWISE = ("linear", "layer_norm", "rms_norm")

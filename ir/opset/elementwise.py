@@ -146,6 +146,11 @@ def floor(x):
     return torch.floor(x)
 
 
+def round(x):
+    """The nearest whole number, the even one of two that are equally near."""
+    return torch.round(x)
+
+
 def cos(x):
     """Cosine of x radians."""
     return torch.cos(x)
@@ -254,7 +259,7 @@ def _register(function: Callable[..., Any], infer: Callable[..., Value], chain: 
 for _function in (add, mul):
     _register(_function, _infer)
 _register(pow, _infer_pow)
-for _function in (sub, neg, abs, floor, relu):
+for _function in (sub, neg, abs, floor, round, relu):
     _register(_function, _arithmetic(_infer))
 _register(maximum, _infer, "max")
 _register(minimum, _infer, "min")

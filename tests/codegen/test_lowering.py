@@ -42,6 +42,12 @@ def weight(b, *shape):
     return b.parameter("w", torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.3)
 
 
+def coded(b, x, zero: float):
+    """uint8 codes of x, their scale and their zero point."""
+    scale, point = b.parameter("s", torch.tensor(0.03)), b.parameter("z", torch.tensor(zero))
+    return b.quantize(x, scale, point, dtype="uint8"), scale, point
+
+
 CASES = {
     "linear": ((X,), lambda b, x: b.linear(x, weight(b, 40, 24), weight(b, 40))),
     "linear without bias": ((X,), lambda b, x: b.linear(x, weight(b, 33, 24))),
@@ -138,6 +144,22 @@ CASES = {
     ),
     "matmul": ((X,), lambda b, x: b.matmul(x, b.permute(x, dims=(0, 2, 1)))),
     "matmul of a matrix": ((X,), lambda b, x: b.matmul(x, weight(b, 24, 5))),
+    "codes and back": ((X,), lambda b, x: b.dequantize(*coded(b, x, zero=128.0))),
+    "codes of every token": (
+        (X,),
+        lambda b, x: b.quantize(x, b.dynamic_scale(x), b.parameter("z", torch.tensor(128.0)), dtype="uint8"),
+    ),
+    "a weight in codes": (
+        (X,),
+        lambda b, x: b.linear(
+            b.dequantize(*coded(b, x, zero=3.0)),
+            b.dequantize(
+                b.parameter("w", torch.randint(-127, 128, (40, 24)).to(torch.int8)),
+                b.parameter("ws", torch.rand(40) / 99),
+                axis=0,
+            ),
+        ),
+    ),
     "an input twice": ((X,), lambda b, x: (x, x)),
     "a weight": ((X,), lambda b, x: (b.add(x, 1.0), weight(b, 3, 4))),
     "a scalar weight": ((X,), lambda b, x: b.mul(x, b.parameter("s", torch.tensor(0.25)))),

@@ -80,6 +80,7 @@ REFERENCES = {  # op -> f64 reference, range of x, bound, scale of the error
     "reciprocal": (torch.reciprocal, (0.01, 1e6), 2e-7, "relative"),
     "square": (torch.square, (-100, 100), 2e-7, "relative"),
     "floor": (torch.floor, (-100, 100), 0, "absolute"),
+    "round": (torch.round, (-100, 100), 0, "absolute"),
     "abs": (torch.abs, (-100, 100), 0, "absolute"),
     "neg": (torch.neg, (-100, 100), 0, "absolute"),
     "relu": (torch.relu, (-100, 100), 0, "absolute"),

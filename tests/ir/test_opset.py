@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tersor.errors import ProgramError
-from tersor.ir import Dim, Value, ops
+from tersor.ir import Dim, Program, Range, Value, ops
 from tersor.ir.dims import evaluate_shape
 from tersor.ir.interpreter import resolve
 from tersor.ir.opset.__main__ import builtin_ops
@@ -26,6 +26,10 @@ def i64(*shape):
     return Value("int64", shape)
 
 
+def codes(dtype, *shape):
+    return Value(dtype, shape)
+
+
 def boolean(*shape):
     return Value("bool", shape)
 
@@ -39,7 +43,7 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
     "pow": [((f32(B), 2), {}), ((f32(B), 0.5), {}), ((i64(B), 2), {}), ((2.0, f32(L)), {})],
     "maximum": [((f32(B, L), f32(L)), {}), ((f32(B), 0.0), {}), ((0.5, i64(B)), {}), ((i64(B), 1), {})],
     "minimum": [((f32(B, L), f32(L)), {}), ((f32(B), 0), {}), ((i64(B), 0.5), {})],
-    **{name: [((f32(B, L),), {}), ((i64(B),), {})] for name in ("neg", "abs", "floor", "relu", "sqrt", "rsqrt",
+    **{name: [((f32(B, L),), {}), ((i64(B),), {})] for name in ("neg", "abs", "floor", "round", "relu", "sqrt", "rsqrt",
        "reciprocal", "exp", "log", "cos", "sin", "tanh", "erf", "sigmoid")},
     **{name: [((f32(B, L),), {}), ((f32(),), {})] for name in ("silu", "gelu", "gelu_tanh")},
     "where": [
@@ -90,6 +94,20 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
         ((f32(B, L, 8), f32(B, L, 8), f32(B, L, 8), boolean(1, 1, L, L)),
          {"heads": 2, "kv_heads": 2, "scale": 0.5, "causal": True, "window": 2}),
     ],
+    "quantize": [
+        ((f32(B, L, 6), f32()), {"dtype": "int8"}), ((f32(B, L, 6), f32(), f32()), {"dtype": "uint8"}),
+        ((f32(B, L, 6), f32(B, L, 1)), {"dtype": "uint8"}), ((f32(4, 6), f32(4), f32(4)), {"dtype": "int8", "axis": 0}),
+        ((f32(B, 6), f32(B, 3)), {"dtype": "int8", "group": 2}), ((f32(4), f32()), {"dtype": "int32", "axis": 0}),
+    ],
+    "dequantize": [
+        ((codes("uint8", B, L, 6), f32(), f32()), {}), ((codes("int8", 4, 6), f32(4)), {"axis": 0}),
+        ((codes("int8", B, L), f32(B, 1)), {}), ((codes("int8", 4, 6), f32(4, 2), f32(4, 2)), {"group": 3}),
+    ],
+    "dynamic_scale": [((f32(B, L, 6),), {}), ((f32(4),), {})],
+    "integer_linear": [
+        ((codes("uint8", B, L, 6), codes("int8", 4, 6)), {}),
+        ((codes("uint8", 6), codes("int8", 4, 6), codes("int32", 4)), {}),
+    ],
     "rotary_embedding": [
         ((f32(B, L, 16), f32(1, L, 8), f32(1, L, 8)), {"heads": 2}),
         ((f32(B, L, 16), f32(B, L, 4), f32(B, L, 4)), {"heads": 2, "interleaved": True}),
@@ -126,6 +144,10 @@ REFUSED: list[tuple[str, tuple, dict]] = [
     ("rotary_embedding", (f32(B, L, 16), f32(1, L, 10), f32(1, L, 10)), {"heads": 2}),
     ("conv1d", (f32(B, 4, 9), f32(6, 3, 3)), {}), ("conv1d", (f32(B, 4, 2), f32(6, 4, 3)), {}),
     ("conv2d", (f32(B, 3, 8, 8), f32(6, 3, 4, 4), f32(5)), {}),
+    ("quantize", (f32(B, 6), f32()), {"dtype": "float31"}), ("quantize", (f32(B, 6), f32(4)), {"dtype": "int8"}),
+    ("quantize", (f32(B, 6), f32(4)), {"dtype": "int8", "axis": 1}),
+    ("dequantize", (codes("int8", B, 6), f32(B, 4)), {"group": 3}),
+    ("integer_linear", (codes("uint8", B, 5), codes("int8", 4, 6)), {}),
 ]  # fmt: skip
 
 
@@ -184,6 +206,12 @@ def test_rule_and_reference_refuse(name, operands, attributes):
         ("attention", (f32(2, 3, 8),) * 3 + (i64(1, 1, 3, 3),), {"heads": 2, "kv_heads": 2, "scale": 1.0}),
         ("conv1d", (f32(B, 4, L), f32(6, 4, 2)), {"stride": 2}),
         ("add", (f32(B, L), f32(L, B)), {}),
+        ("quantize", (i64(B, 6), f32()), {"dtype": "int8"}),
+        ("quantize", (f32(B, 6), f32(6)), {"dtype": "int8"}),
+        ("quantize", (f32(B, 6), f32(B, 6)), {"dtype": "int8", "axis": 1, "group": 1}),
+        ("dequantize", (f32(B, 6), f32()), {}),
+        ("dynamic_scale", (i64(B, 6),), {}),
+        ("integer_linear", (codes("int8", B, 6), codes("int8", 4, 6)), {}),
     ],
 )
 def test_rule_is_stricter_than_torch(name, operands, attributes):
@@ -307,3 +335,47 @@ def test_macs():
     assert macs("attention", f32(B, L, 8), f32(B, 3, 4), f32(B, 3, 6), **heads) == B * L * 3 * 4 * (2 + 3)
     assert macs("conv2d", f32(2, 3, 8, 8), f32(6, 3, 4, 4), stride=(4, 4)) == 2 * 6 * 4 * 48
     assert macs("conv1d", f32(2, 4, 9), f32(6, 2, 3), groups=2) == 2 * 6 * 7 * 6
+
+
+def test_codes_round_half_to_even_and_saturate():
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, 300.0, -300.0, 0.0])
+    got = ops.quantize(x, torch.tensor(1.0), torch.tensor(10.0), dtype="uint8")
+    assert got.tolist() == [10, 12, 12, 10, 255, 0, 10]
+    got = ops.quantize(x, torch.tensor(1.0), dtype="int8")
+    assert got.tolist() == [0, 2, 2, 0, 127, -128, 0]
+
+
+def test_codes_come_back_within_half_a_step():
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    for scale, form in [(torch.tensor(0.05), {}), (torch.rand(5) / 20 + 0.03, {"axis": 0}),
+                        (torch.rand(5, 4) / 20 + 0.03, {"group": 3}), (ops.dynamic_scale(x), {})]:  # fmt: skip
+        back = ops.dequantize(ops.quantize(x, scale, dtype="int8", **form), scale, **form)
+        step = scale.repeat_interleave(3, -1) if "group" in form else scale.reshape(-1, 1)
+        assert ((x - back).abs() <= step * 0.5001).all()
+
+
+def test_rows_of_zeros_have_a_scale():
+    assert ops.dynamic_scale(torch.zeros(2, 4)).tolist() == [[1.0], [1.0]]
+
+
+def test_integer_products_are_exact():
+    codes = torch.full((1, 66000), 255, dtype=torch.uint8)
+    weight = torch.full((1, 66000), 127, dtype=torch.int8)
+    assert ops.integer_linear(codes, weight, torch.tensor([-1])).item() == 66000 * 255 * 127 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "attributes"),
+    [(name, *case) for name in ("quantize", "dequantize", "dynamic_scale") for case in CASES[name]],
+)
+def test_decompositions_equal_the_references(name, operands, attributes):
+    program, generator = Program(), torch.Generator().manual_seed(0)
+    function = program.add_function("main", {"b": Range(1, 8), "l": Range(1, 8)})
+    inputs = [function.add_input(f"x{i}", value) for i, value in enumerate(operands)]
+    op = ops.get(name)
+    function.set_outputs({"out": op.decompose(function.builder(), *inputs, **attributes)})
+    given = [tensor(value, SIZES[0], generator) for value in operands]
+    given = [x * 0.37 + 0.1 if x.is_floating_point() else x for x in given]
+    expected = op(*given, **attributes)
+    got = program(**{f"x{i}": x for i, x in enumerate(given)})["out"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
