@@ -11,13 +11,13 @@ now gives) need one sweep and hold the values of one block:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from tersor.ir.interpreter import Observer, bind_dims, execute
+from tersor.ir.interpreter import Observer, bind, collect, execute
 from tersor.ir.program import Function
 from tersor.ir.site import structural_names
 from tersor.ir.structure import attention_layers, find_blocks, residual_join
@@ -68,23 +68,27 @@ class Block:
 
 
 def start(
-    function: Function, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    function: Function,
+    inputs: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    states: Mapping[str, torch.Tensor] | None = None,
 ) -> BlockState:
-    """The state before the first block; ``dtype`` as for `run`.
+    """The state before the first block; ``dtype`` and the program's ``states`` as for `run`.
 
     Raises:
         InputError: the inputs do not fit the signature.
     """
     placeholders = function.graph.find_nodes(op="placeholder")
-    values = {n: inputs[n.target] for n in placeholders if n.target in inputs}
-    sizes = bind_dims(function.inputs, inputs)
+    values, sizes = bind(function, inputs, states)
     execute(function, list(placeholders), values, sizes, keep=set(placeholders), dtype=dtype)
     return BlockState(values, sizes, dtype)
 
 
-def finish(function: Function, state: BlockState) -> dict[str, torch.Tensor]:
-    """The function's results by name, from the state behind the last block."""
-    return {name: state.values[node] for name, node in zip(function.outputs, function.results, strict=True)}
+def finish(
+    function: Function, state: BlockState, states: MutableMapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The function's results by name, from the state behind the last block; ``states`` gets the new ones."""
+    return collect(function, state.values, states)
 
 
 def blocks(function: Function) -> list[Block]:
@@ -103,11 +107,16 @@ def blocks(function: Function) -> list[Block]:
     for cut in [*cuts, None]:
         part = [n for n in nodes if n not in placed and (cut is None or n is cut or flow.precedes(n, cut))]
         placed.update(part)
+        for node in flow.kept_only:  # belongs where its operands are
+            operands = [o for o in node.all_input_nodes if o.op == "call_function"]
+            if node not in placed and all(o in placed for o in operands):
+                placed.add(node)
+                part.append(node)
         part = [n for n in part if n.op != "placeholder"]
         if part:
             parts.append((part, cut))
     found: list[Block] = []
-    needed = set(function.results)
+    needed = set(function.ends)
     for part, cut in reversed(parts):
         inside = set(part)
         reads = {operand: None for n in part for operand in n.all_input_nodes if operand not in inside}
@@ -124,6 +133,9 @@ class _Flow:
 
     def __init__(self, function: Function, nodes: list[fx.Node]):
         self.nodes = nodes
+        results = _reached(function.results)
+        # what only the next call reads: it stands beside the stream
+        self.kept_only = [n for n in nodes if n.op == "call_function" and n not in results]
         self._bit = {node: 1 << i for i, node in enumerate(nodes)}
         self._before: dict[fx.Node, int] = {}  # everything it depends on
         for node in nodes:
@@ -135,7 +147,7 @@ class _Flow:
         for node in nodes:
             self._reads[node] = self._union(
                 self._reads[o]
-                | (0 if o in self._aside else self._union(self._bit.get(u, 0) for u in o.users))
+                | (0 if o in self._aside else self._union(self._bit[u] for u in o.users if u in results))
                 for o in node.all_input_nodes
                 if o in self._bit
             )
@@ -179,6 +191,17 @@ class _Flow:
         for one in sets:
             union |= one
         return union
+
+
+def _reached(ends: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that these are made of, and these."""
+    found, stack = set(), list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _cuts(function: Function, flow: _Flow) -> list[fx.Node]:

@@ -15,7 +15,8 @@ from torch import fx
 from tersor.errors import InputError
 from tersor.ir.dialect import Cost
 from tersor.ir.dims import Dim
-from tersor.ir.program import Function, Program
+from tersor.ir.program import Function, Program, is_state
+from tersor.ir.state import in_place
 from tersor.ir.text import human_bytes, human_count
 from tersor.ir.value import Value
 
@@ -41,8 +42,9 @@ class FunctionCost:
         macs: multiply-accumulates of products (linear, matmul, attention, convolutions); the rest counts none.
         bytes: read and written if every operation runs alone.
         parameter_bytes: of the parameters it reads, tied ones once.
+        state_bytes: of the states it reads or updates.
         peak_bytes: most memory that inputs, results and intermediate values need at one time, each freed at
-            its last use; parameters not included.
+            its last use; parameters and states, which are updated in place, not included.
         peak_node: the node that runs at that time.
         ops: totals by operation.
         sites: totals by site; operations without one count for the module they come from, or for "".
@@ -52,6 +54,7 @@ class FunctionCost:
     macs: int
     bytes: int
     parameter_bytes: int
+    state_bytes: int
     peak_bytes: int
     peak_node: str
     ops: dict[str, Row]
@@ -60,10 +63,11 @@ class FunctionCost:
 
 @dataclass(frozen=True)
 class CostReport:
-    """The cost of each function, and of the program: each function called once, parameters shared."""
+    """The cost of each function, and of the program: each function called once, parameters and states shared."""
 
     functions: dict[str, FunctionCost]
     parameter_bytes: int
+    state_bytes: int
 
     @property
     def macs(self) -> int:
@@ -75,7 +79,7 @@ class CostReport:
 
     @property
     def peak_bytes(self) -> int:
-        """The largest of the functions' activation peaks; add ``parameter_bytes`` for the whole."""
+        """The largest of the functions' activation peaks; add ``parameter_bytes`` and ``state_bytes`` for the whole."""
         return max((f.peak_bytes for f in self.functions.values()), default=0)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,6 +90,8 @@ class CostReport:
     def __str__(self) -> str:
         """The totals and the table of operations of each function."""
         lines = [f"parameters: {human_bytes(self.parameter_bytes)}"]
+        if self.state_bytes:
+            lines.append(f"states: {human_bytes(self.state_bytes)} in each session")
         for name, function in self.functions.items():
             at = ", ".join(f"{dim} {size}" for dim, size in function.sizes.items())
             lines += [
@@ -128,6 +134,7 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> CostReport
     return CostReport(
         {name: function_cost(function, sizes) for name, function in program.functions.items()},
         program.parameters.bytes,
+        sum(value.bytes for value in program.states.values()),
     )
 
 
@@ -154,6 +161,7 @@ def function_cost(function: Function, sizes: Mapping[str, int] | None = None) ->
         macs=sum(row.macs for row in by_op.values()),
         bytes=sum(row.bytes for row in by_op.values()),
         parameter_bytes=sum({p.storage: p.tensor.nbytes for p in parameters}.values()),
+        state_bytes=sum(value.bytes for value in function.states.values()),
         peak_bytes=peak,
         peak_node=peak_node,
         ops=by_op,
@@ -163,6 +171,7 @@ def function_cost(function: Function, sizes: Mapping[str, int] | None = None) ->
 
 def _peak(function: Function, sizes: Mapping[str, int]) -> tuple[int, str]:
     """Most bytes that values hold at once and the node at which they do; a view keeps what it looks at alive."""
+    states = in_place(function)
     nodes = [n for n in function.graph.nodes if n.op != "get_attr"]
     owner: dict[fx.Node, fx.Node] = {}
     last_use: dict[fx.Node, fx.Node] = {}
@@ -170,12 +179,14 @@ def _peak(function: Function, sizes: Mapping[str, int]) -> tuple[int, str]:
         for operand in node.all_input_nodes:
             if operand in owner:
                 last_use[owner[operand]] = node
+        if is_state(node) or node in states:
+            continue
         if node.op == "call_function" and node.target.name in _VIEWS:
             source = node.args[0]
             if source in owner:
                 owner[node] = owner[source]
                 last_use[owner[source]] = node
-            continue  # a view of a parameter needs no memory
+            continue  # a view of a parameter or a state needs no memory
         if node.op != "output":
             owner[node] = last_use[node] = node
     ending: dict[fx.Node, list[fx.Node]] = {}
@@ -186,7 +197,7 @@ def _peak(function: Function, sizes: Mapping[str, int]) -> tuple[int, str]:
         return _number(node.meta["value"].bytes, sizes)
 
     # Inputs are there from the start, whenever their node stands.
-    live = sum(size(n) for n in nodes if n.op == "placeholder")
+    live = sum(map(size, function.input_nodes))
     peak, peak_node = live, nodes[0].name
     for node in nodes:
         if node.op == "call_function" and owner.get(node) is node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, MutableMapping, Set
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ def _misfit(name: str, values: Mapping[str, Value], inputs: Mapping[str, torch.T
 def run(
     function: Function,
     inputs: Mapping[str, torch.Tensor],
+    states: MutableMapping[str, torch.Tensor] | None = None,
     *,
     observe: Observer | None = None,
     dtype: torch.dtype | None = None,
@@ -58,17 +59,51 @@ def run(
     """Evaluates a function: tensors by input name -> tensors by output name.
 
     Args:
+        states: tensors by state name, as `Program.zero_states` gives them. New values replace those in the mapping;
+            the tensors themselves are left alone. None: zeros, as in a first call, and the new values are dropped.
         observe: called with each operation node and its result, in order.
         dtype: computes in this float type instead of the program's own ones (float64 for exact comparisons).
 
     Raises:
-        InputError: the inputs do not fit the signature.
+        InputError: the inputs or states do not fit the signature.
+    """
+    values, sizes = bind(function, inputs, states)
+    execute(
+        function, function.nodes[:-1], values, sizes, keep=set(function.ends), observe=observe, dtype=dtype
+    )
+    return collect(function, values, states)
+
+
+def bind(
+    function: Function, inputs: Mapping[str, torch.Tensor], states: Mapping[str, torch.Tensor] | None
+) -> tuple[dict[fx.Node, torch.Tensor], dict[str, int]]:
+    """The values of inputs and states by node, and the sizes of the named dimensions.
+
+    Raises:
+        InputError: they do not fit the signature.
     """
     sizes = bind_dims(function.inputs, inputs)
-    values = {n: inputs[n.target] for n in function.graph.find_nodes(op="placeholder")}
-    execute(
-        function, function.nodes[:-1], values, sizes, keep=set(function.results), observe=observe, dtype=dtype
-    )
+    values = {n: inputs[n.target] for n in function.input_nodes}
+    for name, node in function.state_nodes.items():
+        value: Value = node.meta["value"]
+        if states is None:
+            values[node] = torch.zeros(value.shape, dtype=value.torch_dtype)
+        elif name not in states or tuple(states[name].shape) != value.shape:
+            given = f"has shape {list(states[name].shape)}" if name in states else "is missing"
+            raise InputError(f"state {name!r} {given}", fix=f"give {value}: see Program.zero_states")
+        else:
+            values[node] = states[name]
+    return values, sizes
+
+
+def collect(
+    function: Function,
+    values: Mapping[fx.Node, torch.Tensor],
+    states: MutableMapping[str, torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """The results by name; new values of states replace those in the mapping."""
+    if states is not None:
+        states.update({name: values[node] for name, node in function.updates.items()})
     return {name: values[node] for name, node in zip(function.outputs, function.results, strict=True)}
 
 

@@ -1,11 +1,15 @@
-"""The program: named functions over one shared store of parameters.
+"""The program: named functions over one shared store of parameters and state.
 
 A function is a functional ``torch.fx`` graph whose nodes are
 
-* ``placeholder``: an input of the signature, in order;
+* ``placeholder``: an input of the signature, in order; or a *state* as the call finds it (``meta["state"]``);
 * ``get_attr``: a parameter, by its name in the store;
 * ``call_function``: a dialect operation (`tersor.ir.dialect`), operands in ``args``, attributes in ``kwargs``;
-* ``output``: the tuple of results, in the order of ``Function.outputs``.
+* ``output``: the tuple of results, in the order of ``Function.outputs``, and the new values of states by name.
+
+A *state* (a cache of keys, a counter) is a tensor of fixed shape that calls hand on to the next call; it starts as
+zeros. Functions stay functional: one reads the old value and returns the new one. States belong to the program; what
+`prefill` leaves behind, `decode` finds.
 
 ``node.meta`` holds ``value`` (`Value`, on all but the output), and provenance where known: ``site`` (stable
 name of the place), ``module`` (module path), ``source`` (file and line in the user's model), ``made_by``
@@ -51,6 +55,11 @@ class Range:
             )
 
 
+def is_state(node: Any) -> bool:
+    """Whether a node is a state as the call finds it."""
+    return isinstance(node, fx.Node) and node.op == "placeholder" and bool(node.meta.get("state"))
+
+
 class Function:
     """One function of a program: a graph and its signature.
 
@@ -60,10 +69,16 @@ class Function:
         dims: ranges of the named dimensions.
         outputs: a name for each result, in order; nested results of the source model are named with dots.
         example: sizes of named dimensions in the inputs it was captured with, where it was.
+        parameters: the program's parameters.
+        declared: the program's states, also those that this function does not have.
     """
 
     def __init__(
-        self, name: str, dims: Mapping[str, Range] | None = None, parameters: ParameterStore | None = None
+        self,
+        name: str,
+        dims: Mapping[str, Range] | None = None,
+        parameters: ParameterStore | None = None,
+        declared: dict[str, Value] | None = None,
     ):
         self.name = name
         self.graph = fx.Graph()
@@ -71,6 +86,7 @@ class Function:
         self.outputs: tuple[str, ...] = ()
         self.example: dict[str, int] = {}
         self.parameters = parameters if parameters is not None else ParameterStore()
+        self.declared: dict[str, Value] = declared if declared is not None else {}
 
     # -- reading
 
@@ -81,7 +97,22 @@ class Function:
     @property
     def inputs(self) -> dict[str, Value]:
         """The signature: input names with their values, in order."""
-        return {n.target: n.meta["value"] for n in self.graph.find_nodes(op="placeholder")}
+        return {n.target: n.meta["value"] for n in self.input_nodes}
+
+    @property
+    def input_nodes(self) -> list[fx.Node]:
+        """The nodes of the inputs, in order."""
+        return [n for n in self.graph.find_nodes(op="placeholder") if not is_state(n)]
+
+    @property
+    def states(self) -> dict[str, Value]:
+        """The states that it reads or updates, by name."""
+        return {name: node.meta["value"] for name, node in self.state_nodes.items()}
+
+    @property
+    def state_nodes(self) -> dict[str, fx.Node]:
+        """Where each state stands as the call finds it, by the state's name."""
+        return {n.target: n for n in self.graph.find_nodes(op="placeholder") if is_state(n)}
 
     @property
     def output_node(self) -> fx.Node:
@@ -91,6 +122,16 @@ class Function:
     def results(self) -> tuple[fx.Node, ...]:
         """The result nodes, in the order of ``outputs``."""
         return tuple(self.output_node.args[0])
+
+    @property
+    def updates(self) -> dict[str, fx.Node]:
+        """The nodes of the states' new values, by name; a state that is not here stays as it is."""
+        return dict(self.output_node.args[1]) if len(self.output_node.args) > 1 else {}
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """What a call has to compute: the results, then the states' new values."""
+        return (*self.results, *self.updates.values())
 
     def calls(self, *names: str) -> list[fx.Node]:
         """Operation nodes in order; only those of the named operations where names are given."""
@@ -114,12 +155,50 @@ class Function:
         node.meta["value"] = value
         return node
 
-    def set_outputs(self, results: Mapping[str, fx.Node]) -> None:
-        """Ends the function with these named results (replacing earlier ones)."""
+    def add_state(self, name: str, value: Value | None = None) -> fx.Node:
+        """The state ``name`` as a call finds it; ``value`` declares one that the program does not have yet.
+
+        Raises:
+            ProgramError: it is unknown and no value is given, is declared with another value, has a size that is not
+                fixed, or the function has it already.
+        """
+        known = self.declared.get(name)
+        if known is None and value is None:
+            raise ProgramError(f"the program has no state {name!r}", fix="give its dtype and shape")
+        if known is not None and value not in (None, known):
+            raise ProgramError(f"state {name!r} is {known}, not {value}", why="functions share their states")
+        if name in self.state_nodes:
+            raise ProgramError(f"function {self.name!r} has the state {name!r} already")
+        value = known or value
+        if problem := state_problem(value):
+            raise ProgramError(f"state {name!r}: {problem}", fix="give it the largest size it can need")
+        node = self.add_input(name, value)
+        node.meta["state"] = True
+        self.declared[name] = value
+        return node
+
+    def set_update(self, name: str, new: fx.Node) -> None:
+        """``new`` is what the next call finds in the state; the function has its outputs already."""
+        self._end(self.results, self.updates | {name: new})
+
+    def set_outputs(
+        self, results: Mapping[str, fx.Node], updates: Mapping[str, fx.Node] | None = None
+    ) -> None:
+        """Ends the function with these named results and new values of states, instead of earlier ones.
+
+        Without ``updates`` those of before are kept.
+        """
+        if updates is None:
+            ended = self.graph.nodes and self.output_node.op == "output"
+            updates = self.updates if ended else {}
+        self._end(tuple(results.values()), updates)
+        self.outputs = tuple(results)
+
+    def _end(self, results: tuple[fx.Node, ...], updates: Mapping[str, fx.Node]) -> None:
         if self.graph.nodes and self.output_node.op == "output":
             self.graph.erase_node(self.output_node)
-        self.graph.output(tuple(results.values()))
-        self.outputs = tuple(results)
+        ends = (results, dict(updates)) if updates else (results,)
+        self.graph.create_node("output", "output", ends)
 
     def builder(
         self, *, before: fx.Node | None = None, like: fx.Node | None = None, made_by: str | None = None
@@ -156,8 +235,11 @@ class Function:
             stack.extend(operands)
         return gone
 
-    def copy(self, parameters: ParameterStore) -> Function:
-        other = Function(self.name, self.dims, parameters)
+    def copy(self, parameters: ParameterStore, declared: dict[str, Value] | None = None) -> Function:
+        """The same function over these parameters and states (None: states of its own, declared alike)."""
+        other = Function(
+            self.name, self.dims, parameters, dict(self.declared) if declared is None else declared
+        )
         other.outputs, other.example = self.outputs, dict(self.example)
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -178,13 +260,16 @@ class Function:
                 return {"node": hashes[arg]}
             if isinstance(arg, list | tuple):
                 return [encode(a) for a in arg]
+            if isinstance(arg, Mapping):
+                return {"states": sorted((name, encode(a)) for name, a in arg.items())}
             if isinstance(arg, Dim):
                 return {"dim": str(arg)}
             return arg if arg is None or isinstance(arg, bool | int | str) else {"other": repr(arg)}
 
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                line: Any = ["input", node.target, str(node.meta["value"])]
+                kind = "state" if is_state(node) else "input"
+                line: Any = [kind, node.target, str(node.meta["value"])]
             elif node.op == "get_attr":
                 line = ["parameter", self.parameters[node.target].digest]
             elif node.op == "output":
@@ -198,6 +283,13 @@ class Function:
         dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
         nodes = sorted(h for node, h in hashes.items() if node.op != "get_attr")
         return _sha256([self.name, dims, list(self.inputs), self.outputs, nodes])
+
+
+def state_problem(value: Value) -> str | None:
+    """Why a value cannot be a state's."""
+    if any(isinstance(d, Dim) for d in value.shape):
+        return f"{value} has a size that is not fixed, and a session keeps its memory from call to call"
+    return None
 
 
 def _sha256(data: Any) -> str:
@@ -222,14 +314,20 @@ def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
 
 
 class Program:
-    """Functions over one parameter store; calling it runs ``main`` in torch.
+    """Functions over one store of parameters and state; calling it runs ``main`` in torch.
 
     Copies share parameters, so keeping versions of a program is cheap.
+
+    Attributes:
+        functions: by name.
+        parameters: by name, see `ParameterStore`.
+        states: dtype and shape of each state by name; `Function.add_state` declares them.
     """
 
-    def __init__(self, parameters: ParameterStore | None = None):
+    def __init__(self, parameters: ParameterStore | None = None, states: Mapping[str, Value] | None = None):
         self.functions: dict[str, Function] = {}
         self.parameters = parameters if parameters is not None else ParameterStore()
+        self.states: dict[str, Value] = dict(states or {})
 
     @property
     def main(self) -> Function:
@@ -249,14 +347,18 @@ class Program:
     def add_function(self, name: str, dims: Mapping[str, Range] | None = None) -> Function:
         if name in self.functions:
             raise ProgramError(f"the program has a function called {name!r} already")
-        self.functions[name] = Function(name, dims, self.parameters)
+        self.functions[name] = Function(name, dims, self.parameters, self.states)
         return self.functions[name]
 
     def copy(self) -> Program:
-        other = Program(self.parameters.copy())
+        other = Program(self.parameters.copy(), self.states)
         for name, function in self.functions.items():
-            other.functions[name] = function.copy(other.parameters)
+            other.functions[name] = function.copy(other.parameters, other.states)
         return other
+
+    def zero_states(self) -> dict[str, torch.Tensor]:
+        """Every state as it starts, for `tersor.ir.run`."""
+        return {name: torch.zeros(v.shape, dtype=v.torch_dtype) for name, v in self.states.items()}
 
     def digest(self) -> str:
         """Structural hash of all functions (see `Function.digest`)."""
@@ -312,7 +414,9 @@ class Program:
         return print_program(self)
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Runs ``main`` in torch: tensors by input name -> tensors by output name."""
+        """Runs ``main`` in torch: tensors by input name -> tensors by output name; states start as zeros and are
+        dropped (`run` keeps them).
+        """
         from tersor.ir.interpreter import run
 
         return run(self.main, inputs)

@@ -23,12 +23,12 @@ from tersor.folders import may_replace, new_folder
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
 from tersor.ir.parameters import Parameter, ParameterStore
-from tersor.ir.program import PROVENANCE, Function, Program, Range
+from tersor.ir.program import PROVENANCE, Function, Program, Range, is_state
 from tersor.ir.value import DTYPES, Value
 from tersor.ir.verifier import verify
 
 FORMAT = "tersor-program"
-VERSION = 1
+VERSION = 2
 PROGRAM, PARAMETERS = "program.json", "parameters.safetensors"
 
 # A program of a thousand layers takes some 20 MB.
@@ -106,6 +106,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "version": VERSION,
         "tied": program.parameters.tied(),
         "order": list(program.parameters),
+        "states": {name: _value_to_json(value) for name, value in program.states.items()},
         "functions": [_function_to_json(f) for f in program.functions.values()],
     }
 
@@ -117,12 +118,15 @@ def _function_to_json(function: Function) -> dict[str, Any]:
         "example": dict(function.example),
         "nodes": [_node_to_json(node) for node in function.graph.nodes if node.op != "output"],
         "outputs": {name: node.name for name, node in zip(function.outputs, function.results, strict=True)},
+        "updates": {name: node.name for name, node in function.updates.items()},
     }
 
 
 def _node_to_json(node: fx.Node) -> dict[str, Any]:
     data: dict[str, Any] = {"name": node.name}
-    if node.op == "placeholder":
+    if is_state(node):
+        data |= {"state": node.target}
+    elif node.op == "placeholder":
         data |= {"input": node.target, "value": _value_to_json(node.meta["value"])}
     elif node.op == "get_attr":
         data |= {"parameter": node.target}
@@ -183,7 +187,8 @@ def program_from_json(data: Any, tensors: Mapping[str, torch.Tensor]) -> Program
             fix="save it with this version again, or install the one that wrote it",
         )
     _check_ops_exist(data)
-    program = Program(_parameters(data, tensors))
+    states = {_typed(str, name): _value_from_json(value) for name, value in data["states"].items()}
+    program = Program(_parameters(data, tensors), states)
     for item in data["functions"]:
         name = _typed(str, item["name"])
         dims = {dim: Range(*(_typed(int, limit) for limit in limits)) for dim, limits in item["dims"].items()}
@@ -231,9 +236,11 @@ def _read_function(function: Function, data: Mapping[str, Any]) -> None:
             raise ProgramError(f"function {function.name!r} defines %{name} twice")
         node = made[name] = _read_node(function, build, item, look_up)
         node.meta.update({key: _typed(str, item[key]) for key in PROVENANCE if key in item})
-    function.set_outputs(
-        {_typed(str, name): look_up(_typed(str, node)) for name, node in data["outputs"].items()}
+    results, updates = (
+        {_typed(str, name): look_up(_typed(str, node)) for name, node in data[key].items()}
+        for key in ("outputs", "updates")
     )
+    function.set_outputs(results, updates)
 
 
 def _read_node(
@@ -242,6 +249,8 @@ def _read_node(
     name = item["name"]
     if "input" in item:
         return function.add_input(_typed(str, item["input"]), _value_from_json(item["value"]))
+    if "state" in item:
+        return function.add_state(_typed(str, item["state"]))
     if "parameter" in item:
         if _typed(str, item["parameter"]) not in function.parameters:
             raise ProgramError(f"%{name} reads the parameter {item['parameter']!r}, which does not exist")

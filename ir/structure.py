@@ -15,7 +15,7 @@ from tersor.ir.program import Function
 
 NORMS = frozenset({"layer_norm", "rms_norm"})
 ACTIVATIONS = frozenset({"gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh", "erf"})
-_LAYOUT = frozenset({"reshape", "permute", "expand", "slice", "concat", "pad", "cast"})
+_LAYOUT = frozenset({"reshape", "permute", "expand", "slice", "concat", "pad", "cast", "cache_update"})
 _JOINS = frozenset({"add", "sub"})
 
 
@@ -246,6 +246,8 @@ def _data(node: fx.Node) -> Iterator[fx.Node]:
     """The operands that a node's result is made of: without tables, conditions and norm parameters."""
     if node.target.name in NORMS or node.target.name == "rotary_embedding":
         yield node.args[0]
+    elif node.target.name == "cache_update":
+        yield from node.args[:2]
     elif node.target.name == "where":
         yield from (a for a in node.args[1:] if isinstance(a, fx.Node))
     else:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import fx
 
 from tersor.ir.parameters import ParameterStore
-from tersor.ir.program import Function, Program
+from tersor.ir.program import Function, Program, is_state
 
 Detail = Literal["brief", "normal", "full"]
 _PROVENANCE = {"brief": (), "normal": ("site",), "full": ("site", "module", "source", "made_by")}
@@ -18,9 +18,10 @@ _PROVENANCE = {"brief": (), "normal": ("site",), "full": ("site", "module", "sou
 def print_program(program: Program, detail: Detail = "normal") -> str:
     """One line per operation, then a table of the parameters.
 
-    ``%name`` is a value (the names that errors use), ``@name`` a parameter, ``: float32[batch, 8]`` the
-    result's type. Behind ``#`` stands the site; with "full" also module path, source line and the pass that
-    made the node; with "brief" nothing, and the table of parameters is left out too.
+    ``%name`` is a value (the names that errors use), ``@name`` a parameter, ``$name`` a state as the call finds it (its
+    new value stands behind the results), ``: float32[batch, 8]`` the result's type. Behind ``#`` stands the site; with
+    "full" also module path, source line and the pass that made the node; with "brief" nothing, and the table of
+    parameters is left out too.
     """
     parts = [print_function(function, detail) for function in program.functions.values()]
     if detail != "brief":
@@ -34,8 +35,7 @@ def print_function(function: Function, detail: Detail = "normal") -> str:
     for node in function.calls():
         comment = ", ".join(_origins(node, _PROVENANCE[detail]))
         lines.append(f"  {_line(node)}" + (f"  # {comment}" if comment else ""))
-    results = zip(function.outputs, function.results, strict=True)
-    lines.append("  return " + ", ".join(f"{name} = {_show(node)}" for name, node in results))
+    lines.append(f"  {_ends(function, _show)}")
     return "\n".join(lines)
 
 
@@ -86,8 +86,17 @@ def _scaled(number: int, units: tuple[str, ...]) -> str:
 
 def _signature(function: Function) -> str:
     inputs = ", ".join(f"{name}: {value}" for name, value in function.inputs.items())
+    states = ", ".join(f"${name}: {value}" for name, value in function.states.items())
     dims = ", ".join(f"{name} {r.min}..{r.max}" for name, r in function.dims.items())
-    return f"{function.name}({inputs})" + (f" dims {dims}" if dims else "")
+    parts = [f"states {states}" if states else "", f"dims {dims}" if dims else ""]
+    return " ".join([f"{function.name}({inputs})", *filter(None, parts)])
+
+
+def _ends(function: Function, show: Callable[[Any], str]) -> str:
+    results = zip(function.outputs, function.results, strict=True)
+    text = "return " + ", ".join(f"{name} = {show(node)}" for name, node in results)
+    updates = ", ".join(f"${name} = {show(node)}" for name, node in function.updates.items())
+    return f"{text}; {updates}" if updates else text
 
 
 def _origins(node: fx.Node, keys: Iterable[str]) -> list[str]:
@@ -117,7 +126,7 @@ def _show(arg: Any, name: Callable[[fx.Node], str] | None = None) -> str:
     if isinstance(arg, fx.Node):
         if name is not None:
             return name(arg)
-        return f"@{arg.target}" if arg.op == "get_attr" else f"%{arg.name}"
+        return _kind(arg) if arg.op == "get_attr" or is_state(arg) else f"%{arg.name}"
     if isinstance(arg, list | tuple):
         inner = ", ".join(_show(a, name) for a in arg)
         return f"({inner},)" if len(arg) == 1 else f"({inner})"
@@ -129,7 +138,7 @@ def _function_diff(old: Function, new: Function, context: int) -> list[str]:
     # pairing.
     old_calls, new_calls = old.calls(), new.calls()
     keys = [
-        [_call(node, lambda arg: _show(arg, _kind)) for node in calls] for calls in (old_calls, new_calls)
+        [_call(node, lambda arg: _show(arg, _place)) for node in calls] for calls in (old_calls, new_calls)
     ]
     pairs = difflib.SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks()
     partner = {new_calls[j + k]: old_calls[i + k] for i, j, size in pairs for k in range(size)}
@@ -144,7 +153,7 @@ def _function_diff(old: Function, new: Function, context: int) -> list[str]:
                 digest = function.parameters[node.target].digest
                 return f"@{parameters[digest]}#{digest[:8]}"
             if node.op == "placeholder":
-                return f"%{node.target}"
+                return _kind(node)
             if function is old:
                 return f"%{node.name}"
             return f"%{partner[node].name}" if node in partner else f"%{node.name}'"
@@ -152,14 +161,18 @@ def _function_diff(old: Function, new: Function, context: int) -> list[str]:
         def show(arg: Any) -> str:
             return _show(arg, name)
 
-        results = ", ".join(
-            f"{n} = {show(r)}" for n, r in zip(function.outputs, function.results, strict=True)
-        )
-        return [_signature(function), *(_line(node, show) for node in function.calls()), f"return {results}"]
+        body = [_line(node, show) for node in function.calls()]
+        return [_signature(function), *body, _ends(function, show)]
 
     compared = difflib.unified_diff(lines(old), lines(new), "before", "after", n=context, lineterm="")
     return [f"function {old.name}:", *compared]
 
 
 def _kind(node: fx.Node) -> str:
-    return "@" if node.op == "get_attr" else f"%{node.target}" if node.op == "placeholder" else "%"
+    """What is read from outside: a parameter, a state, an input."""
+    return f"{'@' if node.op == 'get_attr' else '$' if is_state(node) else '%'}{node.target}"
+
+
+def _place(node: fx.Node) -> str:
+    """A node without what renaming and rewriting may change."""
+    return "@" if node.op == "get_attr" else _kind(node) if node.op == "placeholder" else "%"

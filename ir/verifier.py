@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -11,7 +11,7 @@ from torch import fx
 from tersor.errors import ProgramError, TersorError
 from tersor.ir.dialect import Op
 from tersor.ir.dims import Dim, Shape, shape_symbols
-from tersor.ir.program import Function, Program, infer
+from tersor.ir.program import Function, Program, infer, is_state, state_problem
 from tersor.ir.value import Value
 
 
@@ -26,6 +26,7 @@ def verify(program: Program) -> None:
         for name, function in program.functions.items()
         if name != function.name
     ]
+    problems += [f"state {n!r}: {p}" for n, value in program.states.items() if (p := state_problem(value))]
     problems += [p for function in program.functions.values() for p in _problems(program, function)]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems[:20])
@@ -43,6 +44,8 @@ def _problems(program: Program, function: Function) -> list[str]:
     where, found = f"function {function.name!r}", []
     if function.parameters is not program.parameters:
         found.append(f"{where} reads another program's parameters")
+    if function.declared is not program.states:
+        found.append(f"{where} has another program's states")
     nodes = function.nodes
     if not nodes or [n for n in nodes if n.op == "output"] != nodes[-1:]:
         return [*found, f"{where} has no output node at its end"]
@@ -50,8 +53,13 @@ def _problems(program: Program, function: Function) -> list[str]:
         return [*found, f"{where}: the results are {function.results}, not a tuple of nodes"]
     if len(function.outputs) != len(function.results) or len(set(function.outputs)) != len(function.outputs):
         found.append(f"{where}: {len(function.results)} results, output names {list(function.outputs)}")
-    names = Counter(n.target for n in nodes if n.op == "placeholder")
-    found += [f"{where} has {count} inputs called {name!r}" for name, count in names.items() if count > 1]
+    names = Counter((is_state(n), n.target) for n in nodes if n.op == "placeholder")
+    found += [
+        f"{where} has {count} {'states' if state else 'inputs'} called {name!r}"
+        for (state, name), count in names.items()
+        if count > 1
+    ]
+    found += _update_problems(function, where)
     seen: set[fx.Node] = set()
     for node in nodes:
         if any(operand not in seen for operand in node.all_input_nodes):
@@ -62,7 +70,7 @@ def _problems(program: Program, function: Function) -> list[str]:
     bound = {
         str(d)
         for n in nodes
-        if n.op == "placeholder"
+        if n.op == "placeholder" and not is_state(n)
         for d in _shape(n)
         if isinstance(d, Dim) and d.is_symbol
     }
@@ -76,6 +84,24 @@ def _problems(program: Program, function: Function) -> list[str]:
     sites = Counter(n.meta["site"] for n in nodes if n.meta.get("site"))
     found += [f"site {site!r} names {count} nodes" for site, count in sites.items() if count > 1]
     return found
+
+
+def _update_problems(function: Function, where: str) -> Iterator[str]:
+    """Each update is the new value of a state that the function has, of the same dtype and shape."""
+    nodes, updates = function.state_nodes, function.output_node.args[1:]
+    if updates and not (len(updates) == 1 and isinstance(updates[0], Mapping)):
+        yield f"{where}: behind the results stands {updates}, not a mapping from states to their new values"
+        return
+    for name, new in function.updates.items():
+        if name not in nodes:
+            yield f"{where} updates the state {name!r}, which it does not have (add_state)"
+        elif not isinstance(new, fx.Node):
+            yield f"{where} updates the state {name!r} with {new}, which is not a node"
+        elif new.meta.get("value") != nodes[name].meta.get("value"):
+            yield (
+                f"{where} updates the state {name!r}, {nodes[name].meta.get('value')}, "
+                f"with {new.meta.get('value')} from {describe(new)}"
+            )
 
 
 def _shape(node: fx.Node) -> Shape:
@@ -104,6 +130,11 @@ def _node_problem(function: Function, node: fx.Node) -> str | None:
         return "has no value metadata"
     if undeclared := _symbols(node) - function.dims.keys():
         return f"uses dimensions without a range: {', '.join(sorted(undeclared))}"
+    if is_state(node):
+        if node.target not in function.declared:
+            return f"is the state {node.target!r}, which the program does not have"
+        known = function.declared[node.target]
+        return None if known == value else f"says {value}, the state is {known}"
     if node.op == "placeholder":
         return None
     if node.op == "get_attr":

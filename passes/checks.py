@@ -33,6 +33,8 @@ def changed_signature(before: Program, after: Program) -> Fault | None:
             ("inputs", old.inputs, new.inputs),
             ("dimensions", old.dims, new.dims),
             ("outputs", _results(old), _results(new)),
+            ("states", old.states, new.states),
+            ("updated states", _updates(old), _updates(new)),
         ):
             if was != is_now:
                 return Fault(f"the {what} of {name!r} changed from {_show(was)} to {_show(is_now)}")
@@ -80,6 +82,10 @@ def idle_patterns(pass_: Pass, program: Program) -> list[Finding]:
 
 def _results(function: Function) -> dict[str, object]:
     return dict(zip(function.outputs, (node.meta["value"] for node in function.results), strict=True))
+
+
+def _updates(function: Function) -> dict[str, object]:
+    return {name: node.meta["value"] for name, node in function.updates.items()}
 
 
 def _show(signature: dict) -> str:

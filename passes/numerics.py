@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from tersor.ir import Function, Program, run
-from tersor.ir.samples import sample_inputs
+from tersor.ir.interpreter import bind_dims
+from tersor.ir.samples import sample_inputs, sample_states
 
 Inputs = Mapping[str, Mapping[str, torch.Tensor]]
 """By function and input name."""
 Outputs = dict[str, dict[str, torch.Tensor]]
-"""By function and output name."""
+"""By function and output name; ``$name`` is the new value of a state."""
 
 _SIZES = (2, 7, 5, 3, 11, 13)  # small, and different, so that mixed-up dimensions show
 
@@ -30,9 +31,18 @@ def small_inputs(program: Program, seed: int = 0) -> Inputs:
 
 
 def outputs(program: Program, inputs: Inputs, dtype: torch.dtype | None = None) -> Outputs:
-    """The results of every function that ``inputs`` has inputs for, computed in ``dtype`` (None: its own)."""
+    """The results of every function that ``inputs`` has inputs for, computed in ``dtype`` (None: its own).
+
+    Each runs on states as earlier calls could have left them.
+    """
+    results = {}
     with torch.no_grad():
-        return {name: run(program.functions[name], given, dtype=dtype) for name, given in inputs.items()}
+        for name, given in inputs.items():
+            function = program.functions[name]
+            states = sample_states(function, bind_dims(function.inputs, given))
+            results[name] = run(function, given, states, dtype=dtype)
+            results[name] |= {f"${state}": states[state] for state in function.updates}
+    return results
 
 
 def relative_error(reference: Outputs, actual: Outputs) -> float:

@@ -135,6 +135,35 @@ def _infer_gather(x: Value, index: Value, *, dim: int) -> Value:
     return Value(x.dtype, index.shape)
 
 
+def cache_update(state, value, position, *, dim: int):
+    """state with value's slices along ``dim`` at int64 ``position``: of the first one, or [T], one for each.
+
+    A position outside the state is an error: in torch, and in lowered code before it writes anything. Equal positions
+    leave one of their slices. Where the result is the next value of the state itself, lowered code writes in place.
+    """
+    dim = dim % state.ndim
+    if position.ndim == 0:
+        position = position + torch.arange(value.shape[dim])
+    return state.index_copy(dim, position, value)
+
+
+def _infer_cache_update(state: Value, value: Value, position: Value, *, dim: int) -> Value:
+    dim = axis(dim, state.rank)
+    require_dtype("int64", position=position)
+    length = value.shape[dim] if value.rank == state.rank else None
+    if (value.dtype, (*value.shape[:dim], *value.shape[dim + 1 :])) != (
+        state.dtype,
+        (*state.shape[:dim], *state.shape[dim + 1 :]),
+    ) or length is None:
+        raise ProgramError(f"cannot write {value} into {state} along dimension {dim}")
+    if position.shape not in ((), (length,)):
+        raise ProgramError(f"positions {position} for {length} slices", fix="give one for each, or the first")
+    room = state.shape[dim]
+    if isinstance(length - room, int) and length - room > 0:
+        raise ProgramError(f"{length} slices do not fit into {state}, which has room for {room}")
+    return state
+
+
 def arange(*, end: int | Dim, dtype: str = "int64"):
     """0, 1, ..., end - 1."""
     return torch.arange(end, dtype=DTYPES[dtype])
@@ -182,6 +211,11 @@ _op(concat, _infer_concat)
 _op(pad, _infer_pad)
 _op(index_select, _infer_index_select, _moved)
 _op(gather, _infer_gather, _moved)
+_op(
+    cache_update,
+    _infer_cache_update,
+    lambda result, state, value, position, *, dim: 2 * value.bytes + position.bytes,
+)
 _op(arange, _infer_arange)
 _op(full, _infer_full)
 _op(cumsum, _infer_cumsum)

@@ -244,7 +244,7 @@ def test_missing_parameters_file(saved):
 
 def test_another_format_version(saved):
     saved.data["version"] = 99
-    refused(saved, "format version 99, this Tersor reads 1")
+    refused(saved, "format version 99, this Tersor reads 2")
 
 
 def test_forward_reference(saved):
@@ -337,6 +337,12 @@ HOSTILE = {
     "paths": _path_tricks,
     "tied": lambda s: s.data.update(tied=[["a", "b"]]),
     "missing": lambda s: s.data.pop("order"),
+    "states": lambda s: s.data.update(states=3),
+    "state of no value": lambda s: s.data.update(states={"k": 1}),
+    "state of no fixed size": lambda s: s.data["states"].update(k={"dtype": "float32", "shape": ["batch"]}),
+    "unknown state": lambda s: s.nodes.insert(0, {"name": "k", "state": "k"}),
+    "updates": lambda s: s.data["functions"][0].update(updates=["k"]),
+    "unknown update": lambda s: s.data["functions"][0].update(updates={"k": s.nodes[0]["name"]}),
     "version": lambda s: s.data.update(version="1"),
     "format": lambda s: s.data.update(format="onnx"),
     "not a number": lambda s: s.nodes[0]["value"].update(shape=[float("nan")]),
