@@ -44,7 +44,7 @@ def _problems(program: Program, function: Function) -> list[str]:
     where, found = f"function {function.name!r}", []
     if function.parameters is not program.parameters:
         found.append(f"{where} reads another program's parameters")
-    if function.declared is not program.states:
+    if function.states and function.declared is not program.states:
         found.append(f"{where} has another program's states")
     nodes = function.nodes
     if not nodes or [n for n in nodes if n.op == "output"] != nodes[-1:]:
