@@ -253,6 +253,15 @@ class Function:
 
         Names, provenance and the order of independent nodes are free; dead and duplicate nodes count.
         """
+        hashes = self.value_digests()
+        dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
+        nodes = sorted(h for node, h in hashes.items() if node.op != "get_attr")
+        return _sha256([self.name, dims, list(self.inputs), self.outputs, nodes])
+
+    def value_digests(self) -> dict[fx.Node, str]:
+        """For each node a hash of all that its value follows from: inputs, operations, attributes and contents of
+        parameters. Equal hashes are equal values, in this function or in another version of it.
+        """
         hashes: dict[fx.Node, str] = {}
 
         def encode(arg: Any) -> Any:
@@ -280,9 +289,7 @@ class Function:
                 )  # a default left out is the same as one given
                 line = [node.target.name, {name: encode(argument) for name, argument in arguments.items()}]
             hashes[node] = _sha256(line)
-        dims = sorted((name, r.min, r.max) for name, r in self.dims.items())
-        nodes = sorted(h for node, h in hashes.items() if node.op != "get_attr")
-        return _sha256([self.name, dims, list(self.inputs), self.outputs, nodes])
+        return hashes
 
 
 def state_problem(value: Value) -> str | None:

@@ -9,6 +9,7 @@ from tersor.passes.base import (
     Pass,
     PassResult,
 )
+from tersor.passes.calibration import Calibration, Request
 from tersor.passes.context import Context
 from tersor.passes.gates import Budget, Evaluate, Fidelity, Measure, Stage
 from tersor.passes.pipeline import Pipeline
@@ -17,6 +18,7 @@ from tersor.passes.report import Report
 from tersor.passes.sites import site_of
 
 __all__ = [
-    "STAGES", "Budget", "Context", "Equivalent", "Evaluate", "Exact", "Fidelity", "Finding", "Lossy", "Measure", "Pass",
-    "PassResult", "Pipeline", "Report", "Stage", "load_plugins", "passes", "register", "site_of",
+    "STAGES", "Budget", "Calibration", "Context", "Equivalent", "Evaluate", "Exact", "Fidelity", "Finding", "Lossy",
+    "Measure", "Pass", "PassResult", "Pipeline", "Report", "Request", "Stage", "load_plugins", "passes", "register",
+    "site_of",
 ]  # fmt: skip

@@ -7,9 +7,9 @@ import difflib
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import fx
 
@@ -20,6 +20,9 @@ from tersor.ir.site import select as select_sites
 from tersor.passes.config import conform_fields, plain
 from tersor.passes.context import Context
 from tersor.passes.sites import site_of
+
+if TYPE_CHECKING:
+    from tersor.passes.calibration import Request
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Pass(ABC):
         requires, forbids: facts (`tersor.passes.facts`) that must, or must not, hold at the sites it selects.
         provides: facts that hold at the sites it changed; the manager checks that they do.
         invalidates: facts that it may end; ending one that is not listed is an error.
+        calibrated: whether it needs calibration data (a property where that depends on the configuration).
     """
 
     only: tuple[str, ...] | None = None
@@ -121,6 +125,7 @@ class Pass(ABC):
     forbids: ClassVar[Set[str]] = frozenset()
     provides: ClassVar[Set[str]] = frozenset()
     invalidates: ClassVar[Set[str]] = frozenset()
+    calibrated: ClassVar[bool] = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -149,6 +154,13 @@ class Pass(ABC):
     def problem(self) -> str | None:
         """What is wrong with the configuration beyond its types, in words; None when nothing is. For subclasses."""
         return None
+
+    def requests(self, program: Program) -> Iterable[Request]:
+        """The statistics that `run` looks up in ``context.statistics``; one sweep over the data gathers them all.
+
+        Called with the copy that `run` gets, where there is calibration data. For subclasses.
+        """
+        return ()
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> PassResult:

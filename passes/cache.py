@@ -1,8 +1,8 @@
 """Results of passes on disk, so that a run that was killed, or is repeated with another ending, resumes.
 
 The key of a result says everything that it follows from: the program (structure, names, contents), the pass's
-configuration, the source code of the pass and of what it stands on, seed and target. An entry holds the new program
-and those of its parameters that the program before did not have.
+configuration, the source code of the pass and of what it stands on, seed, target and, for calibrated passes, the data.
+An entry holds the new program and those of its parameters that the program before did not have.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class StepCache:
         parts = [
             program.digest(), _names(program),
             pass_.name, pass_.config(), source, context.seed,
+            context.calibration.digest if pass_.calibrated and context.calibration is not None else None,
             asdict(context.target) if context.target is not None else None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_sorted_text).encode()).hexdigest()

@@ -15,6 +15,7 @@ from tersor.passes.facts import Records
 from tersor.targets import Target
 
 if TYPE_CHECKING:
+    from tersor.passes.calibration import Dataset, Statistics
     from tersor.passes.gates import Evaluate, Measure
 
 
@@ -33,6 +34,8 @@ class Context:
         inputs: inputs for that comparison, by function and input name; made from the signature where absent.
         cache: folder in which results of passes are kept, so that a killed run resumes; None keeps nothing.
         progress: called with the name of each step as it starts.
+        calibration: the user's data as it fits the program; None without any. `Pipeline.run` puts it here.
+        statistics: the answers to the running pass's ``requests``; None without data.
     """
 
     target: Target | None = None
@@ -44,6 +47,8 @@ class Context:
     inputs: Mapping[str, Mapping[str, torch.Tensor]] | None = None
     cache: str | Path | None = None
     progress: Callable[[str], None] | None = None
+    calibration: Dataset | None = None
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         if self.numerics not in ("auto", "always", "never"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from tersor.ir.costs import cost
 from tersor.passes import checks, facts
 from tersor.passes.base import Equivalent, Exact, Finding, Pass, PassResult
 from tersor.passes.cache import StepCache
+from tersor.passes.calibration import calibrate
 from tersor.passes.checks import Fault, Present
 from tersor.passes.context import Context
 from tersor.passes.gates import Stage
@@ -77,6 +78,8 @@ class Manager:
             ProgramError: the program was not well formed to begin with.
         """
         verify(program)
+        if self.context.calibration is not None:
+            self.report.notes += self.context.calibration.notes
         version = self._start = _Version.of(program)
         self._inputs = self._comparison_inputs(version)
         for step in steps:
@@ -141,9 +144,10 @@ class Manager:
         program = before.program.copy()
         known = {f"%{node.name}": name for node, name in names(program).items()}
         started = time.perf_counter()
+        context = self._surroundings(pass_, program)
         try:
             with NoParameterWrites(program.parameters):
-                result = pass_.run(program, self.context)
+                result = pass_.run(program, context)
         except Exception as error:
             raise self._failure(pass_, Fault(f"{type(error).__name__}: {error}")) from error
         step.seconds = time.perf_counter() - started
@@ -158,6 +162,21 @@ class Manager:
         except ProgramError as error:
             raise self._failure(pass_, Fault(str(error))) from error
         return program
+
+    def _surroundings(self, pass_: Pass, program: Program) -> Context:
+        """The context with the statistics that a calibrated pass asks for; other passes see no data."""
+        data = self.context.calibration
+        if data is None or not pass_.calibrated:
+            return replace(self.context, calibration=None)
+        statistics = calibrate(
+            program,
+            pass_.requests(program),
+            data,
+            seed=self.context.seed,
+            cache=self.context.cache,
+            title=f"calibrating {pass_.name}",
+        )
+        return replace(self.context, statistics=statistics)
 
     def _fault(self, pass_: Pass, before: _Version, after: _Version, step: StepReport) -> Fault | None:
         """The first thing that a pass broke, if any."""

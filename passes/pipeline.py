@@ -10,8 +10,9 @@ from typing import Any, Self
 from tersor.errors import PipelineError
 from tersor.ir import Program
 from tersor.passes.base import Pass
+from tersor.passes.calibration import Calibration, Dataset
 from tersor.passes.context import Context
-from tersor.passes.gates import Budget, Stage
+from tersor.passes.gates import Budget, Fidelity, Stage
 from tersor.passes.manager import Manager
 from tersor.passes.order import arranged, violations
 from tersor.passes.plan import Plan
@@ -170,16 +171,51 @@ class Pipeline:
         self.check(program)
         return Plan(self.name, tuple(self.steps))
 
-    def run(self, program: Program, context: Context | None = None) -> tuple[Program, Report]:
+    def run(
+        self, program: Program, context: Context | None = None, *, calibration: Any = None
+    ) -> tuple[Program, Report]:
         """Runs the passes on a copy; the given program stays as it is, also when a pass fails.
 
+        Args:
+            calibration: data for passes that need some: batches in any form that
+                `tersor.passes.calibration.Calibration` takes, or one of those. Stages are judged on the part that is
+                held out, unless the context has an ``evaluate`` of its own.
+
         Raises:
-            PipelineError: the order is wrong, or a pass failed or broke what it declares.
+            PipelineError: the order is wrong, a pass needs data and there is none, or a pass failed or broke what it
+                declares.
+            InputError: the calibration data does not fit the program.
             BudgetError: a stage failed that asks to stop.
         """
         context = context or Context()
+        if calibration is not None:
+            context = replace(context, calibration=Dataset.read(Calibration.of(calibration), program.main))
+        self.check_data(context.calibration is not None)
         self.check(program, context)
+        judged = any(isinstance(step, Stage) for step in self.steps)
+        if judged and context.evaluate is None and context.calibration is not None:
+            batches = [batch.inputs for batch in context.calibration.held_out]
+            context = replace(context, evaluate=Fidelity(program, batches))
         return Manager(context, self.name).run(self.steps, program)
+
+    def check_data(self, given: bool) -> None:
+        """Checks that calibration data is given if a pass needs some.
+
+        Raises:
+            PipelineError: it is not; the message names recipes that do without.
+        """
+        from tersor.passes import recipes  # they are made of pipelines
+
+        needing = [p.name for p in self.passes if p.calibrated]
+        if given or not needing:
+            return
+        free = [name for name in recipes.names() if not any(p.calibrated for p in recipes.get(name).passes)]
+        near = difflib.get_close_matches(self.name, free, 1, cutoff=0.0)[0]
+        raise PipelineError(
+            f"recipe {self.name!r} needs calibration data, and there is none",
+            why=f"{', '.join(dict.fromkeys(needing))} measure values inside the program",
+            fix=f"give calibration=batches, or use recipe {near!r}, which needs none",
+        )
 
     # -- configuration
 

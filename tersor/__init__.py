@@ -21,6 +21,7 @@ _HOME = {
     "explain": "tersor.api",
     "load": "tersor.codegen.runtime",
     "CompiledModel": "tersor.codegen.runtime",
+    "Calibration": "tersor.passes",
     "Pipeline": "tersor.passes",
     "Pass": "tersor.passes",
     "PassResult": "tersor.passes",

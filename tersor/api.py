@@ -61,6 +61,7 @@ def compile(
     dynamic: Dynamic | None = None,
     threads: int | None = None,
     tune_minutes: float = 0.0,
+    calibration: Any = None,
     evaluation: Iterable[Mapping[str, Any]] | None = None,
     verify: bool = True,
     output: str | Path | None = None,
@@ -75,7 +76,10 @@ def compile(
         threads: threads a call uses, at most as many as this process has CPUs; None means one per physical core
             at run time.
         tune_minutes: time to search for better kernel tiles on this machine; 0 takes the analytic choice.
+        calibration: data for the passes that need some: a list, a DataLoader or any iterable of inputs by name, a
+            folder of .npz files, or a `Calibration`, which also says what is padding and how much to hold out.
         evaluation: held-out inputs by name; stages with a budget are judged on them, against the captured model.
+            Without them on what is held out of the calibration data.
         verify: compares the compiled code with the program on random inputs, and refuses when it disagrees.
         output: folder to save the artifact to (as ``compiled.save`` does).
         progress: called with the name of each step as it starts.
@@ -94,6 +98,7 @@ def compile(
         raise InputError(
             f"tune_minutes is {tune_minutes!r}", fix="give a number of minutes, or 0 for no tuning"
         )
+    pipeline.check_data(calibration is not None)
     folder = _scratch_folder() if output is None else check_place(output)
     if isinstance(model, Program):
         if example_inputs is not None or dynamic is not None:
@@ -112,7 +117,7 @@ def compile(
         measure=None if missing_on_host(resolved) else Latency(resolved),
         progress=report_step,
     )
-    program, report = pipeline.run(program, context)
+    program, report = pipeline.run(program, context, calibration=calibration)
     build(
         program,
         resolved,

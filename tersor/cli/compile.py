@@ -28,6 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--input", type=Path, metavar="X.npz", help="example inputs by name; made if not given"
     )
     parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="data for recipes that need some: a folder of .npz files, one batch of inputs by name in each",
+    )
+    parser.add_argument(
         "--tune-minutes", type=float, default=0, metavar="M", help="search for better kernels for so long"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the model")
@@ -46,6 +52,7 @@ def execute(options: argparse.Namespace) -> int:
             recipe=options.recipe,
             dynamic=dynamic,
             threads=options.threads,
+            calibration=options.calibration,
             tune_minutes=options.tune_minutes,
             verify=not options.no_verify,
             output=options.output,

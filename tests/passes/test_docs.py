@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 import tersor
 from tersor.passes import Pipeline, recipes, registry
@@ -55,6 +56,14 @@ def test_the_rule_on_the_page_works(scope):
     after, report = Pipeline([scope["Rsqrt"]()]).run(made)
     assert after.main.calls("rsqrt") and not after.main.calls("sqrt")
     assert report.steps[0].error < 1e-12
+
+
+def test_the_calibrated_pass_on_the_page_works(scope):
+    made = Transformer(layers=1, mask=None).build()
+    _, report = Pipeline([scope["Magnitudes"](only="*.query")]).run(
+        made, calibration=[{"x": torch.ones(1, 4, 16)}]
+    )
+    assert len(report.steps[0].skips) == 1 and report.steps[0].skips[0].reason.startswith("up to ")
 
 
 def test_the_recipe_on_the_page_loads(blocks, tmp_path):

@@ -1,0 +1,127 @@
+"""Going through a program block by block on what its changed beginning gives.
+
+Methods that repair the error of earlier blocks in later ones (GPTQ, least squares) need the inputs of block i under
+the blocks before it as they are now. One sweep serves all, and one block's values are held at a time::
+
+    for step in sequential(program, context.calibration):
+        found = step.gather([Request(linear, Gram()) for linear in step.calls("linear")])
+        ...                                          # change parameters or operations of this block
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from tersor.errors import PipelineError, TersorError
+from tersor.ir import Program
+from tersor.ir.block import Block, BlockState, blocks, start
+from tersor.passes.calibration.batches import Batches, Dataset
+from tersor.passes.calibration.padding import Padding
+from tersor.passes.calibration.requests import Request, Split, Statistics
+from tersor.passes.calibration.statistics import Statistic
+from tersor.passes.calibration.sweep import Gatherer, does_not_run, progress
+
+
+@dataclass
+class Step:
+    """A block of ``main``, and what stands before it for each batch.
+
+    Attributes:
+        program: the program, whose earlier blocks are as they are now.
+        index: the block's place in `tersor.ir.block.blocks`.
+        states: the values before the block, one per batch.
+    """
+
+    program: Program
+    index: int
+    states: list[BlockState]
+    _batches: Batches = field(repr=False)
+    _split: Split = "fit"
+    _seed: int = 0
+
+    @property
+    def block(self) -> Block:
+        """The block as it is now."""
+        return blocks(self.program.main)[self.index]
+
+    def calls(self, *names: str) -> list[fx.Node]:
+        """The block's operations in order; only those of the named operations where names are given."""
+        return [
+            n for n in self.block.nodes if n.op == "call_function" and (not names or n.target.name in names)
+        ]
+
+    def gather(self, requests: Iterable[Request]) -> Statistics:
+        """Answers requests about values that the block computes or reads, by running it as it is now.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+            PipelineError: a value belongs to another block, or to the data of another split.
+        """
+        requests = list(requests)
+        values = {request: request.value(self.program)[1] for request in requests}
+        block = self.block
+        inside = {*block.nodes, *block.inputs}
+        answers: dict[tuple[fx.Node, Statistic], Statistic] = {}
+        wanted: dict[fx.Node, list[Statistic]] = defaultdict(list)
+        for request, node in values.items():
+            if node not in inside or request.split != self._split:
+                raise PipelineError(
+                    f"%{node.name} ({request.split}) cannot be gathered in {block.name} on data of {self._split!r}",
+                    fix="ask in the step of its own block, on the split that sequential() goes through",
+                )
+            if (node, request.what) not in answers:
+                answers[node, request.what] = request.what.fresh()
+                wanted[node].append(answers[node, request.what])
+        gather, padding = Gatherer(wanted, self._seed), Padding(self.program.main)
+        for index, (state, batch) in enumerate(zip(self.states, self._batches, strict=True)):
+            tokens = padding.of(batch.inputs, batch.mask)
+            for node in block.inputs:
+                gather(node, state.values[node], tokens, index)
+            _run(block, state, index, gather.observer(tokens, index))
+        found = {request: answers[node, request.what] for request, node in values.items()}
+        return Statistics({request: answer if answer.count else None for request, answer in found.items()})
+
+
+def sequential(
+    program: Program, dataset: Dataset, *, split: Split = "fit", seed: int = 0, title: str = "calibrating"
+) -> Iterator[Step]:
+    """The blocks of ``main`` in order, each with its inputs under the blocks before it as they are by then.
+
+    Between two steps a pass may replace parameters and operations of the step's block; values that leave the block
+    keep their shape, and what other blocks hold stays. Two of these side by side, over the captured program and over
+    the changed one, give targets and inputs for reconstruction.
+
+    Raises:
+        InputError: a batch does not run.
+        PipelineError: a change moved the borders of the blocks.
+    """
+    function, batches = program.main, dataset.fit if split == "fit" else dataset.held_out
+    states = [start(function, batch.inputs) for batch in batches]
+    count = len(blocks(function))
+    with progress(title, count) as advance:
+        for index in range(count):
+            yield Step(program, index, states, batches, split, seed)
+            now = blocks(function)
+            if len(now) != count:
+                raise PipelineError(
+                    f"the function had {count} blocks and has {len(now)} now",
+                    fix="keep the additions and norms between layers",
+                )
+            for i, state in enumerate(states):
+                states[i] = _run(now[index], state, i)
+            advance()
+
+
+def _run(block: Block, state: BlockState, index: int, observe=None) -> BlockState:
+    try:
+        with torch.no_grad():
+            return block.run(state, observe)
+    except TersorError:
+        raise
+    except Exception as error:  # whatever torch says to ids outside of a table
+        raise does_not_run(index, error) from error

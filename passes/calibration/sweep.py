@@ -1,0 +1,168 @@
+"""One run of a program over calibration data that answers all requests of a pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import fx
+
+from tersor.errors import InputError, TersorError
+from tersor.ir import Function, Program, run
+from tersor.passes.calibration.batches import Batch, Dataset
+from tersor.passes.calibration.padding import Padding, Tokens
+from tersor.passes.calibration.requests import Request, Split, Statistics
+from tersor.passes.calibration.statistics import Statistic
+from tersor.passes.calibration.store import StatisticsStore
+from tersor.passes.sites import in_words
+
+Wanted = Mapping[fx.Node, list[Statistic]]
+
+
+def calibrate(
+    program: Program,
+    requests: Iterable[Request],
+    dataset: Dataset,
+    *,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    title: str = "calibrating",
+) -> Statistics:
+    """Answers requests by running ``main`` over the data; equal ones share the work.
+
+    Statistics belong to a value, that is to everything that it is computed from: where a cache has one for the same
+    value and data, it is not gathered again, even if the program has changed elsewhere. Values that no data reaches
+    (those of other functions, or all padding) get None.
+
+    Args:
+        seed: fixes which rows are sampled.
+        cache: a folder for results; None keeps nothing.
+        title: what the progress bar on a terminal says.
+
+    Raises:
+        InputError: a batch does not run, a value is NaN or infinite, or a site does not exist.
+    """
+    requests = list(requests)
+    values = {request: request.value(program) for request in requests}
+    store = StatisticsStore(cache, dataset.digest, seed) if cache is not None else None
+    answers: dict[tuple[fx.Node, Statistic, Split], Statistic] = {}
+    wanted: dict[Split, dict[fx.Node, list[Statistic]]] = {
+        "fit": defaultdict(list),
+        "held_out": defaultdict(list),
+    }
+    digests = program.main.value_digests() if store is not None else {}
+    for request in requests:
+        function, node = values[request]
+        key = (node, request.what, request.split)
+        if function is not program.main or key in answers:
+            continue
+        kept = store.load(digests[node], request.what, request.split) if store is not None else None
+        answers[key] = kept or request.what.fresh()
+        if kept is None:
+            wanted[request.split][node].append(answers[key])
+    total = sum(len(_batches(dataset, split)) for split, nodes in wanted.items() if nodes)
+    with progress(title, total) as advance:
+        for split, nodes in wanted.items():
+            if nodes:
+                _sweep(program.main, nodes, _batches(dataset, split), seed, advance)
+    if store is not None:
+        for split, nodes in wanted.items():
+            for node, statistics in nodes.items():
+                for statistic in statistics:
+                    store.store(digests[node], statistic, split)
+    found = {}
+    for request, (_, node) in values.items():
+        answer = answers.get((node, request.what, request.split))
+        found[request] = answer if answer is not None and answer.count else None
+    return Statistics(found)
+
+
+def _batches(dataset: Dataset, split: Split) -> Iterable[Batch]:
+    return dataset.fit if split == "fit" else dataset.held_out
+
+
+def _sweep(function: Function, wanted: Wanted, batches: Iterable[Batch], seed: int, advance) -> None:
+    padding, gather = Padding(function), Gatherer(wanted, seed)
+    for index, batch in enumerate(batches):
+        tokens = padding.of(batch.inputs, batch.mask)
+        for node in function.graph.find_nodes(op="placeholder"):
+            gather(node, batch.inputs[node.target], tokens, index)
+        try:
+            with torch.no_grad():
+                run(function, batch.inputs, observe=gather.observer(tokens, index))
+        except TersorError:
+            raise
+        except Exception as error:  # whatever torch says to ids outside of a table
+            raise does_not_run(index, error) from error
+        advance()
+
+
+def does_not_run(index: int, error: Exception) -> InputError:
+    return InputError(
+        f"calibration batch {index} does not run",
+        why=f"{type(error).__name__}: {error}",
+        fix="give inputs that the model itself accepts",
+    )
+
+
+class Gatherer:
+    """Feeds values to the statistics that are wanted of them."""
+
+    def __init__(self, wanted: Wanted, seed: int):
+        self._wanted = wanted
+        # one seed for all: values laid out alike are sampled at the same rows
+        self._generators = {
+            id(statistic): torch.Generator().manual_seed(seed)
+            for statistics in wanted.values()
+            for statistic in statistics
+        }
+
+    def observer(self, tokens: Tokens, index: int):
+        """What the interpreter calls with each result of batch ``index``."""
+        return lambda node, tensor: self(node, tensor, tokens, index)
+
+    def __call__(self, node: fx.Node, tensor: torch.Tensor, tokens: Tokens, index: int) -> None:
+        statistics = self._wanted.get(node)
+        if not statistics:
+            return
+        rows = tokens.rows(node, tensor)
+        if not len(rows):
+            return
+        if not torch.isfinite(rows).all():
+            raise InputError(
+                f"{in_words(node)} is NaN or infinite",
+                where=f"calibration batch {index}",
+                why="the model overflows on this data, or a row of its masks hides everything",
+                fix="leave such samples out of the calibration data",
+            )
+        for statistic in statistics:
+            statistic.update(rows, self._generators[id(statistic)])
+
+
+def progress(title: str, total: int):
+    """A bar with an estimate of the time left, on standard error where that is a terminal; gives a step function."""
+    console = Console(stderr=True)
+    if not console.is_terminal or total < 2:
+        return nullcontext(lambda: None)
+    return _Bar(title, total, console)
+
+
+class _Bar:
+    def __init__(self, title: str, total: int, console: Console):
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console)
+        self._console, self._title, self._total = console, title, total
+
+    def __enter__(self):
+        self._console.print()  # whatever names the step stands on the line before
+        self._bar.start()
+        task = self._bar.add_task(self._title, total=self._total)
+        return lambda: self._bar.advance(task)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
