@@ -1,8 +1,8 @@
 """What passes need to know of the values inside a program, measured on the user's data."""
 
 from tersor.passes.calibration.batches import Batch, Calibration, Dataset
+from tersor.passes.calibration.blockwise import Step, sequential
 from tersor.passes.calibration.requests import Request, Statistics
-from tersor.passes.calibration.sequential import Step, sequential
 from tersor.passes.calibration.statistics import Gram, Histogram, MinMax, Moments, Samples, Statistic
 from tersor.passes.calibration.sweep import calibrate
 
