@@ -1,6 +1,7 @@
 # make demo    compile the real MiniLM and compare it with torch and onnxruntime
 # make test    the whole test suite
 # make lint    style, formatting and the rules about who may import whom
+# make zoo     every model of the zoo from torch and ONNX, compiled: prints the table (ZOO="--only BERT" runs one)
 # make bench   us beside the peers (BENCH="--help" lists the options)
 #
 # Each command makes the environment it needs (.venv, .venv-bench) and reuses it until pyproject.toml or
@@ -12,7 +13,7 @@ BENCH_VENV := .venv-bench
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 SPEC := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint zoo bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -29,6 +30,9 @@ lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/python -m pytest tests/test_layout.py tests/test_packaging.py
+
+zoo: $(VENV)/.test
+	@$(VENV)/bin/python -m tests.zoo $(ZOO)
 
 bench: $(BENCH_VENV)/.bench
 	@$(BENCH_VENV)/bin/python -m benchmarks.run $(BENCH)
