@@ -231,7 +231,7 @@ def seconds_per_call(
 
     generator = np.random.default_rng(0)
     a, weights, *others = (
-        tvm.runtime.tensor(generator.standard_normal(evaluate_shape(spec.shape, symbols), dtype=np.float32))
+        tvm.runtime.tensor(_data(generator, evaluate_shape(spec.shape, symbols), spec.dtype))
         for spec in kernel.inputs()
     )
     results = [
@@ -241,3 +241,10 @@ def seconds_per_call(
     copies = [weights, *(tvm.runtime.tensor(data) for _ in range(int(cold_bytes // data.nbytes)))]
     arguments = [(a, copy, *others, *results) for copy in copies]
     return timing.seconds_per_call(call, arguments, seconds)
+
+
+def _data(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Ordinary numbers; for integers, small ones of every sign they have, so that no word is a strange float."""
+    if dtype.startswith("float"):
+        return generator.standard_normal(shape, dtype=dtype)
+    return generator.integers(0, 100, shape).astype(dtype)

@@ -18,6 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, most_rows
 from tersor.ir.dims import Dim, Shape
@@ -116,7 +117,8 @@ class _Builder:
 
     def __init__(self, attention: Attention, target: Target):
         self.spec = attention
-        self.lanes = target.lanes("float32")
+        self.product = inner_product("float32", target)
+        self.lanes = self.product.lanes
         self.rows = min(8, most_rows(target))
         self.ramp = T.ramp(0, 1, self.lanes)
         self.value_vectors = -(-attention.value_dim // self.lanes)
@@ -317,7 +319,7 @@ class _Builder:
                 return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
             return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
 
-        sums = RegisterTile(len(queries), vectors, lanes, start)
+        sums = RegisterTile(len(queries), vectors, self.product, start)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
             for q in queries
@@ -373,7 +375,7 @@ class _Builder:
     def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
         """Some vectors of columns of the weighted sum."""
         spec, lanes = self.spec, self.lanes
-        sums = RegisterTile(len(queries), width, lanes)
+        sums = RegisterTile(len(queries), width, self.product)
         with T.serial(end - begin) as step:
             j = begin + step
             sums.multiply(
