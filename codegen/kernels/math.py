@@ -301,7 +301,7 @@ def saturate(x: Expr, dtype: str) -> Expr:
     low, high = (constant(bound, x) for bound in CODES[dtype])
     x = bind(tirx.Select(x > low, x, low))
     x = tirx.Select(x < high, x, high)
-    return cast(cast(x, "int32"), dtype)  # by way of int32: LLVM has no good conversion of f32 to bytes
+    return cast(x, dtype)
 
 
 def where(condition: Expr, a: Expr, b: Expr) -> Expr:
@@ -315,6 +315,8 @@ def cast(x: Expr, dtype: str) -> Expr:
         return x
     if dtype == "bool":
         return tirx.NE(x, constant(0, x))
+    if dtype in CODES and _is_float(x):
+        x = tirx.Cast(_dtype("int32", x), x)  # LLVM has no good conversion from f32 to bytes
     return tirx.Cast(_dtype(dtype, x), x)
 
 
