@@ -113,6 +113,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
         mask=None if mask is None else opaque(mask.meta["value"].shape),
         mask_dtype="bool" if mask is None else mask.meta["value"].dtype,
         packed="qkv" if joined else "",
+        softcap=node.kwargs.get("softcap"),
     )
     args = [_joined(lowering, (q, k, v))] if joined else [lowering.value(a) for a in (q, k, v)]
     args += [lowering.value(mask)] if mask is not None else []

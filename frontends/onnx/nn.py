@@ -234,8 +234,6 @@ def _lp_norm(c: Call) -> fx.Node:
 @converts("Attention", since=23)
 def _attention(c: Call) -> Any:
     """[B, H, T, D], or [B, T, H*D] with the number of heads as an attribute."""
-    if c.attribute("softcap", 0.0):
-        raise c.refuse("caps its scores", why="the dialect's attention does not")
     if any(c.given(i) for i in (4, 5)) or any(c.operator.outputs[1:]):
         raise c.refuse("keeps keys and values", fix="export the model without a cache (use_cache=False)")
     q, k, v = (c.node(i) for i in range(3))
@@ -250,7 +248,8 @@ def _attention(c: Call) -> Any:
     causal = bool(c.attribute("is_causal", 0))
     if causal and tq != tk:  # the standard aligns the triangle at the top left
         mask, causal = _with_triangle(c, mask, tq, tk), False
-    out = c.build.attention(q, k, v, mask, heads=heads, kv_heads=kv_heads, scale=scale, causal=causal)
+    cap = {"softcap": c.attribute("softcap", 0.0)} if c.attribute("softcap", 0.0) else {}
+    out = c.build.attention(q, k, v, mask, heads=heads, kv_heads=kv_heads, scale=scale, causal=causal, **cap)
     return split_heads(c.build, out, heads) if split else out
 
 
