@@ -22,6 +22,7 @@ from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
 from tersor.ir.canonicalize.constants import fold_constants
+from tersor.ir.decompose import decompose
 from tersor.ir.dialect import Op
 from tersor.ir.dims import Dim, Shape
 from tersor.ir.program import Function, Program
@@ -84,25 +85,11 @@ def legalize(program: Program) -> Program:
     """
     program = program.copy()
     for function in program.functions.values():
-        made: set[fx.Node] = set()
-        for node in function.calls():
-            made.update(_decompose(function, node))
+        made = set(decompose(function, lambda op: op.name in _rules or op.elementwise is not None))
         if made:
             others = [n for n in function.calls() if not _depends(n, made)]
             fold_constants(function, others, may_grow=True)
     return program
-
-
-def _decompose(function: Function, node: fx.Node) -> list[fx.Node]:
-    """Replaces a node by what it is made of; returns the new operations."""
-    op = node.target
-    if op.decompose is None or op.name in _rules or op.elementwise is not None:
-        return []
-    before = set(function.graph.nodes)
-    result = op.decompose(function.builder(before=node), *node.args, **node.kwargs)
-    made = [n for n in function.graph.nodes if n not in before and n.op == "call_function"]
-    function.replace(node, result)
-    return [*made, *(inner for outer in made for inner in _decompose(function, outer))]
 
 
 def _depends(node: fx.Node, made: set[fx.Node]) -> bool:

@@ -151,10 +151,17 @@ def _layer_norm(c: Call) -> Any:
     x = c.node(0)
     shape, axis = size(x), c.axis(c.attribute("axis", -1), len(size(x)))
     flat = c.reshape(x, (*shape[:axis], product(shape[axis:])))
-    weight, bias = (_flat(c, i) for i in (1, 2))
+    weight, bias = None if _is_unnamed_ones(c.known(1)) else _flat(c, 1), _flat(c, 2)
     result = c.build.layer_norm(flat, weight, bias, eps=epsilon(c, 1e-5))
     _no_statistics(c)
     return c.reshape(result, shape)
+
+
+def _is_unnamed_ones(weight: Known | None) -> bool:
+    """A constant, not a stored tensor, that stands for no weight: the operator has to have one."""
+    return (
+        weight is not None and not weight.name and weight.sizes is None and bool((weight.tensor == 1).all())
+    )
 
 
 @converts("RMSNormalization", since=23)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from tersor.ir.opset.rules import broadcast
 from tersor.ir.program import Builder
 
 _MOST_MASKS = 4
+_FLOAT32_ROUNDING = 2.0**-23
 
 
 @dataclass
@@ -183,6 +185,18 @@ def _fold_scale(build: Builder, m: Match) -> fx.Node:
     return _with(m, build, operands, scale=m.root.kwargs["scale"] * factor)
 
 
+def _usual_scale(m: Match) -> float:
+    """1 / sqrt(D), as torch computes it."""
+    return 1 / math.sqrt(m.root.args[0].meta["value"].shape[2] // m.root.kwargs["heads"])
+
+
+def _is_usual_scale(m: Match) -> str | None:
+    scale, usual = m.root.kwargs["scale"], _usual_scale(m)
+    if scale == usual:
+        return "it is exact"
+    return None if abs(scale - usual) <= _FLOAT32_ROUNDING * usual else "it is another number"
+
+
 def _repeated(node: Any) -> tuple[fx.Node, Layout, int, int, int] | None:
     """(source, layout without the repetition, repeated atom, heads before it, repeats) of keys repeated per group."""
     if not is_call(node, "reshape", "permute", "expand"):
@@ -246,6 +260,13 @@ RULES = (
         P.attention(...),
         _fold_scale,
         lambda m: None if _scaled_operand(m) else "neither queries nor keys are scaled",
+    ),
+    # attention(q, k, v, scale=0.17677669)  ->  attention(q, k, v, scale=1 / sqrt(32)): it went through float32
+    Rule(
+        "attention.usual_scale",
+        P.attention(...),
+        lambda build, m: _with(m, build, m.root.args, scale=_usual_scale(m)),
+        _is_usual_scale,
     ),
     # attention(q, repeat(k), repeat(v), kv_heads=H)  ->  attention(q, k, v, kv_heads=H/n)
     Rule("attention.shared_keys", P.attention(...), _share_keys, _shares_keys),
