@@ -80,6 +80,10 @@ def weight(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.5
 
 
+def codes(*shape: int) -> torch.Tensor:
+    return (weight(*shape) * 100).to(torch.int8)
+
+
 def _attention(**options: object) -> Body:
     attributes = {"heads": 4, "kv_heads": 4, "scale": 0.3, **options}
     return lambda b, q, k, v, mask=None: b.attention(q, k, v, mask, **attributes)
@@ -91,8 +95,8 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
     **{
         name: [(lambda b, x, name=name: b.emit(name, x), [f32(B, T, 3)])]
         for name in (
-            "neg", "abs", "floor", "relu", "reciprocal", "exp", "cos", "sin", "tanh", "erf", "sigmoid", "silu", "gelu",
-            "gelu_tanh",
+            "neg", "abs", "floor", "round", "relu", "reciprocal", "exp", "cos", "sin", "tanh", "erf", "sigmoid", "silu",
+            "gelu", "gelu_tanh",
         )
     },
     **{
@@ -165,6 +169,16 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         (lambda b, x: b.add(b.full(shape=(B, T), value=0.5, dtype="float32"), x), [f32(B, T)]),
         (lambda b, x: b.add(b.full(shape=(), value=B * T - 3, dtype="int64"), x), [i64(B, T)]),
         (lambda b, x: b.logical_and(b.full(shape=(3,), value=True, dtype="bool"), x), [bits(B, 3)]),
+    ],
+    "cache_update": [
+        (lambda b, s, x, p: b.cache_update(s, b.mul(x, 2.0), b.sum(b.mul(p, 0), dims=(0,)), dim=1),
+         [f32(2, 9, 3), f32(2, T, 3), i64(4)]),
+        (lambda b, s, x: b.cache_update(s, x, b.arange(end=T), dim=-1), [f32(2, 3, 9), f32(2, 3, T)]),
+    ],
+    "integer_linear": [
+        (lambda b, x, c=c: b.integer_linear(x, b.parameter("w", codes(5, 6)), *(b.parameter(*p) for p in c)),
+         [Value("uint8", (B, 6))])
+        for c in ([], [("b", codes(5).to(torch.int32))])
     ],
     "cumsum": [(lambda b, x: b.cumsum(x, dim=-1), [v]) for v in (f32(B, T), i64(B, T), bits(B, T))],
     "linear": [
@@ -397,6 +411,39 @@ def test_a_program_of_several_functions_is_written_one_by_one() -> None:
     x = torch.randn(2, 8)
     found = run_there(model, {"x": x})["y"]
     torch.testing.assert_close(torch.from_numpy(found), x @ weight(8, 8).T)
+
+
+def test_a_state_goes_in_and_comes_out() -> None:
+    program = Program()
+    function = program.add_function("step", {"batch": Range(1, 4)})
+    x, position = function.add_input("x", f32(1, B)), function.add_input("position", i64())
+    keys, seen = function.add_state("keys", f32(1, 9)), function.add_state("seen", i64())
+    build = function.builder()
+    new = build.cache_update(keys, x, position, dim=1)
+    function.set_outputs({"y": build.sum(new, dims=(1,)), "seen": build.add(seen, 0)}, {"keys": new})
+    model = to_onnx(program)
+    onnx.checker.check_model(model, full_check=True)
+    given = {
+        "x": torch.ones(1, 2),
+        "position": torch.tensor(3),
+        "keys": torch.zeros(1, 9),
+        "seen_1": torch.tensor(5),
+    }
+    found = run_there(model, given)
+    assert list(found) == ["y", "seen", "keys.next", "seen.next"]
+    assert found["keys.next"].tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 0]] and found["y"].tolist() == [2]
+    assert found["seen.next"] == found["seen"] == 5
+
+
+def test_one_name_for_two_values() -> None:
+    program = program_of(lambda b, x: b.mul(x, b.parameter("y", weight(3))), {"x": f32(B, 3)})
+    program.main.set_outputs({"x": program.main.results[0], "y": program.main.input_nodes[0]})
+    model = to_onnx(program)
+    onnx.checker.check_model(model, full_check=True)
+    x = torch.randn(2, 3)
+    found = run_there(model, {"x": x})
+    torch.testing.assert_close(torch.from_numpy(found["x_1"]), x * weight(3))
+    torch.testing.assert_close(torch.from_numpy(found["y"]), x)
 
 
 # -- operations of third parties

@@ -33,8 +33,10 @@ def to_onnx(
 ) -> Any:
     """A program as an ONNX model; `tersor.capture` reads it back as the same program.
 
-    Inputs, outputs, parameters and named dimensions keep their names; sites, module paths and the ranges of
-    dimensions are written down as metadata.
+    Inputs, outputs, parameters and named dimensions keep their names (where an input and an output have the same, the
+    output gets a number); sites, module paths and the ranges of
+    dimensions are written down as metadata. A state becomes an input, and an output ``<name>.next`` that the next
+    call is to be given.
 
     Args:
         path: of the file to write, which ends in .onnx; it appears complete or not at all.
@@ -103,7 +105,6 @@ def _check_supported(function: Function, opset: int) -> None:
 
 def _write(function: Function, opset: int) -> Writer:
     writer = Writer(function, opset)
-    writer.read_inputs_and_parameters()
     for node in function.calls():
         exporter = find_exporter(node.target.name, opset)
         writer.names[node] = exporter(Export(writer, node))

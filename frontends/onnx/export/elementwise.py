@@ -91,9 +91,11 @@ def _cast(e: Export) -> str:
     return e.operand(0, e.attribute("dtype"))
 
 
-@exports("floor")
-def _floor(e: Export) -> str:
-    return e.emit("Floor", e.operand(0)) if e.result.is_float else e.operand(0)
+@exports("floor", "round")
+def _whole(e: Export) -> str:
+    if not e.result.is_float:
+        return e.operand(0)
+    return e.emit({"floor": "Floor", "round": "Round"}[e.node.target.name], e.operand(0))
 
 
 @exports("relu")

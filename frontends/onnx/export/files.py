@@ -92,13 +92,11 @@ def _write_tensors(writer: Writer, model: Any, data: Path, location: str) -> Non
 def _model(writer: Writer) -> Any:
     """Everything but the stored tensors."""
     helper, function = writer.onnx.helper, writer.function
-    results = dict(zip(function.outputs, function.results, strict=True))
-    nodes = list(writer.operators(results))
     graph = helper.make_graph(
-        nodes,
+        list(writer.operators()),
         function.name,
-        [_described(helper, name, value) for name, value in function.inputs.items()],
-        [_described(helper, name, node.meta["value"]) for name, node in results.items()],
+        [_described(helper, name, value) for name, value in writer.inputs.items()],
+        [_described(helper, name, node.meta["value"]) for name, node in writer.results.items()],
     )
     model = helper.make_model(
         graph,

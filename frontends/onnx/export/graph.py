@@ -15,6 +15,7 @@ from tersor.frontends.onnx.provenance import write_provenance
 from tersor.frontends.onnx.reader import TYPES
 from tersor.ir import Dim, Function, Value
 from tersor.ir.dims import Shape
+from tersor.ir.matching import is_call
 
 TYPE_CODES = {name: code for code, (_, name) in TYPES.items()}
 
@@ -23,6 +24,7 @@ class Writer:
     """The graph of one function.
 
     Attributes:
+        inputs, results: of the graph, by name. A state is both: as the call finds it, and ``<name>.next``.
         names: the name of each node's value.
         stored: tensors of the file by name; `transposed` are those that the file holds transposed.
         split: values [B, T, H*D] that exist as [B, H, T, D] too, by node and number of heads.
@@ -32,7 +34,17 @@ class Writer:
     def __init__(self, function: Function, opset: int):
         self.function, self.opset = function, opset
         self.onnx = import_onnx("writing ONNX files")
-        self.names: dict[fx.Node, str] = {}
+        self._used: set[str] = set()
+        self.names: dict[fx.Node, str] = {n: _unique(n.target, self._used) for n in function.input_nodes}
+        # One name means one value in ONNX: where names of a program coincide, the later one gets a number.
+        self.results = {
+            _unique(name, self._used): node
+            for name, node in zip(function.outputs, function.results, strict=True)
+        }
+        for name, node in function.state_nodes.items():
+            self.names[node] = _unique(name, self._used)
+            self.results[_unique(f"{name}.next", self._used)] = function.updates.get(name, node)
+        self.inputs = {name: node.meta["value"] for node, name in self.names.items()}
         self.stored: dict[str, torch.Tensor] = {}
         self.transposed: set[str] = set()
         self.split: dict[tuple[fx.Node, int], str] = {}
@@ -40,21 +52,19 @@ class Writer:
         self._operators: list[Any] = []
         self._made: dict[tuple[Any, ...], str] = {}
         self._dims: dict[Dim, str] = {}
-        self._used: set[str] = {*function.inputs, *function.outputs, *function.parameters}
         self._used_labels: set[str] = set()
 
-    def read_inputs_and_parameters(self) -> None:
-        """Names for what the operations start from; tied parameters are stored once."""
+        self._store_parameters()
+
+    def _store_parameters(self) -> None:
+        """Tied ones once."""
         owners = self.function.parameters.tied()
         readers: dict[str, list[fx.Node]] = {}
-        for node in self.function.nodes:
-            if node.op == "placeholder":
-                self.names[node] = node.target
-            elif node.op == "get_attr":
-                self.names[node] = owner = owners.get(node.target, node.target)
-                readers.setdefault(owner, []).append(node)
-        for name, nodes in readers.items():
-            tensor = self.function.parameters[name].tensor
+        for node in self.function.graph.find_nodes(op="get_attr"):
+            readers.setdefault(owners.get(node.target, node.target), []).append(node)
+        for owner, nodes in readers.items():
+            name, tensor = _unique(owner, self._used), self.function.parameters[owner].tensor
+            self.names.update(dict.fromkeys(nodes, name))
             if all(_only_multiplies(node) for node in nodes):
                 self.transposed.add(name)
                 tensor = tensor.t()
@@ -161,7 +171,7 @@ class Writer:
         """From an input that has this size; the verifier saw to it that there is one."""
         name, axis = next(
             (name, axis)
-            for name, value in self.function.inputs.items()
+            for name, value in self.inputs.items()
             for axis, size in enumerate(value.shape)
             if size == dim
         )
@@ -169,17 +179,17 @@ class Writer:
 
     # -- the whole
 
-    def operators(self, results: Mapping[str, fx.Node]) -> Iterator[Any]:
-        """The operators that the results need, in order, their values called as the function calls its outputs."""
+    def operators(self) -> Iterator[Any]:
+        """The operators that the results need, in order."""
         wanted: dict[str, str] = {}
         made = {proto.output[0] for proto in self._operators}
-        for output, node in results.items():
+        for output, node in self.results.items():
             name = self.names[node]
             if name in made and name not in wanted:
                 wanted[name] = output
             else:  # an input, a parameter, or one value under two names
                 self._append(None, "Identity", (wanted.get(name, name),), output, {})
-        needed = set(results)
+        needed = set(self.results)
         kept = []
         for proto in reversed(self._operators):
             proto.output[0] = wanted.get(proto.output[0], proto.output[0])
@@ -212,11 +222,9 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _only_multiplies(parameter: fx.Node) -> bool:
-    """Whether linear operations read it as their weight, and nothing else does."""
-    return all(
-        user.op == "call_function" and user.target.name == "linear" and user.args.index(parameter) == 1
-        for user in parameter.users
-    )
+    """Whether products read it as their weight, and nothing else does."""
+    products = ("linear", "integer_linear")
+    return all(is_call(user, *products) and user.args.index(parameter) == 1 for user in parameter.users)
 
 
 def _unique(name: str, used: set[str]) -> str:

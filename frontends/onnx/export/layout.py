@@ -101,3 +101,15 @@ def _full(e: Export) -> str:
 @exports("cumsum")
 def _cumsum(e: Export) -> str:
     return e.emit("CumSum", e.operand(0, e.result.dtype), e.constant(e.axis(0), "int64"))
+
+
+@exports("cache_update")
+def _cache_update(e: Export) -> str:
+    axis, value, position = e.axis(0), e.value(1), e.value(2)
+    places = e.operand(2)
+    if not position.rank:
+        places = e.emit("Add", arange(e, value.shape[axis]), places)
+    lined_up = tuple(size if i == axis else 1 for i, size in enumerate(value.shape))
+    places = e.reshape(places, value.shape[axis : axis + 1], lined_up)
+    places = expand(e, places, lined_up, value.shape)
+    return e.emit("ScatterElements", e.operand(0), places, e.operand(1), axis=axis)

@@ -14,9 +14,18 @@ from tersor.ir.dims import Shape
 @exports("linear")
 def _linear(e: Export) -> str:
     """x @ W' + bias; W is stored transposed where only products read it."""
+    return _product(e, "MatMul")
+
+
+@exports("integer_linear")
+def _integer_linear(e: Export) -> str:
+    return _product(e, "MatMulInteger")
+
+
+def _product(e: Export, operator: str) -> str:
     name = e.operand(1)
     weight = name if name in e.writer.transposed else e.permute(name, (1, 0))
-    product = e.emit("MatMul", e.operand(0), weight)
+    product = e.emit(operator, e.operand(0), weight)
     return e.emit("Add", product, e.operand(2)) if e.given(2) else product
 
 
