@@ -74,7 +74,7 @@ def choose(target: Target, panels: int, parts: int = 1) -> GemmTile:
     ``parts``: as in ``most_rows``.
     """
     most = most_rows(target, parts)
-    rows = min(8, most)
+    rows = min(8 - 2 * (parts - 1), most)  # what is taken apart needs registers too
     streams = tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most}))
     return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
 

@@ -6,7 +6,8 @@
 Each shape walks over so many copies of its weights that they exceed the last-level cache, several times (``--warm``:
 a single copy). A copy counts with its best time; the figure is the mean over the copies. The peak is that of a loop
 over operands in registers, times the number of threads; operations are multiplications and additions. With
-``--dtype uint8`` results are requantized to codes, but for the epilogues "none" and "residual", which leave f32.
+``--dtype uint8`` results are requantized to codes, with bfloat16 rounded to it, but for the epilogues "none" and
+"residual", which leave f32.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shape", action="append", metavar="MxKxN", help="repeatable; default: all below")
     parser.add_argument("--epilogue", choices=["none", "bias", "gelu", "residual"], default="bias")
-    parser.add_argument("--dtype", choices=["float32", "uint8"], default="float32", help="of the activations")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "uint8"], default="float32", help="of the activations"
+    )
     parser.add_argument("--warm", action="store_true", help="the weights stay in cache where they fit")
     parser.add_argument("--symbolic", action="store_true", help="compile with a symbolic number of rows")
     parser.add_argument("--target", default="native")
@@ -50,7 +53,7 @@ def main() -> None:
         f"{options.threads} thread(s), target {options.target}, {options.dtype}, epilogue {options.epilogue}, "
         f"{'warm' if options.warm else 'cold'} weights; peak {limit:.0f} GOP/s"
     )
-    element = {"float32": 4, "uint8": 1}[options.dtype]
+    element = {"float32": 4, "bfloat16": 2, "uint8": 1}[options.dtype]
     for shape in options.shape or SHAPES.split():
         m, k, n = map(int, shape.split("x"))
         seconds = measure(m, k, n, options)
@@ -90,6 +93,8 @@ def epilogue(dtype: str, name: str):
         value = push(Step("round", (value,)))
         value = push(Step("add", (value, Const(128.0))))
         value = push(Step("saturate", (value,), "uint8"))
+    if dtype == "bfloat16" and name in ("bias", "gelu"):
+        value = push(Step("cast", (value,), "bfloat16"))
     return Chain(tuple(inputs), tuple(steps), (value,))
 
 
@@ -140,13 +145,15 @@ def peak(options: argparse.Namespace) -> float:
             T.func_name("peak")
             T.func_attr({"tirx.noalias": True})
             left, right, out = (T.arg(f"x{i}", T.buffer(*spec)) for i, spec in enumerate(specs))
-            tile = RegisterTile(rows, PANEL_VECTORS, product)
-            with T.serial(rounds):
-                with T.serial(words) as k:
-                    tile.multiply(lambda r: product.word(left, r, k), lambda v: right[k, vector(v)])
-            for r in range(rows):
-                for v in range(PANEL_VECTORS):
-                    T.buffer_store(out, tile.vector(r, v), [r, vector(v)])
+            left = product.matrix(left)
+            with product.body():
+                tile = RegisterTile(rows, PANEL_VECTORS, product)
+                with T.serial(rounds):
+                    with T.serial(words) as k:
+                        tile.multiply(lambda r: product.word(left, r, k), lambda v: right[k, vector(v)])
+                for r in range(rows):
+                    for v in range(PANEL_VECTORS):
+                        T.buffer_store(out, tile.vector(r, v), [r, vector(v)])
     call = compile_function(builder.get(), target)["main"]
     arguments = [tvm.runtime.tensor(np.zeros(shape, dtype)) for shape, dtype in specs]
     operations = 2 * rounds * words * product.factor * rows * width

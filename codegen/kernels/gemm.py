@@ -41,10 +41,10 @@ from tersor.codegen.tuning import recorded_tile
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
 
-ACCUMULATORS = {"float32": "float32", "uint8": "int32"}
+ACCUMULATORS = {"float32": "float32", "bfloat16": "float32", "uint8": "int32"}
 """Dtype of the sums by dtype of the left matrix."""
 
-WEIGHTS = {"float32": "float32", "uint8": "int8"}
+WEIGHTS = {"float32": "float32", "bfloat16": "bfloat16", "uint8": "int8"}
 """Dtype of the weights before they are packed, by dtype of the left matrix."""
 
 IDENTITY = Chain((ChainInput("accumulator"),), (), (0,))
@@ -64,8 +64,8 @@ LINE = CACHE_LINE // 4
 class Gemm:
     """``out[*lead, n] = chain(a[*lead, k] @ w[n, k].T, ...)``.
 
-    dtype: that of ``a``. "float32" (times f32 weights, accumulators f32) or "uint8" (times int8 weights, accumulators
-    int32, exact modulo 2**32). The chain's accumulators have that dtype; the outputs the chain's own.
+    dtype: that of ``a``. "float32" (times f32 weights, accumulators f32), "bfloat16" (times bf16, accumulators f32) or
+    "uint8" (times int8, accumulators int32, exact modulo 2**32). The outputs have the dtypes of the chain's.
 
     ``panel`` is the width of a packed panel: ``tiles.panel_width(target)``. ``weights`` matrices of equal shape are
     packed together (``packing.pack``), and each has an accumulator: the chain's first ``weights`` inputs. So
@@ -82,7 +82,7 @@ class Gemm:
     chain: Chain = IDENTITY
     panel: int = 32
     weights: int = 1
-    dtype: Literal["float32", "uint8"] = "float32"
+    dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
         kinds = [value.kind for value in self.chain.inputs]
@@ -167,13 +167,14 @@ class _Builder:
                     for name, spec in zip(["a", "w", *names], gemm.inputs(), strict=True)
                 )
                 outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(gemm.outputs())]
-                self.a = arguments.flatten(a)
+                self.a = self.product.matrix(arguments.flatten(a))
                 self.others = [
                     (value, arguments.flatten(buffer) if value.kind in ("full", "row") else buffer)
                     for value, buffer in zip(gemm.chain.inputs[gemm.weights :], others, strict=True)
                 ]
                 self.outputs = [arguments.flatten(buffer) for buffer in outputs]
-                self._schedule(arguments.size(gemm.lead))
+                with self.product.body():
+                    self._schedule(arguments.size(gemm.lead))
         return builder.get()
 
     def _schedule(self, m: int | Expr) -> None:

@@ -8,6 +8,7 @@ right one, a column each, and adds the sums over the word's elements to a vector
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -17,8 +18,6 @@ from tvm.tirx.script.builder import ir as T
 from tersor.targets import Target
 
 Function = Callable[[Expr], Expr]
-BYTES = 0x00FF00FF
-"""Every other byte of a word."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class InnerProduct:
     factor: elements of k in a word. accumulator: dtype of the sums. lanes: words in a vector.
     parts: the pairs of functions that take out of a vector of words, left and right, what one ``step`` can multiply.
     step: ``step(sums, left, right)`` adds the product of such vectors to a vector of accumulators.
+    helpers: functions in LLVM's language that ``step`` calls.
     """
 
     left: str
@@ -38,6 +38,18 @@ class InnerProduct:
     lanes: int
     parts: tuple[tuple[Function, Function], ...]
     step: Callable[[Expr, Expr, Expr], Expr]
+    helpers: str = ""
+
+    def matrix(self, buffer: tirx.Buffer) -> tirx.Buffer:
+        """The left matrix as ``word`` reads it; call it once all arguments are declared."""
+        if self.left != "bfloat16":
+            return buffer
+        # TVM rewrites operations on bfloat16, a mere reinterpretation included
+        return T.decl_buffer(buffer.shape, "uint16", data=buffer.data)
+
+    def body(self) -> AbstractContextManager:
+        """The part of a kernel that calls ``step`` goes inside: it brings the helper functions in."""
+        return T.attr(T.int32(0), "pragma_import_llvm", self.helpers) if self.helpers else nullcontext()
 
     def word(self, matrix: tirx.Buffer, row: Expr | int, index: Expr) -> Expr:
         """Word ``index`` of a row of the left matrix [rows, k], all of it inside the row."""
@@ -59,25 +71,68 @@ def inner_product(dtype: str, target: Target) -> InnerProduct:
     """The product for a left matrix of this dtype on a target.
 
     * "float32" times f32: one fused multiply-add.
+    * "bfloat16" times bf16, sums in f32: vdpbf16ps, which treats denormals as zeros, or two f32 multiply-adds.
     * "uint8" times int8, exact sums in int32: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes are
       widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits.
     """
     lanes = target.lanes("float32")
     if dtype == "float32":
-        return InnerProduct(dtype, dtype, 1, dtype, lanes, ((_same, _same),), lambda c, a, b: c + a * b)
-    assert dtype == "uint8", dtype
+        return InnerProduct(dtype, dtype, 1, dtype, lanes, _WHOLE, _fma)
+    if dtype == "bfloat16":
+        if "avx512_bf16" in target.features:
+            return InnerProduct(dtype, dtype, 2, "float32", lanes, _WHOLE, _bf16_step, BF16_HELPER)
+        return InnerProduct(dtype, dtype, 2, "float32", lanes, _BF16_PAIR, _fma)
     has_vnni = ("vnni" if target.vector_bits == 512 else "avx_vnni") in target.features
-    parts, step = (((_same, _same),), _vnni_step) if has_vnni else (_BYTE_PAIRS, _widened_step)
+    parts, step = (_WHOLE, _vnni_step) if has_vnni else (_BYTE_PAIRS, _widened_step)
     return InnerProduct(dtype, "int8", 4, "int32", lanes, parts, step)
+
+
+BF16_HELPER = """
+define <16 x float> @tersor_bf16_step(<16 x float> %sums, <16 x i32> %left, <16 x i32> %right) alwaysinline {
+  %a = bitcast <16 x i32> %left to <32 x bfloat>
+  %b = bitcast <16 x i32> %right to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sums, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+"""
+"""vdpbf16ps over words: TVM cannot pass vectors of bfloat16 to an intrinsic itself."""
 
 
 def _same(words: Expr) -> Expr:
     return words
 
 
+_WHOLE = ((_same, _same),)
+
+
+def _fma(sums: Expr, left: Expr, right: Expr) -> Expr:
+    return sums + left * right
+
+
+def _bf16_step(sums: Expr, left: Expr, right: Expr) -> Expr:
+    return T.call_extern(sums.ty.dtype, "tersor_bf16_step", sums, left, right)
+
+
+def _low_bf16(words: Expr) -> Expr:
+    lanes = words.ty.dtype.lanes
+    return T.reinterpret(tirx.shift_left(words, tirx.const(16, words.ty.dtype)), dtype=f"float32x{lanes}")
+
+
+def _high_bf16(words: Expr) -> Expr:
+    lanes = words.ty.dtype.lanes
+    return T.reinterpret(
+        tirx.bitwise_and(words, tirx.const(-65536, words.ty.dtype)), dtype=f"float32x{lanes}"
+    )
+
+
+_BF16_PAIR = ((_low_bf16, _low_bf16), (_high_bf16, _high_bf16))
+"""A bf16 number is the upper half of an f32."""
+
+
 def _view(words: Expr, element: str) -> Expr:
-    """The same bits as a vector of smaller elements."""
-    bits = 32 * words.ty.dtype.lanes
+    """The same bits as a vector of elements of another integer type."""
+    bits = words.ty.dtype.bits * words.ty.dtype.lanes
     return T.reinterpret(words, dtype=f"{element}x{bits // int(element.lstrip('uint'))}")
 
 
@@ -97,18 +152,17 @@ def _low_signed(words: Expr) -> Expr:
     return tirx.shift_right(tirx.shift_left(shorts, eight), eight)
 
 
-def _high_signed(words: Expr) -> Expr:
-    shorts = _view(words, "int16")
-    return tirx.shift_right(shorts, tirx.const(8, shorts.ty.dtype))
+def _high(element: str) -> Function:
+    def high(words: Expr) -> Expr:
+        shorts = _view(words, element)
+        return tirx.shift_right(shorts, tirx.const(8, shorts.ty.dtype))
+
+    return high
 
 
 def _low_unsigned(words: Expr) -> Expr:
-    return tirx.bitwise_and(words, tirx.const(BYTES, words.ty.dtype))
+    return tirx.bitwise_and(words, tirx.const(0x00FF00FF, words.ty.dtype))
 
 
-def _high_unsigned(words: Expr) -> Expr:
-    return _low_unsigned(tirx.shift_right(words, tirx.const(8, words.ty.dtype)))
-
-
-_BYTE_PAIRS = ((_low_unsigned, _low_signed), (_high_unsigned, _high_signed))
+_BYTE_PAIRS = ((_low_unsigned, _low_signed), (_high("uint16"), _high("int16")))
 """Bytes 0 and 2 of a word, then bytes 1 and 3, as 16-bit numbers."""

@@ -310,14 +310,26 @@ def where(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 
 def cast(x: Expr, dtype: str) -> Expr:
-    """The value in another dtype: floats are cut towards zero, a bool is ``x != 0``."""
+    """The value in another dtype: integers get floats cut towards zero, bf16 the nearest; a bool is ``x != 0``."""
     if _element(x) == dtype:
         return x
     if dtype == "bool":
         return tirx.NE(x, constant(0, x))
+    if dtype == "bfloat16":
+        return tirx.Cast(_dtype(dtype, x), _round_to_bf16(cast(x, "float32")))
     if dtype in CODES and _is_float(x):
         x = tirx.Cast(_dtype("int32", x), x)  # LLVM has no good conversion from f32 to bytes
     return tirx.Cast(_dtype(dtype, x), x)
+
+
+def _round_to_bf16(x: Expr) -> Expr:
+    """The nearest f32 that bf16 can hold, half to even. TVM drops a cast to bf16 and back; LLVM drops its second
+    rounding of these numbers."""
+    x = bind(x)
+    bits = bind(tirx.reinterpret(_dtype("int32", x), x))
+    odd = tirx.bitwise_and(tirx.shift_right(bits, constant(16, bits)), constant(1, bits))
+    rounded = tirx.Select(tirx.EQ(x, x), bits + odd + 0x7FFF, tirx.bitwise_or(bits, constant(0x400000, bits)))
+    return tirx.reinterpret(x.ty.dtype, bind(tirx.bitwise_and(rounded, constant(-0x10000, bits))))
 
 
 def _logical(operation: Callable[..., Expr]) -> Callable[..., Expr]:

@@ -198,6 +198,27 @@ def test_saturate(dtype, low, high, lanes, target):
     assert got[-1] == low
 
 
+@pytest.mark.parametrize("lanes", [1, None])
+def test_bf16_is_rounded_to_even(lanes, target):
+    """Every upper half that is a number, with lower halves below, at and above the tie."""
+    upper = np.arange(1 << 16, dtype=np.uint32)
+    upper = upper[(upper & 0x7F80) != 0x7F80]
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = ((upper[:, None] << 16) | lower).view(np.float32).reshape(-1)
+    x = np.concatenate([x, [INF, -INF, NAN, NAN]]).astype(np.float32)
+    step = Step("cast", (0,), "bfloat16")
+    narrow, wide = apply(
+        target, [step, Step("cast", (1,), "float32")], x, out=("bfloat16", "float32"), lanes=lanes
+    )
+    expected = torch.from_numpy(x).bfloat16().float().numpy()
+    np.testing.assert_array_equal(narrow.astype(np.float32), expected)
+    np.testing.assert_array_equal(wide, expected)
+    # arithmetic on bf16 is done in f32
+    twice = apply(target, [Step("add", (0, 0))], narrow, lanes=lanes)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(twice, expected + expected)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
 def test_codes_become_numbers(dtype, target):
     x = np.arange(256, dtype=np.uint8).view(dtype)
