@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "ir"))  # its programs are compiled here
 
 
 @pytest.fixture(params=["x86-64-v3", "x86-64-v4"])

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from stateful import ROOM, WIDTH, counter, decoder, f32
 
 from tersor.codegen.compare import compare
 from tersor.codegen.compiler import build
@@ -19,6 +18,7 @@ from tersor.codegen.runtime.manifest import _digest as manifest_digest
 from tersor.errors import ArtifactError, BudgetError, InputError, TargetError
 from tersor.ir import Program, Value, run
 from tersor.targets import resolve
+from tests.ir.stateful import ROOM, WIDTH, counter, decoder, f32
 
 POSITION = Value("int64", ())
 
