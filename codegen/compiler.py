@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import tvm
 from tvm import relax
 
@@ -19,7 +18,7 @@ from tersor.codegen import (
     tuning,
 )
 from tersor.codegen.artifact import write_artifact
-from tersor.codegen.compare import Call, Tensors, compare
+from tersor.codegen.compare import compare
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.linker import link
 from tersor.codegen.llvm import llvm_target
@@ -88,11 +87,6 @@ def build(
         arrays = {name: w.load(legal.parameters) for name, w in distinct.items()}
         manifest = Manifest(
             functions={name: signature(f, lowered.weights[name]) for name, f in legal.functions.items()},
-            states={
-                name: TensorType(name, v.dtype, _spell(v.shape))
-                for f in legal.functions.values()
-                for name, v in f.states.items()
-            },
             target={key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
             versions=versions(),
             recipe=recipe,
@@ -159,20 +153,11 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
 
 def compare_all(program: Program, artifact: Path, threads: int | None) -> dict[str, Any]:
     """Contract 1a for every function; the errors found, by function, as plain data for the manifest."""
-    session = load(artifact, threads=threads).session()
-
-    def call_of(name: str) -> Call:
-        def call(inputs: Tensors, states: MutableMapping[str, torch.Tensor]) -> Tensors:
-            for state, value in states.items():
-                session.states[state][...] = value.numpy()
-            outputs = session.functions[name](**inputs)
-            states.update({state: torch.from_numpy(session.states[state].copy()) for state in states})
-            return outputs
-
-        return call
-
+    model = load(artifact, threads=threads)
     return {
-        name: [c.to_dict() for c in compare(function, call_of(name))]
+        name: [
+            c.to_dict() for c in compare(function, lambda inputs, name=name: model.functions[name](**inputs))
+        ]
         for name, function in program.functions.items()
     }
 
@@ -186,8 +171,7 @@ def check_target(program: Program, target: Target) -> None:
             fix="choose one of the targets listed by `tersor targets`",
         )
     totals = cost(program)
-    needed = totals.parameter_bytes + totals.state_bytes + totals.peak_bytes
-    check_memory(target, needed, "the weights, states and activations")
+    check_memory(target, totals.parameter_bytes + totals.peak_bytes, "the weights and activations")
 
 
 def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignature:
@@ -200,7 +184,6 @@ def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignat
         ),
         dims={name: (r.min, r.max) for name, r in function.dims.items()},
         weights=tuple(w.name for w in weights),
-        states=tuple(function.states),
         example=dict(function.example),
     )
 

@@ -23,6 +23,10 @@ _TERM = rf"{_FACTOR}(?:\s*\*\s*{_FACTOR})*"
 _SUM = re.compile(rf"\s*[+-]?\s*{_TERM}(?:\s*[+-]\s*{_TERM})*\s*")
 
 
+# What no shape needs: a file that multiplies sizes again and again must not keep its reader busy.
+HIGHEST_DEGREE, MOST_TERMS = 32, 10_000
+
+
 class Dim:
     """A non-constant integer polynomial; immutable, hashable, comparable for equality.
 
@@ -71,6 +75,11 @@ class Dim:
         """True for a bare name such as ``batch``."""
         return len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1
 
+    @property
+    def degree(self) -> int:
+        """The most factors of a term: 2 for ``batch*length + 1``."""
+        return _degree(self.terms)
+
     def evaluate(self, values: Mapping[str, Any]) -> Any:
         """Substitute every name; values may be ints, other Dims or any type with ``+`` and ``*``."""
         total: Any = None
@@ -97,8 +106,15 @@ class Dim:
         if not isinstance(other, int | Dim):
             return NotImplemented
         terms: dict[Monomial, int] = {}
+        factors = _terms(other)
+        if len(self.terms) * len(factors) > MOST_TERMS or self.degree + _degree(factors) > HIGHEST_DEGREE:
+            raise ProgramError(
+                f"a size is a polynomial of degree {self.degree + _degree(factors)} over named dimensions",
+                why=f"sizes have a degree of at most {HIGHEST_DEGREE} and {MOST_TERMS} terms",
+                fix="make the dimensions static",
+            )
         for left, a in self.terms:
-            for right, b in _terms(other):
+            for right, b in factors:
                 monomial = tuple(sorted(left + right))
                 terms[monomial] = terms.get(monomial, 0) + a * b
         return _simplify(terms)
@@ -205,10 +221,16 @@ def _terms(value: int | Dim) -> tuple[tuple[Monomial, int], ...]:
     return value.terms if isinstance(value, Dim) else (((), value),)
 
 
+def _degree(terms: Iterable[tuple[Monomial, int]]) -> int:
+    return max((len(monomial) for monomial, _ in terms), default=0)
+
+
 def _simplify(terms: dict[Monomial, int]) -> int | Dim:
     terms = {m: c for m, c in terms.items() if c}
     if not terms:
         return 0
+    if max(map(abs, terms.values())) >= 1 << 63:
+        raise ProgramError("a size over named dimensions is larger than 64 bits hold")
     if set(terms) == {()}:
         return terms[()]
     return Dim(terms)

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -107,7 +108,7 @@ class Pattern(ABC):
     def matches(self, value: Any, match: Match, search: Search) -> Iterator[Match]:
         """Every way in which ``value`` fits, as extensions of ``match``."""
 
-    @property
+    @cached_property
     def calls(self) -> int:
         """Operations that the pattern needs at least."""
         return 0
@@ -117,7 +118,7 @@ class Named(Pattern):
     def __init__(self, inner: Pattern, name: str):
         self.inner, self.name = inner, name
 
-    @property
+    @cached_property
     def calls(self) -> int:
         return self.inner.calls
 
@@ -154,7 +155,7 @@ class Call(Pattern):
         self.open = bool(operands) and operands[-1] is ...
         self.operands = tuple(as_pattern(o) for o in (operands[:-1] if self.open else operands))
 
-    @property
+    @cached_property
     def calls(self) -> int:
         return 1 + sum(o.calls for o in self.operands)
 
@@ -194,7 +195,7 @@ class Together(Pattern):
     def __init__(self, members: Sequence[Any]):
         self.members = tuple(as_pattern(p) for p in members)
 
-    @property
+    @cached_property
     def calls(self) -> int:
         return sum(p.calls for p in self.members)
 
@@ -211,7 +212,7 @@ class OneOf(Pattern):
     def __init__(self, alternatives: Sequence[Any]):
         self.alternatives = tuple(as_pattern(a) for a in alternatives)
 
-    @property
+    @cached_property
     def calls(self) -> int:
         return min(a.calls for a in self.alternatives)
 
@@ -226,7 +227,7 @@ class Through(Pattern):
     def __init__(self, names: Sequence[str], inner: Any):
         self.names, self.inner = frozenset(names), as_pattern(inner)
 
-    @property
+    @cached_property
     def calls(self) -> int:
         return self.inner.calls
 

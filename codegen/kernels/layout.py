@@ -52,21 +52,18 @@ class _Mapped:
                 result = arguments.declare("out", output)
 
                 def read(i: int, position: Position) -> Expr:
-                    return sources[i][tuple(position)] if position else sources[i][0]
+                    return sources[i][tuple(position)]
 
                 lead, extents = output.shape[:-1], arguments.extents(output.shape)
 
                 def row(index: Expr) -> None:
                     # divisions stay out of the innermost loop: LLVM 22 vectorises guarded ones wrongly
                     position = [math.bind(p) for p in loops.unravel(index, extents[:-1])]
-                    with T.serial(extents[-1]) as last:
-                        at = [*position, last]
+                    with T.serial(extents[-1] if extents else 1) as last:
+                        at = [*position, last][: len(extents)]
                         T.buffer_store(result, self.element(read, at, arguments.number), at)
 
-                if extents:
-                    loops.rows(product(extents[:-1]) if lead else 1, product(extents), row)
-                else:
-                    T.buffer_store(result, self.element(read, [], arguments.number), [])
+                loops.rows(product(extents[:-1]) if lead else 1, product(extents), row)
         return builder.get()
 
 

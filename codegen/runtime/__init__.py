@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
     from tersor.codegen.runtime.model import CompiledFunction, CompiledModel, load
     from tersor.codegen.runtime.outputs import Outputs
-    from tersor.codegen.runtime.session import Session, SessionFunction
 
 _HOMES = {
     "BenchmarkResult": "benchmark",
@@ -22,8 +21,6 @@ _HOMES = {
     "FunctionSignature": "manifest",
     "Manifest": "manifest",
     "Outputs": "outputs",
-    "Session": "session",
-    "SessionFunction": "session",
     "TensorType": "manifest",
     "load": "model",
 }
@@ -35,8 +32,6 @@ __all__ = [
     "FunctionSignature",
     "Manifest",
     "Outputs",
-    "Session",
-    "SessionFunction",
     "TensorType",
     "load",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,12 @@ from tersor.frontends.onnx.values import SMALL, Known, SizeCall, evaluate_sizes
 from tersor.ir import Builder, Dim, Program, Range, Value
 from tersor.ir.canonicalize.indices import TableTooShort
 from tersor.ir.interpreter import execute
-from tersor.ir.program import TOLD_SITE, Function
+from tersor.ir.program import Function
 
 Environment = dict[str, "fx.Node | Known"]
 _DEQUANTIZING = {"Cast", "Sub", "Mul", "Div", "Transpose", "Reshape", "Identity"}
 DEEPEST = 50  # functions and branches inside each other
+MOST_OPERATORS = 100_000  # once functions are written out; the largest Transformers have some ten thousand
 
 _ADVICE = {
     "Loop": "a program is one fixed graph: unroll the loop before exporting, or export its body alone",
@@ -100,6 +101,7 @@ class Conversion:
         """
         graph = self.model.graph
         self._refuse_unsupported(graph)
+        self._refuse_explosion(graph)
         values: Environment = {n: self.function.add_input(n, v) for n, v in self.inputs.items()}
         scope = _Scope(values, self.model.opsets, {})
         results = self._graph(graph, scope)
@@ -174,10 +176,8 @@ class Conversion:
             if result is not None:
                 return result
         origin = _Origin({"module": operator.module or scope.module, "source": operator.source})
-        if operator.told_site:
-            origin.meta[TOLD_SITE] = operator.told_site
         call = Call(self.function.builder(like=origin), operator, inputs, attributes, self._materialize)
-        return _as_tuple(_guarded(converter, call))
+        return _as_tuple(_guarded(operator, lambda: converter(call)))
 
     def _branch(self, operator: Operator, inputs: list[Any], attributes: dict, scope: _Scope) -> list[Any]:
         condition = inputs[0]
@@ -218,7 +218,8 @@ class Conversion:
             if operator.domain != STANDARD or sum(_elements(x) for x in inputs if x is not None) > 1024:
                 return None
             arrays = [None if x is None else x.objects() for x in inputs]
-            result = evaluate_sizes(operator.op, SizeCall(arrays, attributes, self.function.dims))
+            call = SizeCall(arrays, attributes, self.function.dims)
+            result = _guarded(operator, lambda: evaluate_sizes(operator.op, call))
             return None if result is None else (result,)
         codes = operator.op in _DEQUANTIZING and any(_holds_codes(x) for x in inputs)
         if not codes and any(x is not None and not _is_constant(x) for x in inputs):
@@ -229,14 +230,16 @@ class Conversion:
         def materialize(_: Builder, x: Known) -> fx.Node:
             return build.parameter("constant", x.tensor)
 
-        results = _as_tuple(_guarded(converter, Call(build, operator, inputs, attributes, materialize)))
+        call = Call(build, operator, inputs, attributes, materialize)
+        results = _as_tuple(_guarded(operator, lambda: converter(call)))
         nodes = scratch.nodes
         limit = max(SMALL, 8 * max(x.tensor.nbytes for x in inputs if x is not None)) if codes else SMALL
         if any(isinstance(n.meta["value"].bytes, Dim) or n.meta["value"].bytes > limit for n in nodes):
             return None
         values: dict[fx.Node, torch.Tensor] = {}
+        kept = {r for r in results if isinstance(r, fx.Node)}
         with torch.no_grad():
-            execute(scratch, nodes, values, {}, keep={r for r in results if isinstance(r, fx.Node)})
+            _guarded(operator, lambda: execute(scratch, nodes, values, {}, keep=kept))
         name = next((x.name for x in inputs if codes and _holds_codes(x)), "")
         return tuple(
             Known(values[r].clone(), name=name, codes=codes) if isinstance(r, fx.Node) else r for r in results
@@ -278,6 +281,27 @@ class Conversion:
         if missing:
             raise _unsupported_error(missing)
 
+    def _refuse_explosion(self, graph: Graph) -> None:
+        """A few functions that each call the next one twice are more operators than anyone can convert."""
+        counts: dict[tuple[str, str], int] = {}
+
+        def count(graph: Graph, inside: tuple[tuple[str, str], ...]) -> int:
+            total = len(graph.operators)
+            for operator in graph.operators:
+                key = operator.domain, operator.op
+                if key in self.model.functions and key not in inside and len(inside) <= DEEPEST:
+                    if key not in counts:
+                        counts[key] = count(self.model.functions[key].graph, (*inside, key))
+                    total += counts[key]
+                total += sum(count(g, inside) for g in operator.attributes.values() if isinstance(g, Graph))
+            return total
+
+        if (total := count(graph, ())) > MOST_OPERATORS:
+            raise CaptureError(
+                f"the model has {total} operators once its functions are written out",
+                why=f"at most {MOST_OPERATORS} are taken: the file is damaged, or made to keep its reader busy",
+            )
+
     def _collect(self, graph: Graph, missing: dict[str, _Missing], entered: set[tuple[str, str]]) -> None:
         """Operators without a converter; those in branches are looked at when a branch is taken."""
         for operator in _live(graph):
@@ -297,7 +321,7 @@ class Conversion:
 class _Origin:
     """What a builder takes provenance from."""
 
-    meta: dict[str, Any]
+    meta: Mapping[str, str]
 
 
 def _live(graph: Graph) -> list[Operator]:
@@ -311,10 +335,10 @@ def _live(graph: Graph) -> list[Operator]:
     return live[::-1]
 
 
-def _guarded(converter: Converter, call: Call) -> Any:
-    """The converter's result; an attribute or operand of a wrong kind is the file's fault, in our words."""
+def _guarded(operator: Operator, work: Callable[[], Any]) -> Any:
+    """The result of work on an operator; an attribute or operand of a wrong kind is the file's fault, in our words."""
     try:
-        return converter(call)
+        return work()
     except TersorError:
         raise
     except (
@@ -327,7 +351,7 @@ def _guarded(converter: Converter, call: Call) -> Any:
         OverflowError,
     ) as error:
         raise InputError(
-            f"{call.operator} has operands or attributes that do not fit it",
+            f"{operator} has operands or attributes that do not fit it",
             why=f"{type(error).__name__}: {error}",
         ) from error
 

@@ -187,7 +187,7 @@ def _where(c: Call) -> fx.Node:
         else c.as_node(v)
         for v in (x, y)
     )
-    return c.build.where(condition, x, y)
+    return c.reshape(c.build.where(condition, x, y), shape)
 
 
 @converts("Cast")
@@ -239,8 +239,8 @@ def _leaky_relu(c: Call) -> fx.Node:
 
 @converts("PRelu")
 def _prelu(c: Call) -> fx.Node:
-    x, slope = c.operands()
-    return c.build.where(c.build.lt(x, 0), c.build.mul(x, slope), x)
+    x = c.node(0)
+    return c.build.where(c.build.lt(x, 0), c.build.mul(x, c.operands()[1]), x)
 
 
 @converts("Elu")

@@ -11,6 +11,7 @@ from tersor.frontends.onnx.reader import dtype_name
 from tersor.frontends.onnx.table import Call, converts, dtype, size, value
 from tersor.frontends.onnx.values import Known, Undecided, known_sizes, sign
 from tersor.ir import Dim
+from tersor.ir.canonicalize.affine import lower_bound
 from tersor.ir.canonicalize.indices import TableTooShort
 from tersor.ir.dims import Shape, product
 from tersor.ir.matching import is_call
@@ -97,7 +98,17 @@ def _flatten(c: Call) -> fx.Node:
 def _squeeze(c: Call) -> fx.Node:
     x = c.node(0)
     axes = c.axes(1, len(size(x)))
-    axes = [i for i, d in enumerate(size(x)) if d == 1] if axes is None else axes
+    if axes is None:
+        # Which axes go must not depend on the call.
+        dims = c.build.function.dims
+        unsure = [d for d in size(x) if isinstance(d, Dim) and lower_bound(d, dims) <= 1]
+        if unsure:
+            raise c.refuse(
+                f"removes every axis of size 1 from {value(x)}",
+                why=f"{', '.join(map(str, unsure))} may be 1, and then the result has fewer axes",
+                fix="export the model with the axes named, or let the dimension start at 2",
+            )
+        axes = [i for i, d in enumerate(size(x)) if d == 1]
     if any(size(x)[a] != 1 for a in axes):
         raise c.refuse(f"removes axes {axes} of {value(x)}", why="only axes of size 1 can be removed")
     return c.reshape(x, [d for i, d in enumerate(size(x)) if i not in axes])

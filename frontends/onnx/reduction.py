@@ -46,13 +46,13 @@ def _sum_square(c: Call, x: fx.Node, axes: tuple[int, ...], keep: bool) -> fx.No
 @converts("ReduceL2")
 @_reduces
 def _l2(c: Call, x: fx.Node, axes: tuple[int, ...], keep: bool) -> fx.Node:
-    return c.build.sqrt(c.build.sum(c.build.mul(x, x), dims=axes, keepdim=keep))
+    return c.cast(c.build.sqrt(c.build.sum(c.build.mul(x, x), dims=axes, keepdim=keep)), value(x).dtype)
 
 
 @converts("ReduceL1")
 @_reduces
 def _l1(c: Call, x: fx.Node, axes: tuple[int, ...], keep: bool) -> fx.Node:
-    return c.build.sum(c.build.abs(x), dims=axes, keepdim=keep)
+    return c.cast(c.build.sum(c.build.abs(x), dims=axes, keepdim=keep), value(x).dtype)
 
 
 @converts("ReduceLogSumExp")
@@ -60,7 +60,7 @@ def _l1(c: Call, x: fx.Node, axes: tuple[int, ...], keep: bool) -> fx.Node:
 def _log_sum_exp(c: Call, x: fx.Node, axes: tuple[int, ...], keep: bool) -> fx.Node:
     top = c.build.amax(x, dims=axes, keepdim=True)
     total = c.build.sum(c.build.exp(c.build.sub(x, top)), dims=axes, keepdim=keep)
-    return c.build.add(c.build.log(total), c.reshape(top, size(total)))
+    return c.cast(c.build.add(c.build.log(total), c.reshape(top, size(total))), value(x).dtype)
 
 
 @converts("ArgMax")

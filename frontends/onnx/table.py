@@ -79,7 +79,9 @@ class Call:
 
     def operands(self) -> list[Any]:
         """All operands of an element-wise operator, constants with one element as numbers."""
-        rank = max(len(size(x)) for x in self.inputs if x is not None)
+        given = [x for x in self.inputs if x is not None]
+        # A constant of higher rank than everything else adds axes to the result.
+        rank = max((len(size(x)) for x in given if not (isinstance(x, Known) and x.is_number)), default=-1)
         operands = [_number(x, rank) for x in map(self.require, range(len(self.inputs)))]
         if not any(isinstance(x, fx.Node | Known) for x in operands):
             operands[0] = self.inputs[0]

@@ -133,6 +133,9 @@ def _name(node: fx.Node, cone: list[fx.Node]) -> str:
 def _fold(function: Function, node: fx.Node, cone: list[fx.Node], may_grow: bool) -> str | None:
     if not may_grow and node.meta["value"].bytes > max(SMALL, _freed(function, cone)):
         return f"as a constant it would take {node.meta['value'].bytes} bytes"
+    largest = max((n.meta["value"].bytes for n in cone if n.op != "get_attr"), default=0)
+    if largest > max(LARGEST_TABLE, _freed(function, cone)):
+        return f"to compute it takes {largest} bytes"
     build = function.builder(before=node)
     new = build.parameter(_name(node, cone), _evaluate(function, cone, {}))
     function.replace(node, new)

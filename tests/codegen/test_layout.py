@@ -72,6 +72,12 @@ def test_index_select(dim):
     check(layout.IndexSelect((5, 6), (B, 3), dim), [x, index], expected)
 
 
+def test_one_position_without_axes():
+    x, index = torch.randn(5, 6), torch.tensor(3)
+    check(layout.IndexSelect((5, 6), (), 0), [x, index], x[3])
+    check(layout.IndexSelect((6,), (), 0), [x[0], index], x[0, 3])
+
+
 def test_positions_outside_read_nothing():
     x, index = torch.randn(5, 6), torch.tensor([-1, 5, 1 << 40, 2])
     (actual,) = run_kernel(layout.IndexSelect((5, 6), (4,), 0), [x.numpy(), index.numpy()], TARGETS[1])

@@ -95,6 +95,10 @@ CASES = {
     "concat": ((X, X), lambda b, x, y: b.concat((x, y, x), dim=1)),
     "pad": ((X,), lambda b, x: b.pad(x, pads=(1, 2, 0, 3), value=0.5)),
     "index select": ((X,), lambda b, x: b.index_select(x, b.parameter("i", torch.tensor([[3, 0]])), dim=2)),
+    "product of compound rows and a stack": (
+        (X,),
+        lambda b, x: b.matmul(b.reshape(x, shape=(B * T, 24)), weight(b, 2, 24, 3)),
+    ),
     "gather": ((X,), lambda b, x: b.gather(x, b.full(shape=(B, T, 2), value=5, dtype="int64"), dim=2)),
     "arange": ((X,), lambda b, x: b.mul(x, b.reshape(b.arange(end=T), shape=(T, 1)))),
     "conv1d": (
@@ -120,19 +124,6 @@ CASES = {
             heads=3,
             kv_heads=3,
             scale=0.3,
-        ),
-    ),
-    "capped attention": (
-        (X, LONG),
-        lambda b, x, m: b.attention(
-            b.linear(x, weight(b, 24, 24)),
-            b.mul(b.linear(x, weight(b, 24, 24)), 9.0),
-            x,
-            b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T)),
-            heads=3,
-            kv_heads=3,
-            scale=0.3,
-            softcap=2.0,
         ),
     ),
     "grouped causal attention": (

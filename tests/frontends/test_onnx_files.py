@@ -130,6 +130,45 @@ def test_function_that_calls_itself():
         frontends.capture(made)
 
 
+def test_functions_that_multiply_are_refused_at_once():
+    """Thirty functions, each of which calls the next one twice: a thousand million operators."""
+    opsets = [helper.make_opsetid("mine", 1), helper.make_opsetid("", 17)]
+    functions = [
+        helper.make_function(
+            "mine", f"F{i}", ["a"], ["c"],
+            [node(f"F{i + 1}", "a", "b", domain="mine"), node(f"F{i + 1}", "b", "c", domain="mine")], opsets, [],
+        )
+        for i in range(30)
+    ]  # fmt: skip
+    functions.append(helper.make_function("mine", "F30", ["a"], ["c"], [node("Relu", "a", "c")], opsets, []))
+    made = model([node("F0", "x", "y", domain="mine")], functions=functions)
+    made.opset_import.append(helper.make_opsetid("mine", 1))
+    with pytest.raises(CaptureError, match="operators once its functions"):
+        frontends.capture(made)
+
+
+def test_sizes_multiplied_again_and_again_are_refused():
+    nodes = [node("Shape", "x", "s"), node("ReduceSum", "s", "n0", keepdims=1)]
+    nodes += [node("Mul", f"n{i} n{i}", f"n{i + 1}") for i in range(40)]
+    nodes.append(node("ConstantOfShape", "n40", "y"))
+    with pytest.raises(CaptureError, match="a size"):
+        frontends.capture(model(nodes))
+
+
+def test_axes_that_go_only_at_some_sizes_are_refused():
+    with pytest.raises(CaptureError, match="removes every axis of size 1") as caught:
+        frontends.capture(model([node("Squeeze", "x", "y")]))
+    assert "batch" in caught.value.why
+    program = frontends.capture(model([node("Squeeze", "x", "y")]), dynamic={"x": {0: ("batch", 2, 8)}})
+    assert str(program.main.results[0].meta["value"]) == "float32[batch, 4]"
+
+
+def test_constants_that_cannot_be_computed():
+    tensors = {"table": np.zeros((2, 2), np.int64), "at": np.array([5, 0])}
+    with pytest.raises(InputError, match="do not fit"):
+        frontends.capture(model([node("Gather", "table at", "y", name="/look/Gather")], tensors))
+
+
 def test_unsupported_operators_are_listed_together():
     nodes = [
         node("LSTM", "x w w", "a", name="first", hidden_size=3),

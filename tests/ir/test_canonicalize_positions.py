@@ -239,6 +239,17 @@ def test_a_constant_larger_than_what_it_is_made_from_stays():
     assert any("640000 bytes" in n for n in notes)
 
 
+def test_a_constant_whose_making_takes_too_much_stays():
+    def model(b, x):
+        huge = b.exp(b.full(shape=(1 << 20, 1 << 20), value=0.5, dtype="float32"))
+        return b.add(x, b.sum(huge, dims=(0, 1)))
+
+    program = program_of(model, {"x": Value("float32", (4,))})
+    notes = canonicalize(program)  # which nobody can run
+    assert "sum" in names(program)
+    assert any("to compute it takes" in n for n in notes)
+
+
 def test_a_table_over_a_dimension_is_made_for_its_maximum():
     def model(b, x):
         table = b.cos(b.mul(b.cast(b.arange(end=T), dtype="float32"), 0.1))

@@ -100,6 +100,17 @@ def test_parse_refuses(text):
         Dim.parse(text)
 
 
+def test_sizes_that_grow_without_end_are_refused():
+    size = A + B
+    with pytest.raises(ProgramError, match="degree"):
+        for _ in range(40):
+            size = size * size
+    size = A
+    with pytest.raises(ProgramError, match="64 bits"):
+        for _ in range(64):
+            size = size + size
+
+
 def test_constants_become_ints():
     assert type(A - A) is int
     assert type((A + 3) - A) is int
