@@ -1,0 +1,130 @@
+"""A small run of each fuzzer, the same cases every time; and that the fuzzers notice what they are there for."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from benchmarks.fuzz.__main__ import main  # noqa: E402
+from benchmarks.fuzz.case import GOOD, Outcome, judged  # noqa: E402
+from benchmarks.fuzz.files import Files  # noqa: E402
+from benchmarks.fuzz.graphs import Graphs  # noqa: E402
+from benchmarks.fuzz.journal import Journal  # noqa: E402
+from benchmarks.fuzz.originals import originals  # noqa: E402
+from benchmarks.fuzz.soups import Soups  # noqa: E402
+from benchmarks.fuzz.summary import Summary  # noqa: E402
+from benchmarks.fuzz.watch import Watch  # noqa: E402
+from benchmarks.fuzz.worker import Result, Worker, run_here  # noqa: E402
+
+
+@settings(max_examples=35)
+@given(st.randoms(use_true_random=False))
+def test_random_programs_compile_to_what_they_mean(rng):
+    outcome = Graphs().program(rng, lambda stage: None)
+    assert outcome.kind in GOOD, outcome.detail
+
+
+@pytest.fixture(scope="module")
+def soups() -> Soups:
+    return Soups()
+
+
+@pytest.mark.parametrize("start", range(0, 80, 20))
+def test_soups_of_operators(soups, start):
+    outcomes = [judged(soups, random.Random(seed)) for seed in range(start, start + 20)]
+    assert [o for o in outcomes if o.kind not in GOOD] == []
+    assert {"right", "refused"} <= {o.kind for o in outcomes}
+
+
+@pytest.fixture(scope="module")
+def files() -> Files:
+    return Files(originals(exported=False))
+
+
+@pytest.mark.parametrize("start", range(0, 100, 20))
+def test_damaged_files(files, start):
+    results = [run_here(files, seed) for seed in range(start, start + 20)]
+    assert [r for r in results if r.outcome.kind not in GOOD] == []
+    assert {"refused"} < {r.outcome.kind for r in results}
+
+
+def test_reads_outside_a_folder_are_seen(tmp_path):
+    folder, canary = tmp_path / "model", tmp_path / "secret.bin"
+    folder.mkdir()
+    (folder / "data").write_bytes(b"1")
+    canary.write_bytes(b"2")
+    with Watch(folder, (canary,)) as watch:
+        (folder / "data").read_bytes()
+        Path(json.__file__).read_bytes()
+    assert watch.seen == []
+    with Watch(folder) as watch:
+        canary.read_bytes()
+    assert watch.seen == [f"open {str(canary)!r}"]
+    (folder / "link").symlink_to(canary)
+    with Watch(folder) as watch:
+        (folder / "link").read_bytes()
+    assert len(watch.seen) == 1
+
+
+def test_reads_by_foreign_code_are_seen(tmp_path):
+    onnx = pytest.importorskip("onnx.onnx_cpp2py_export")
+    canary = tmp_path / "secret.bin"
+    canary.write_bytes(b"2")
+    (tmp_path / "model").mkdir()
+    with Watch(tmp_path / "model", (canary,)) as watch:
+        with pytest.raises(Exception):  # noqa: B017  (whatever the checker thinks of a file that is no model)
+            onnx.checker.check_model_path(str(canary), False, False, False)
+    assert len(watch.seen) == 1 and "inotify" in watch.seen[0]
+
+
+def test_what_happens_to_a_worker_is_the_outcome(tmp_path):
+    worker = Worker("tests.benchmarks.broken_part:Broken")
+    try:
+        outcomes = [worker.run(seed).outcome for seed in range(6)]
+    finally:
+        worker.stop()
+    assert [o.kind for o in outcomes] == ["crashed", "hung", "memory", "untyped error", "refused", "right"]
+    assert outcomes[0].label == "doing it: SIGSEGV"
+    assert "ZeroDivisionError" in outcomes[3].detail and outcomes[4].label == "InputError"
+
+
+def test_journal_survives_a_cut(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.add(Result(3, Outcome("right"), 0.1, 5))
+    path.write_text(path.read_text() + '{"seed": 4, "outc')
+    again = Journal(path)
+    assert list(again.results) == [3]
+    again.add(Result(4, Outcome("wrong", "captured", "why"), 0.1, 5))
+    assert Journal(path).results[4].outcome.detail == "why"
+
+
+def test_summary_names_defects_with_their_command(tmp_path):
+    results = [
+        Result(1, Outcome("right"), 1.0, 1 << 20),
+        Result(2, Outcome("crashed", "compiling: SIGSEGV"), 2.0, 0),
+    ]
+    summary = Summary("graphs", "the command", "today", {"cpu": "some"}, results)
+    json_path, markdown = summary.write(tmp_path)
+    data = json.loads(json_path.read_text())
+    assert data["counts"]["crashed"] == {"compiling: SIGSEGV": 1} and data["peak_memory_mib"] == 1
+    assert "python -m benchmarks.fuzz graphs --seed 2 --count 1" in markdown.read_text()
+
+
+def test_the_command(tmp_path, capsys):
+    arguments = ["soups", "--count", "3", "--journal", str(tmp_path / "journal"), "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert len(Journal(tmp_path / "journal").results) == 3
+    assert json.loads((tmp_path / "fuzz-soups.json").read_text())["cases"] == 3
+    assert "wrote" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["nothing"])
