@@ -62,12 +62,12 @@ def write_artifact(
 
 def _check_weights(weights: Mapping[str, np.ndarray], manifest: Manifest) -> None:
     wanted = {name for signature in manifest.functions.values() for name in signature.weights}
-    if "main" not in manifest.functions or wanted != set(weights):
+    if not manifest.functions or wanted != set(weights):
         raise ArtifactError(
             "the weights of an artifact do not match its manifest",
             why=f"functions: {sorted(manifest.functions)}, not given: {sorted(wanted - set(weights))[:8]}, "
             f"given but not used: {sorted(set(weights) - wanted)[:8]}",
-            fix="name every packed weight in the signature of its function; have a function 'main'",
+            fix="name every packed weight in the signature of its function; have a function",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,17 +10,21 @@ import torch
 from tersor.errors import BudgetError, CompileError
 from tersor.ir.interpreter import run
 from tersor.ir.program import Function
-from tersor.ir.samples import sample_inputs
+from tersor.ir.samples import sample_inputs, sample_states
 
 TOLERANCE = 1e-4
 """Largest error of f32 code, relative to the output's largest magnitude."""
 
-Call = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+Tensors = Mapping[str, torch.Tensor]
+Call = Callable[[Tensors, MutableMapping[str, torch.Tensor]], Tensors]
+"""From inputs and states by name to outputs; the states' new values replace those in the mapping."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run of both: the sizes of the named dimensions and the worst error per output, relative to its scale."""
+    """One run of both: the sizes of the named dimensions and the worst error per output and updated state (``$name``),
+    relative to its scale.
+    """
 
     sizes: dict[str, int]
     errors: dict[str, float]
@@ -34,7 +38,7 @@ class Comparison:
 
 
 def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) -> list[Comparison]:
-    """Runs both at the smallest, the largest and an odd size of every named dimension.
+    """Runs both at the smallest, the largest and an odd size of every named dimension, on the same random states.
 
     Raises:
         CompileError: the program itself fails there.
@@ -42,11 +46,12 @@ def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) ->
     """
     comparisons = []
     for seed, sizes in enumerate(probe_sizes(function)):
-        inputs = sample_inputs(function, sizes, seed)
+        inputs, states = sample_inputs(function, sizes, seed), sample_states(function, sizes, seed)
+        actual_states = dict(states)
         place = f"function {function.name!r} at {sizes or 'its static shapes'}"
         try:
             with torch.inference_mode():
-                expected = run(function, inputs)
+                expected = run(function, inputs, states)
         except Exception as error:  # whatever torch raises
             raise CompileError(
                 "the program does not run on the random inputs that the compiled code is compared on",
@@ -54,8 +59,9 @@ def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) ->
                 why=f"{type(error).__name__}: {error}",
                 fix="check the ranges of the dynamic dimensions; verify=False skips the comparison",
             ) from error
-        actual = compiled(inputs)
+        actual = compiled(inputs, actual_states)
         errors = {name: relative_error(actual[name], expected[name]) for name in function.outputs}
+        errors |= {f"${name}": relative_error(actual_states[name], states[name]) for name in function.states}
         comparisons.append(Comparison(sizes, errors))
         if not comparisons[-1].worst <= tolerance:
             worst = max(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import tvm
 from tvm import relax
 
@@ -18,7 +19,7 @@ from tersor.codegen import (
     tuning,
 )
 from tersor.codegen.artifact import write_artifact
-from tersor.codegen.compare import compare
+from tersor.codegen.compare import Call, Tensors, compare
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.linker import link
 from tersor.codegen.llvm import llvm_target
@@ -87,6 +88,11 @@ def build(
         arrays = {name: w.load(legal.parameters) for name, w in distinct.items()}
         manifest = Manifest(
             functions={name: signature(f, lowered.weights[name]) for name, f in legal.functions.items()},
+            states={
+                name: TensorType(name, v.dtype, _spell(v.shape))
+                for f in legal.functions.values()
+                for name, v in f.states.items()
+            },
             target={key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
             versions=versions(),
             recipe=recipe,
@@ -153,11 +159,20 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
 
 def compare_all(program: Program, artifact: Path, threads: int | None) -> dict[str, Any]:
     """Contract 1a for every function; the errors found, by function, as plain data for the manifest."""
-    model = load(artifact, threads=threads)
+    session = load(artifact, threads=threads).session()
+
+    def call_of(name: str) -> Call:
+        def call(inputs: Tensors, states: MutableMapping[str, torch.Tensor]) -> Tensors:
+            for state, value in states.items():
+                session.states[state][...] = value.numpy()
+            outputs = session.functions[name](**inputs)
+            states.update({state: torch.from_numpy(session.states[state].copy()) for state in states})
+            return outputs
+
+        return call
+
     return {
-        name: [
-            c.to_dict() for c in compare(function, lambda inputs, name=name: model.functions[name](**inputs))
-        ]
+        name: [c.to_dict() for c in compare(function, call_of(name))]
         for name, function in program.functions.items()
     }
 
@@ -171,7 +186,8 @@ def check_target(program: Program, target: Target) -> None:
             fix="choose one of the targets listed by `tersor targets`",
         )
     totals = cost(program)
-    check_memory(target, totals.parameter_bytes + totals.peak_bytes, "the weights and activations")
+    needed = totals.parameter_bytes + totals.state_bytes + totals.peak_bytes
+    check_memory(target, needed, "the weights, states and activations")
 
 
 def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignature:
@@ -184,6 +200,7 @@ def signature(function: Function, weights: tuple[Weight, ...]) -> FunctionSignat
         ),
         dims={name: (r.min, r.max) for name, r in function.dims.items()},
         weights=tuple(w.name for w in weights),
+        states=tuple(function.states),
         example=dict(function.example),
     )
 

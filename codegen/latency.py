@@ -73,7 +73,8 @@ def seconds_per_call(kernel: Kernel, target: Target) -> float:
         if spec.dtype.startswith("float"):
             data = generator.standard_normal(spec.shape, dtype=np.float32).astype(spec.dtype)
         else:
-            data = np.ones(spec.shape, spec.dtype)  # valid as positions and as masks
+            # valid as positions and as masks; one alone is the first position of several
+            data = np.full(spec.shape, 1 if spec.shape else 0, spec.dtype)
         return tvm.runtime.tensor(data)
 
     specs = (*kernel.inputs(), *kernel.outputs())

@@ -19,9 +19,11 @@ from tersor.codegen.kernels.base import Kernel
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.state import StateMemory
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
 from tersor.ir.canonicalize.constants import fold_constants
+from tersor.ir.decompose import decompose
 from tersor.ir.dialect import Op
 from tersor.ir.dims import Dim, Shape
 from tersor.ir.program import Function, Program
@@ -52,7 +54,7 @@ def register_lowering(op: Op | str) -> Callable[[Lower], Lower]:
 
 @dataclass
 class Lowered:
-    """A program as an IRModule, with the weights that follow the inputs in each function's parameters."""
+    """A program as an IRModule, with the weights that follow inputs and states in each function's parameters."""
 
     module: tvm.IRModule
     weights: dict[str, tuple[Weight, ...]] = field(default_factory=dict)  # by function name
@@ -84,25 +86,11 @@ def legalize(program: Program) -> Program:
     """
     program = program.copy()
     for function in program.functions.values():
-        made: set[fx.Node] = set()
-        for node in function.calls():
-            made.update(_decompose(function, node))
+        made = set(decompose(function, lambda op: op.name in _rules or op.elementwise is not None))
         if made:
             others = [n for n in function.calls() if not _depends(n, made)]
             fold_constants(function, others, may_grow=True)
     return program
-
-
-def _decompose(function: Function, node: fx.Node) -> list[fx.Node]:
-    """Replaces a node by what it is made of; returns the new operations."""
-    op = node.target
-    if op.decompose is None or op.name in _rules or op.elementwise is not None:
-        return []
-    before = set(function.graph.nodes)
-    result = op.decompose(function.builder(before=node), *node.args, **node.kwargs)
-    made = [n for n in function.graph.nodes if n not in before and n.op == "call_function"]
-    function.replace(node, result)
-    return [*made, *(inner for outer in made for inner in _decompose(function, outer))]
 
 
 def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
@@ -157,20 +145,24 @@ class Lowering:
         self._builder, self._lowered = builder, lowered
         self._dims = {name: tirx.Var(name, "int64") for name in function.dims}
         self._values: dict[fx.Node, relax.Expr] = {}
+        self.memory = StateMemory(function, self.plan)
 
     def run(self) -> None:
         """Adds the Relax function, named as the program's, to the module."""
         inputs = []
-        for node in self.function.graph.find_nodes(op="placeholder"):
+        for node in (*self.function.input_nodes, *self.function.state_nodes.values()):
             self._values[node] = relax.Var(node.target, self.type(node.meta["value"]))
+            self.memory.made(node)
             inputs.append(self._values[node])
         with self._builder.function(self.function.name):
             with self._builder.dataflow():
                 for node in self.function.nodes:
                     if node.op == "call_function" and node not in self.plan.inner:
                         self._values[node] = self._lower(node)
-                results = [self.value(node) for node in self.function.results]
-                output = self._builder.emit_output(relax.Tuple(self._distinct(results)))
+                        self.memory.made(node)
+                results = self._distinct([self.value(node) for node in self.function.results])
+                # what nobody reads would be dropped, so the states are results too
+                output = self._builder.emit_output(relax.Tuple([*results, *self._updates()]))
             self._builder.emit_func_output(output, [*inputs, *self.weights.values()])
         # the planner sizes storage of symbolic shapes by their upper bounds
         bounds = {name: r.max for name, r in self.function.dims.items()}
@@ -201,14 +193,35 @@ class Lowering:
         return self.call(gemm, [self.value(group.anchors[0].args[0]), packed, *extra], [shape])
 
     def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
-        """Results the caller may keep: an input, a weight or a value returned twice is copied."""
+        """Results the caller may keep: an input, a weight, a state or a value returned twice is copied."""
         own: list[relax.Expr] = []
         for result, node in zip(results, self.function.results, strict=True):
             borrowed = node.op != "call_function" or any(result is other for other in own)
+            borrowed |= self.memory.may_share(node)
             own.append(
                 self.copy(result, node.meta["value"].shape, node.meta["value"].dtype) if borrowed else result
             )
         return own
+
+    def _updates(self) -> list[relax.Expr]:
+        """The states as the call leaves them. One that was not updated in place is written at the end."""
+        moved = {name: n for name, n in self.function.updates.items() if self.memory.of(n) != name}
+        # what is read from another state must be read before that one is written
+        sources = {
+            name: self.copy(self.value(n), n.meta["value"].shape, n.meta["value"].dtype)
+            if self.memory.may_share(n)
+            else self.value(n)
+            for name, n in moved.items()
+        }
+        written = []
+        for name, node in self.function.updates.items():
+            if name not in moved:
+                written.append(self.value(node))
+                continue
+            shape, dtype = node.meta["value"].shape, node.meta["value"].dtype
+            state = self._values[self.function.state_nodes[name]]
+            written.append(self.call(copy_kernel(shape, dtype), [sources[name]], [shape], into=state))
+        return written
 
     # -- what rules use
 
@@ -233,9 +246,16 @@ class Lowering:
             self.weights[weight] = relax.Var(weight.name, relax.TensorType(spec.shape, spec.dtype))
         return self.weights[weight]
 
-    def call(self, kernel: Kernel, args: Sequence[relax.Expr], shapes: Sequence[Shape] | None = None) -> Any:
+    def call(
+        self,
+        kernel: Kernel,
+        args: Sequence[relax.Expr],
+        shapes: Sequence[Shape] | None = None,
+        into: relax.Expr | None = None,
+    ) -> Any:
         """Calls a kernel; ``shapes`` are the outputs' true shapes (default: as the kernel says).
 
+        ``into``: memory that the kernel's one output is written to, instead of new memory; what it held is gone.
         Returns the output, or a list where the kernel has several.
         """
         kernels = self._lowered.kernels
@@ -250,6 +270,10 @@ class Lowering:
             relax.TensorType(self.shape(shape), spec.dtype)
             for spec, shape in zip(outputs, shapes or [o.shape for o in outputs], strict=True)
         ]
+        if into is not None:
+            return self._builder.emit(
+                relax.call_tir_inplace(handle, relax.Tuple([*args, into]), [len(args)], types)
+            )
         result = self._builder.emit(
             relax.call_tir(handle, relax.Tuple(list(args)), types if len(types) > 1 else types[0])
         )

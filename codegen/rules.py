@@ -9,6 +9,7 @@ from tersor.codegen import tiles
 from tersor.codegen.kernels import layout
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
+from tersor.codegen.kernels.cache import CacheUpdate
 from tersor.codegen.kernels.chain import Chain, ChainInput, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Embedding
@@ -113,6 +114,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
         mask=None if mask is None else opaque(mask.meta["value"].shape),
         mask_dtype="bool" if mask is None else mask.meta["value"].dtype,
         packed="qkv" if joined else "",
+        softcap=node.kwargs.get("softcap"),
     )
     args = [_joined(lowering, (q, k, v))] if joined else [lowering.value(a) for a in (q, k, v)]
     args += [lowering.value(mask)] if mask is not None else []
@@ -362,6 +364,21 @@ def _selection(lowering: Lowering, node: fx.Node, kernel) -> relax.Expr:
     x, index = (a.meta["value"] for a in node.args)
     made = kernel(opaque(x.shape), opaque(index.shape), node.kwargs["dim"] % x.rank, x.dtype)
     return lowering.call(made, [lowering.value(a) for a in node.args], [node.meta["value"].shape])
+
+
+@register_lowering("cache_update")
+def _cache_update(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    state, value, position = node.args
+    shape, dim = node.meta["value"].shape, node.kwargs["dim"] % node.meta["value"].rank
+    length = opaque(value.meta["value"].shape)[dim]
+    in_place = lowering.memory.may_overwrite(node)
+    kernel = CacheUpdate(
+        opaque(shape), dim, length, node.meta["value"].dtype, position.meta["value"].rank == 1, in_place
+    )
+    args = [lowering.value(value), lowering.value(position)]
+    if in_place:
+        return lowering.call(kernel, args, [shape], into=lowering.value(state))
+    return lowering.call(kernel, [*args, lowering.value(state)], [shape])
 
 
 @register_lowering("arange")

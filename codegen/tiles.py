@@ -55,20 +55,26 @@ class GemmTile:
 
 
 def panel_width(target: Target) -> int:
-    """Columns of a packed f32 panel: 32 with AVX-512, 16 with AVX2."""
+    """Columns of a packed panel of any dtype: 32 with AVX-512, 16 with AVX2."""
     return PANEL_VECTORS * target.lanes("float32")
 
 
-def most_rows(target: Target) -> int:
-    """Height of the tallest register tile: what the weight vectors leave of the registers, less a spare for LLVM."""
+def most_rows(target: Target, parts: int = 1) -> int:
+    """Height of the tallest register tile: what the weight vectors leave of the registers, less a spare for LLVM.
+
+    ``parts``: into how many vectors the inner product takes a vector of weights apart.
+    """
     spare = PANEL_VECTORS + 2 if target.vector_registers <= 16 else PANEL_VECTORS + 6
-    return (target.vector_registers - spare) // PANEL_VECTORS
+    return (target.vector_registers - spare) // PANEL_VECTORS - (parts - 1)
 
 
-def choose(target: Target, panels: int) -> GemmTile:
-    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2."""
-    most = most_rows(target)
-    rows = min(8, most)
+def choose(target: Target, panels: int, parts: int = 1) -> GemmTile:
+    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2.
+
+    ``parts``: as in ``most_rows``.
+    """
+    most = most_rows(target, parts)
+    rows = min(8 - 2 * (parts - 1), most)  # what is taken apart needs registers too
     streams = tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most}))
     return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
 

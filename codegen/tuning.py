@@ -231,7 +231,7 @@ def seconds_per_call(
 
     generator = np.random.default_rng(0)
     a, weights, *others = (
-        tvm.runtime.tensor(generator.standard_normal(evaluate_shape(spec.shape, symbols), dtype=np.float32))
+        tvm.runtime.tensor(_data(generator, evaluate_shape(spec.shape, symbols), spec.dtype))
         for spec in kernel.inputs()
     )
     results = [
@@ -241,3 +241,12 @@ def seconds_per_call(
     copies = [weights, *(tvm.runtime.tensor(data) for _ in range(int(cold_bytes // data.nbytes)))]
     arguments = [(a, copy, *others, *results) for copy in copies]
     return timing.seconds_per_call(call, arguments, seconds)
+
+
+def _data(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Ordinary numbers, also where a word holds several: codes in every byte, bf16 below 2 in every half."""
+    if dtype == "int32":
+        return generator.integers(0, 0x3FFF, (*shape, 2), dtype=np.uint16).view(np.int32)[..., 0]
+    if dtype.startswith("float"):
+        return generator.standard_normal(shape, dtype=dtype)
+    return generator.integers(0, 100, shape).astype(dtype)

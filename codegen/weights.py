@@ -43,7 +43,7 @@ class Weight:
             )
         if self.panel is not None:
             beside = len(self.sources) if self.join == "beside" else 1
-            shape = packing.packed_shape(shape[0], product(shape[1:]), self.panel, beside)
+            shape, dtype = packing.packed(shape[0], product(shape[1:]), dtype, self.panel, beside)
         return TensorSpec(shape, dtype)
 
     def load(self, store: ParameterStore) -> np.ndarray:

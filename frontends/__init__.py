@@ -1,8 +1,8 @@
-"""Outside models in: whatever it is, `capture` gives a `tersor.ir.Program` in canonical form.
+"""Between outside formats and the program: `capture` gives a `tersor.ir.Program` in canonical form, whatever comes.
 
 torch_export    any torch.nn.Module, through torch.export; `aten` has what each operator becomes
 transformers    model objects and local folders of Hugging Face transformers
-onnx            ONNX files
+onnx            ONNX files in; `onnx.export` writes a program out as one
 dynamic         named dynamic dimensions; `symbols` translates torch's
 origin          module paths, source lines, and torch.export's failures in our words
 """

@@ -35,6 +35,9 @@ from tersor.ir.parameters import Parameter, ParameterStore
 from tersor.ir.value import Value
 
 PROVENANCE = ("site", "module", "source", "made_by")
+TOLD_SITE = "told_site"
+"""While a program is captured: (operation, site) of what a node is part of, where the source tells it."""
+_INHERITED = (*(key for key in PROVENANCE if key != "site"), TOLD_SITE)
 
 
 @dataclass(frozen=True)
@@ -437,9 +440,7 @@ class Builder:
 
     def __init__(self, function: Function, before: fx.Node | None, like: fx.Node | None, made_by: str | None):
         self.function, self._before, self.made_by = function, before, made_by
-        self._provenance = (
-            {k: like.meta[k] for k in PROVENANCE if k != "site" and k in like.meta} if like else {}
-        )
+        self._provenance = {k: like.meta[k] for k in _INHERITED if k in like.meta} if like else {}
 
     @contextmanager
     def _place(self) -> Iterator[None]:

@@ -232,7 +232,7 @@ def static(program: Program) -> bool:
     return not any(function.dims for function in program.functions.values())
 
 
-_WEIGHTED = ("linear", "conv1d", "conv2d", "embedding")
+_WEIGHTED = ("linear", "integer_linear", "conv1d", "conv2d", "embedding")
 
 
 @fact("quantized", operations=_WEIGHTED)

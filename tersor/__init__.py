@@ -19,6 +19,7 @@ _HOME = {
     "compile": "tersor.api",
     "capture": "tersor.api",
     "explain": "tersor.api",
+    "to_onnx": "tersor.frontends.onnx.export",
     "load": "tersor.codegen.runtime",
     "CompiledModel": "tersor.codegen.runtime",
     "Calibration": "tersor.passes",

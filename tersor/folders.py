@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all: written beside their final place and renamed."""
+"""Folders and files that appear complete or not at all: written beside their final place and renamed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Temporary files of one folder that take the places of ``paths``, in order, when the block ends well.
+
+    Raises:
+        OSError: what the file system refuses; what was at the paths is there still, unless only renaming failed.
+    """
+    folder = paths[0].parent
+    scratch = Path(tempfile.mkdtemp(prefix=f".{paths[0].name}.", dir=folder))
+    try:
+        temporary = tuple(scratch / path.name for path in paths)
+        yield temporary
+        for file in temporary:
+            _sync(file)
+        for file, path in zip(temporary, paths, strict=True):
+            os.replace(file, path)
+        _sync(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _replace(temporary: Path, path: Path) -> None:
     """Puts ``temporary`` at ``path``; what was there comes back if that fails."""
     if not path.exists():
@@ -54,8 +75,8 @@ def _replace(temporary: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

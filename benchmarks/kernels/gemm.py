@@ -1,16 +1,21 @@
-"""GFLOP/s of the packed f32 GEMM, shape by shape, with weights that are not in cache.
+"""Billions of operations per second of the packed GEMM, shape by shape, beside this machine's peak for the dtype.
 
     python benchmarks/kernels/gemm.py --threads 1
-    python benchmarks/kernels/gemm.py --threads 2 --shape 128x768x3072 --epilogue gelu --symbolic
+    python benchmarks/kernels/gemm.py --dtype uint8 --epilogue gelu --shape 128x768x3072 --symbolic
 
-Each shape walks over so many copies of its weights that they exceed the last-level cache, several times.
-A copy counts with its best time; the figure is the mean over the copies.
+Each shape walks over so many copies of its weights that they exceed the last-level cache, several times (``--warm``:
+a single copy). A copy counts with its best time; the figure is the mean over the copies. The peak is that of a loop
+over operands in registers, times the number of threads; operations are multiplications and additions. With
+``--dtype uint8`` results are requantized to codes, with bfloat16 rounded to it, but for the epilogues "none" and
+"residual", which leave f32.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+
+import numpy as np
 
 SHAPES = """
 128x768x2304 128x768x768 128x768x3072 128x3072x768
@@ -32,6 +37,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shape", action="append", metavar="MxKxN", help="repeatable; default: all below")
     parser.add_argument("--epilogue", choices=["none", "bias", "gelu", "residual"], default="bias")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "uint8"], default="float32", help="of the activations"
+    )
+    parser.add_argument("--warm", action="store_true", help="the weights stay in cache where they fit")
     parser.add_argument("--symbolic", action="store_true", help="compile with a symbolic number of rows")
     parser.add_argument("--target", default="native")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each shape")
@@ -39,17 +48,58 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))[: options.threads]
     os.sched_setaffinity(0, cpus)
     os.environ["TVM_NUM_THREADS"] = str(options.threads)  # read once, when TVM starts its pool
-    print(f"{options.threads} thread(s), target {options.target}, epilogue {options.epilogue}")
+    limit = options.threads * peak(options)
+    print(
+        f"{options.threads} thread(s), target {options.target}, {options.dtype}, epilogue {options.epilogue}, "
+        f"{'warm' if options.warm else 'cold'} weights; peak {limit:.0f} GOP/s"
+    )
+    element = {"float32": 4, "bfloat16": 2, "uint8": 1}[options.dtype]
     for shape in options.shape or SHAPES.split():
         m, k, n = map(int, shape.split("x"))
         seconds = measure(m, k, n, options)
-        flops, bytes_ = 2e-9 * m * k * n / seconds, 4e-9 * k * n / seconds
-        print(f"{shape:>16}  {flops:6.0f} GFLOP/s  {bytes_:5.1f} GB/s of weights", flush=True)
+        rate, weights = 2e-9 * m * k * n / seconds, 1e-9 * element * k * n / seconds
+        print(
+            f"{shape:>16}  {rate:6.0f} GOP/s  {rate / limit:6.1%} of the peak  {weights:5.1f} GB/s of weights",
+            flush=True,
+        )
+
+
+def epilogue(dtype: str, name: str):
+    """The chain of this name for accumulators of a GEMM over this dtype."""
+    from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
+
+    integer = dtype == "uint8"
+    inputs = [ChainInput("accumulator", "int32" if integer else "float32")]
+    steps: list[Step] = []
+    value = 0
+    operands: list[tuple[str, str, str]] = []  # operation, kind and dtype of its second operand
+    if integer:
+        operands += [("add", "column", "int32"), ("mul", "column", "float32")]
+    operands += [("add", "column", "float32")] if name == "gelu" or name != "none" and not integer else []
+    inputs += [ChainInput(kind, type_) for _, kind, type_ in operands]
+    inputs += [ChainInput("full")] if name == "residual" else []
+
+    def push(step: Step) -> int:
+        steps.append(step)
+        return len(inputs) + len(steps) - 1
+
+    for i, (operation, _, _) in enumerate(operands):
+        value = push(Step(operation, (value, i + 1)))
+    if name == "gelu":
+        value = push(Step("gelu_erf", (value,)))
+    if name == "residual":
+        value = push(Step("add", (value, len(inputs) - 1)))
+    if integer and name in ("bias", "gelu"):
+        value = push(Step("round", (value,)))
+        value = push(Step("add", (value, Const(128.0))))
+        value = push(Step("saturate", (value,), "uint8"))
+    if dtype == "bfloat16" and name in ("bias", "gelu"):
+        value = push(Step("cast", (value,), "bfloat16"))
+    return Chain(tuple(inputs), tuple(steps), (value,))
 
 
 def measure(m: int, k: int, n: int, options: argparse.Namespace) -> float:
     """Seconds per call."""
-    from tersor.codegen.kernels.chain import Chain, ChainInput, Step
     from tersor.codegen.kernels.gemm import Gemm
     from tersor.codegen.llvm import compile_function
     from tersor.codegen.tiles import panel_width
@@ -57,18 +107,57 @@ def measure(m: int, k: int, n: int, options: argparse.Namespace) -> float:
     from tersor.ir.dims import Dim
     from tersor.targets import resolve
 
-    accumulator, column, full = ChainInput("accumulator"), ChainInput("column"), ChainInput("full")
-    chains = {
-        "none": Chain((accumulator,), (), (0,)),
-        "bias": Chain((accumulator, column), (Step("add", (0, 1)),), (2,)),
-        "gelu": Chain((accumulator, column), (Step("add", (0, 1)), Step("gelu_erf", (2,))), (3,)),
-        "residual": Chain((accumulator, column, full), (Step("add", (0, 1)), Step("add", (3, 2))), (4,)),
-    }
     target = resolve(options.target)
     lead = (Dim.symbol("rows"),) if options.symbolic else (m,)
-    kernel = Gemm(lead, k, n, chains[options.epilogue], panel_width(target))
+    chain = epilogue(options.dtype, options.epilogue)
+    kernel = Gemm(lead, k, n, chain, panel_width(target), dtype=options.dtype)
     call = compile_function(kernel.build(target), target)["main"]
-    return seconds_per_call(call, kernel, {"rows": m}, options.seconds, COLD_BYTES)
+    return seconds_per_call(call, kernel, {"rows": m}, options.seconds, 0 if options.warm else COLD_BYTES)
+
+
+def peak(options: argparse.Namespace) -> float:
+    """GOP/s of one thread in a register tile whose operands stay in L1."""
+    import tvm
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as T
+
+    from tersor.codegen.kernels.inner_product import inner_product
+    from tersor.codegen.kernels.register_tile import RegisterTile
+    from tersor.codegen.llvm import compile_function
+    from tersor.codegen.tiles import PANEL_VECTORS, choose
+    from tersor.codegen.timing import seconds_per_call
+    from tersor.targets import resolve
+
+    target, rounds, words = resolve(options.target), 2000, 64
+    product = inner_product(options.dtype, target)
+    rows, width = choose(target, 1, len(product.parts)).rows, PANEL_VECTORS * product.lanes
+
+    def vector(v: int):
+        return T.ramp(v * product.lanes, 1, product.lanes)
+
+    specs = [
+        ((rows, words * product.factor), product.left),
+        ((words, width), "float32" if product.factor == 1 else "int32"),
+        ((rows, width), product.accumulator),
+    ]
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("peak")
+            T.func_attr({"tirx.noalias": True})
+            left, right, out = (T.arg(f"x{i}", T.buffer(*spec)) for i, spec in enumerate(specs))
+            left = product.matrix(left)
+            with product.body():
+                tile = RegisterTile(rows, PANEL_VECTORS, product)
+                with T.serial(rounds):
+                    with T.serial(words) as k:
+                        tile.multiply(lambda r: product.word(left, r, k), lambda v: right[k, vector(v)])
+                for r in range(rows):
+                    for v in range(PANEL_VECTORS):
+                        T.buffer_store(out, tile.vector(r, v), [r, vector(v)])
+    call = compile_function(builder.get(), target)["main"]
+    arguments = [tvm.runtime.tensor(np.zeros(shape, dtype)) for shape, dtype in specs]
+    operations = 2 * rounds * words * product.factor * rows * width
+    return 1e-9 * operations / seconds_per_call(call, [arguments], 0.2)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, most_rows
 from tersor.ir.dims import Dim, Shape
@@ -40,6 +41,7 @@ class Attention:
     or 1), or None. mask_dtype "bool" (true = attend) or "float32" (added to the scores).
     causal: query i sees keys j <= i + offset, where offset is kv_len - q_len for align "end" and 0 for "start".
     window: of those, query i sees only j > i + offset - window.
+    softcap: scores before the mask become ``softcap * tanh(score / softcap)``, or None.
     A query that sees no key gives zeros, as torch's scaled_dot_product_attention does.
 
     ValueError when heads are not a multiple of kv_heads, or a packed or mask shape cannot be.
@@ -59,6 +61,7 @@ class Attention:
     window: int | None = None
     align: Literal["end", "start"] = "end"
     packed: Literal["", "qkv", "kv"] = ""
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -81,6 +84,7 @@ class Attention:
         parts += [f"kv{self.kv_heads}"] if self.kv_heads != self.heads else []
         parts += ["causal"] if self.causal else []
         parts += [f"window{self.window}"] if self.window is not None else []
+        parts += ["softcap"] if self.softcap is not None else []
         parts += [f"mask_{self.mask_dtype}"] if self.mask is not None else []
         return "_".join(parts)
 
@@ -116,7 +120,8 @@ class _Builder:
 
     def __init__(self, attention: Attention, target: Target):
         self.spec = attention
-        self.lanes = target.lanes("float32")
+        self.product = inner_product("float32", target)
+        self.lanes = self.product.lanes
         self.rows = min(8, most_rows(target))
         self.ramp = T.ramp(0, 1, self.lanes)
         self.value_vectors = -(-attention.value_dim // self.lanes)
@@ -201,6 +206,7 @@ class _Builder:
     def _pack_keys(self, batch: Expr, group: Expr) -> None:
         """keys[block, d, lane] = scale * k[block*lanes + lane, d]; the last block repeats the last key."""
         spec, lanes = self.spec, self.lanes
+        scale = spec.scale if spec.softcap is None else spec.scale / spec.softcap
         whole, rest = divmod(spec.head_dim, lanes)
 
         def square(block: Expr, d: loops.Extent, count: int) -> None:
@@ -209,7 +215,7 @@ class _Builder:
             for i in range(lanes):
                 row = batch * self.kv_len + tirx.min(block * lanes + i, self.kv_len - 1)
                 at = row * self.k.stride + (self.k.column + group * spec.head_dim + d)
-                vectors.append(math.bind(loops.load(self.k.buffer, at, lanes, where) * spec.scale))
+                vectors.append(math.bind(loops.load(self.k.buffer, at, lanes, where) * scale))
             for i, vector in enumerate(_transpose(vectors)[:count]):
                 T.buffer_store(self.keys, vector, [block, d + i, self.ramp])
 
@@ -312,12 +318,12 @@ class _Builder:
         spec, lanes = self.spec, self.lanes
         zero = tirx.const(0.0, f"float32x{lanes}")
 
-        def start(r: int, n: int) -> Expr:
+        def mask(r: int, n: int) -> Expr:
             if self.bias is not None:
                 return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
             return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
 
-        sums = RegisterTile(len(queries), vectors, lanes, start)
+        sums = RegisterTile(len(queries), vectors, self.product, mask if spec.softcap is None else None)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
             for q in queries
@@ -328,6 +334,8 @@ class _Builder:
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
                 score = sums.vector(r, n)
+                if spec.softcap is not None:
+                    score = math.bind(math.tanh(score) * spec.softcap + mask(r, n))
                 if diagonal:
                     score = math.bind(self._see(score, query, block + n))
                 T.buffer_store(self.scores, score, [r, T.ramp((block + n) * lanes, 1, lanes)])
@@ -373,7 +381,7 @@ class _Builder:
     def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
         """Some vectors of columns of the weighted sum."""
         spec, lanes = self.spec, self.lanes
-        sums = RegisterTile(len(queries), width, lanes)
+        sums = RegisterTile(len(queries), width, self.product)
         with T.serial(end - begin) as step:
             j = begin + step
             sums.multiply(

@@ -17,6 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, choose
 from tersor.ir.dims import Dim, Shape, product
@@ -70,7 +71,8 @@ class _Builder:
     """Emits one kernel; the attributes are what every part of it refers to."""
 
     def __init__(self, kernel: BatchedGemm, target: Target):
-        self.kernel, self.lanes = kernel, target.lanes("float32")
+        self.kernel, self.product = kernel, inner_product("float32", target)
+        self.lanes = self.product.lanes
         self.width = PANEL_VECTORS * self.lanes
         self.rows = choose(target, 1).rows
 
@@ -148,7 +150,7 @@ class _Builder:
 
     def _tile(self, place: list[Expr], right: Callable[[Expr, int], Expr], start: Expr, height: int) -> None:
         start = T.bind(start)
-        sums = RegisterTile(height, PANEL_VECTORS, self.lanes)
+        sums = RegisterTile(height, PANEL_VECTORS, self.product)
         left = _place_in(place, self.kernel.a)
         with T.serial(self.k) as k:
             sums.multiply(lambda r: self.a[(*left, start + r, k)], lambda v: right(k, v))

@@ -15,9 +15,12 @@ OPS: dict[str, int] = {  # name -> number of operands
     "neg": 1, "abs": 1, "square": 1, "sqrt": 1, "rsqrt": 1, "reciprocal": 1, "exp": 1, "log": 1, "floor": 1,
     "round": 1,
     "cos": 1, "sin": 1, "tanh": 1, "erf": 1, "sigmoid": 1, "gelu_erf": 1, "gelu_tanh": 1, "silu": 1, "relu": 1,
-    "where": 3, "cast": 1, "eq": 2, "ne": 2, "lt": 2, "le": 2, "gt": 2, "ge": 2,
+    "where": 3, "cast": 1, "saturate": 1, "eq": 2, "ne": 2, "lt": 2, "le": 2, "gt": 2, "ge": 2,
     "logical_and": 2, "logical_or": 2, "logical_not": 1,
 }  # fmt: skip
+
+CODES: dict[str, tuple[float, float]] = {"uint8": (0.0, 255.0), "int8": (-128.0, 127.0)}
+"""Lowest and highest value of each dtype of quantized codes."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,20 @@ class ChainInput:
 
 @dataclass(frozen=True)
 class Step:
-    """``op(*args)``; an int argument is the index of an earlier value. ``dtype`` is the target of a cast."""
+    """``op(*args)``; an int argument is the index of an earlier value.
+
+    ``dtype`` is the target of a "cast" (a float is cut towards zero) or of a "saturate" (an integral float is limited
+    to the range of "uint8" or "int8" first; NaN becomes the lowest code). "round" rounds half to even. So a
+    requantization is ``saturate(round(x * multiplier) + zero_point)``.
+    """
 
     op: str
     args: tuple[int | Const, ...]
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.op == "saturate" and self.dtype not in CODES:
+            raise ValueError(f"cannot saturate to {self.dtype!r}, only to {', '.join(CODES)}")
         if OPS.get(self.op) != len(self.args):
             raise ValueError(f"chain step {self.op!r} with {len(self.args)} operands")
 

@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
-from tersor.codegen.packing import packed_shape
+from tersor.codegen.packing import packed
 from tersor.ir.dims import Shape
 from tersor.targets import Target
 
@@ -36,8 +36,10 @@ class Embedding:
         return f"embedding_{self.count}x{self.size}" + ("_packed" if self.panel else "")
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        packed = packed_shape(self.count, self.size, self.panel) if self.panel else (self.count, self.size)
-        return TensorSpec(self.lead, "int64"), TensorSpec(packed)
+        table = TensorSpec((self.count, self.size))
+        if self.panel:
+            table = TensorSpec(*packed(self.count, self.size, table.dtype, self.panel))
+        return TensorSpec(self.lead, "int64"), table
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec((*self.lead, self.size)),)

@@ -1,4 +1,4 @@
-"""Packed f32 GEMM with a composed epilogue: ``out = chain(a @ w.T, ...)`` for constant, packed weights ``w``.
+"""Packed GEMM with a composed epilogue: ``out = chain(a @ w.T, ...)`` for constant, packed weights ``w``.
 
 One panel of weights (a few columns, all of K) is read as a stream; each register tile multiplies it with a few rows of
 ``a`` over the whole of K, applies the chain to the accumulators and stores them once.
@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
-from tersor.codegen.kernels.math import evaluate_chain
+from tersor.codegen.kernels.inner_product import InnerProduct, inner_product
+from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
 from tersor.codegen.kernels.register_tile import RegisterTile
-from tersor.codegen.packing import packed_shape
+from tersor.codegen.packing import packed
 from tersor.codegen.tiles import (
     BLOCK_ROWS,
     CACHE_LINE,
@@ -39,6 +41,12 @@ from tersor.codegen.tuning import recorded_tile
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
 
+ACCUMULATORS = {"float32": "float32", "bfloat16": "float32", "uint8": "int32"}
+"""Dtype of the sums by dtype of the left matrix."""
+
+WEIGHTS = {"float32": "float32", "bfloat16": "bfloat16", "uint8": "int8"}
+"""Dtype of the weights before they are packed, by dtype of the left matrix."""
+
 IDENTITY = Chain((ChainInput("accumulator"),), (), (0,))
 """The epilogue of a plain matrix product."""
 
@@ -49,20 +57,23 @@ SHORT_CHAIN = 2
 """Steps of a chain up to which the epilogue of a tile is unrolled."""
 
 LINE = CACHE_LINE // 4
-"""f32 elements of a cache line."""
+"""Words of a cache line."""
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """``out[*lead, n] = chain(a[*lead, k] @ w[n, k].T, ...)`` in f32.
+    """``out[*lead, n] = chain(a[*lead, k] @ w[n, k].T, ...)``.
+
+    dtype: that of ``a``. "float32" (times f32 weights, accumulators f32), "bfloat16" (times bf16, accumulators f32) or
+    "uint8" (times int8, accumulators int32, exact modulo 2**32). The outputs have the dtypes of the chain's.
 
     ``panel`` is the width of a packed panel: ``tiles.panel_width(target)``. ``weights`` matrices of equal shape are
     packed together (``packing.pack``), and each has an accumulator: the chain's first ``weights`` inputs. So
-    ``silu(a @ gate.T) * (a @ up.T)`` is one kernel. The chain may have several outputs, all f32 [*lead, n].
+    ``silu(a @ gate.T) * (a @ up.T)`` is one kernel. The chain may have several outputs, all [*lead, n].
 
     Arguments: a, packed weights, the chain's other inputs in order ("full" [*lead, n], "column" [n],
     "row" [*lead, 1], "scalar" ()); then the outputs, which must not overlap any input.
-    ValueError when chain, panel and weights do not fit together.
+    ValueError when dtype, chain, panel and weights do not fit together.
     """
 
     lead: Shape
@@ -71,6 +82,7 @@ class Gemm:
     chain: Chain = IDENTITY
     panel: int = 32
     weights: int = 1
+    dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
         kinds = [value.kind for value in self.chain.inputs]
@@ -78,6 +90,8 @@ class Gemm:
             raise ValueError(
                 f"the chain of a GEMM with {self.weights} weights starts with as many accumulators: {kinds}"
             )
+        if any(value.dtype != ACCUMULATORS[self.dtype] for value in self.chain.inputs[: self.weights]):
+            raise ValueError(f"the accumulators of a {self.dtype} GEMM are {ACCUMULATORS[self.dtype]}")
         if self.panel % self.weights:
             raise ValueError(f"a panel of {self.panel} columns cannot hold {self.weights} weights")
 
@@ -97,7 +111,7 @@ class Gemm:
         return product(self.lead)
 
     def name(self) -> str:
-        parts = ["gemm", f"{self.k}x{self.n}"]
+        parts = ["gemm"] + ([self.dtype] if self.dtype != "float32" else []) + [f"{self.k}x{self.n}"]
         parts += [str(self.rows)] if isinstance(self.rows, int) else []
         parts += [f"w{self.weights}"] if self.weights > 1 else []
         return "_".join(parts + ([self.chain.label()] if self.chain.steps else []))
@@ -105,22 +119,21 @@ class Gemm:
     def inputs(self) -> tuple[TensorSpec, ...]:
         shapes = {"full": (*self.lead, self.n), "column": (self.n,), "row": (*self.lead, 1), "scalar": ()}
         return (
-            TensorSpec((*self.lead, self.k)),
-            TensorSpec(packed_shape(self.n, self.k, self.panel, self.weights)),
+            TensorSpec((*self.lead, self.k), self.dtype),
+            TensorSpec(*packed(self.n, self.k, WEIGHTS[self.dtype], self.panel, self.weights)),
             *(TensorSpec(shapes[v.kind], v.dtype) for v in self.chain.inputs[self.weights :]),
         )
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((*self.lead, self.n)),) * len(self.chain.outputs)
+        return tuple(TensorSpec((*self.lead, self.n), dtype) for dtype in output_dtypes(self.chain))
 
     def build(self, target: Target, tile: GemmTile | None = None) -> tirx.PrimFunc:
         """The scheduled function; ``tile`` overrides the chosen one. ValueError for another target's panel."""
-        lanes = target.lanes("float32")
-        if self.columns % lanes:
-            raise ValueError(f"{self.columns} columns a panel are not whole vectors of {lanes}")
-        return _Builder(
-            self, lanes, tile or recorded_tile(self, target) or choose(target, self.panels)
-        ).function()
+        product = inner_product(self.dtype, target)
+        if self.columns % product.lanes:
+            raise ValueError(f"{self.columns} columns a panel are not whole vectors of {product.lanes}")
+        tile = tile or recorded_tile(self, target) or choose(target, self.panels, len(product.parts))
+        return _Builder(self, product, tile).function()
 
 
 class _Rows(NamedTuple):
@@ -133,10 +146,13 @@ class _Rows(NamedTuple):
 class _Builder:
     """Emits one kernel; the attributes are what every part of it refers to."""
 
-    def __init__(self, gemm: Gemm, lanes: int, tile: GemmTile):
-        self.gemm, self.lanes, self.tile = gemm, lanes, tile
-        self.vectors = gemm.panel // lanes
+    def __init__(self, gemm: Gemm, product: InnerProduct, tile: GemmTile):
+        self.gemm, self.product, self.tile = gemm, product, tile
+        self.lanes = product.lanes
+        self.vectors = gemm.panel // product.lanes
         self.panels = gemm.panels
+        self.words = gemm.k // product.factor  # complete ones
+        self.tail = gemm.k % product.factor > 0
 
     def function(self) -> tirx.PrimFunc:
         gemm = self.gemm
@@ -151,19 +167,20 @@ class _Builder:
                     for name, spec in zip(["a", "w", *names], gemm.inputs(), strict=True)
                 )
                 outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(gemm.outputs())]
-                self.a = arguments.flatten(a)
+                self.a = self.product.matrix(arguments.flatten(a))
                 self.others = [
                     (value, arguments.flatten(buffer) if value.kind in ("full", "row") else buffer)
                     for value, buffer in zip(gemm.chain.inputs[gemm.weights :], others, strict=True)
                 ]
                 self.outputs = [arguments.flatten(buffer) for buffer in outputs]
-                self._schedule(arguments.size(gemm.lead))
+                with self.product.body():
+                    self._schedule(arguments.size(gemm.lead))
         return builder.get()
 
     def _schedule(self, m: int | Expr) -> None:
         """All panels, on several threads when there is enough to do."""
-        weight_bytes = 4 * self.panels * self.gemm.k * self.gemm.panel
-        row_flops = weight_bytes // 2
+        weight_bytes = 4 * self.panels * (self.words + self.tail) * self.gemm.panel
+        row_flops = weight_bytes // 2  # in f32's time: a word counts as one multiplication whatever it holds
         if isinstance(m, int):
             large = weight_bytes >= PARALLEL_BYTES or row_flops * m >= PARALLEL_FLOPS
             self._tasks(T.parallel if large else T.serial, m)
@@ -222,17 +239,18 @@ class _Builder:
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
         ahead = self.tile.ahead // (4 * self.gemm.panel)
-        sums = RegisterTile(rows.height, self.vectors, self.lanes)
-        with T.serial(self.gemm.k) as k:
+        sums = RegisterTile(rows.height, self.vectors, self.product)
+        with T.serial(self.words) as k:
             for column in range(0, self.gemm.panel, LINE):
                 self._prefetch(panel, k + ahead, column)
             self._multiply(sums, panel, rows, k)
+        self._multiply_tail(sums, panel, rows)
         self._epilogue(sums, panel, rows)
 
     def _shared(self, panel: Expr, rows: _Rows, tile: Expr, count: Expr | int) -> None:
         """One of the ``count`` tiles that read the panel; it prefetches as large a part of the next one."""
-        sums = RegisterTile(rows.height, self.vectors, self.lanes)
-        chunks, rest = divmod(self.gemm.k, CHUNK)
+        sums = RegisterTile(rows.height, self.vectors, self.product)
+        chunks, rest = divmod(self.words, CHUNK)
         lines = self.gemm.panel // LINE
         share = -(-CHUNK * lines // count) if isinstance(count, int) else T.ceildiv(CHUNK * lines, count)
         with T.serial(chunks) as chunk:
@@ -243,13 +261,24 @@ class _Builder:
                 self._multiply(sums, panel, rows, chunk * CHUNK + k)
         with T.serial(rest) as k:
             self._multiply(sums, panel, rows, chunks * CHUNK + k)
+        self._multiply_tail(sums, panel, rows)
         self._epilogue(sums, panel, rows)
 
     def _vector(self, v: int, base: Expr | int = 0) -> Expr:
         return T.ramp(base + v * self.lanes, 1, self.lanes)
 
     def _multiply(self, tile: RegisterTile, panel: Expr, rows: _Rows, k: Expr) -> None:
-        tile.multiply(lambda r: self.a[rows.at(r), k], lambda v: self.w[panel, k, self._vector(v)])
+        tile.multiply(
+            lambda r: self.product.word(self.a, rows.at(r), k), lambda v: self.w[panel, k, self._vector(v)]
+        )
+
+    def _multiply_tail(self, tile: RegisterTile, panel: Expr, rows: _Rows) -> None:
+        """The elements of k that do not fill a word; the weights' words are padded with zeros."""
+        if self.tail:
+            tile.multiply(
+                lambda r: self.product.last_word(self.a, rows.at(r), self.gemm.k),
+                lambda v: self.w[panel, self.words, self._vector(v)],
+            )
 
     def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
         # Addresses past the end are harmless: a prefetch never faults.
@@ -279,7 +308,7 @@ class _Builder:
             columns = self._vector(v, panel * self.gemm.columns)
             mask = None
             if width < (v + 1) * self.lanes:
-                mask = T.ramp(0, 1, self.lanes) < T.broadcast(width - v * self.lanes, self.lanes)
+                mask = loops.mask(width - v * self.lanes, self.lanes)
             accumulators = [
                 sums.column(w * self.vectors // self.gemm.weights + v) for w in range(self.gemm.weights)
             ]
@@ -288,10 +317,7 @@ class _Builder:
                 values = [buffer[r, lanes] for buffer in accumulators]
                 values += [self._input(value, buffer, row, columns, mask) for value, buffer in self.others]
                 for output, result in zip(self.outputs, evaluate_chain(self.gemm.chain, values), strict=True):
-                    if mask is None:
-                        T.buffer_store(output, result, [row, columns])
-                    else:
-                        T.evaluate(T.masked_store(output, result, row, columns, mask))
+                    loops.store_at(output, [row, columns], cast(result, output.dtype), mask)
 
     def _input(
         self, value: ChainInput, buffer: tirx.Buffer, row: Expr | int, columns: Expr, mask: Expr | None

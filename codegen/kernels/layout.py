@@ -63,7 +63,10 @@ class _Mapped:
                         at = [*position, last][: len(extents)]
                         T.buffer_store(result, self.element(read, at, arguments.number), at)
 
-                loops.rows(product(extents[:-1]) if lead else 1, product(extents), row)
+                if extents:
+                    loops.rows(product(extents[:-1]) if lead else 1, product(extents), row)
+                else:
+                    T.buffer_store(result, self.element(read, [], arguments.number), [])
         return builder.get()
 
 

@@ -114,7 +114,8 @@ def vectors(extent: Extent, lanes: int, body: Callable[[Expr | int, Expr | None]
 
 def mask(count: Extent, lanes: int) -> Expr:
     """A vector of bools, true in the first ``count`` lanes."""
-    return T.ramp(0, 1, lanes) < math.broadcast(tirx.Cast("int32", tirx.convert(count)), lanes)
+    bound = tirx.const(count, "int32") if isinstance(count, int) else tirx.Cast("int32", count)
+    return T.ramp(0, 1, lanes) < math.broadcast(bound, lanes)
 
 
 def load(buffer: tirx.Buffer, offset: Extent, lanes: int, where: Expr | None = None) -> Expr:
@@ -127,8 +128,15 @@ def load(buffer: tirx.Buffer, offset: Extent, lanes: int, where: Expr | None = N
 
 def store(buffer: tirx.Buffer, offset: Extent, value: Expr, lanes: int, where: Expr | None = None) -> None:
     """Write a vector (a scalar is repeated); lanes outside the mask are left alone."""
-    at, value = T.ramp(offset, 1, lanes), math.broadcast(value, lanes)
+    store_at(buffer, [T.ramp(offset, 1, lanes)], math.broadcast(value, lanes), where)
+
+
+def store_at(buffer: tirx.Buffer, place: list[Extent], value: Expr, where: Expr | None = None) -> None:
+    """Write a vector to indices of which the last is a ramp; lanes outside the mask are left alone."""
     if where is None:
-        T.buffer_store(buffer, value, [at])
+        T.buffer_store(buffer, value, place)
+    elif isinstance(where, tirx.LT) and isinstance(where.b.value, tirx.IntImm) and where.b.value.value == 1:
+        # one lane: LLVM 22 would make it a scalar store of 32 bits even where the element was narrowed to fewer
+        T.buffer_store(buffer, tirx.Shuffle([value], [0]), [*place[:-1], place[-1].base])
     else:
-        T.evaluate(T.masked_store(buffer, value, at, where))
+        T.evaluate(T.masked_store(buffer, value, *place, where))

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels.chain import Chain, Const
+from tersor.codegen.kernels.chain import CODES, Chain, Const
 
 ROUND = 12582912.0
 """1.5 * 2**23: adding it rounds an f32 below 2**22 to an integer (half to even), left in the low mantissa bits."""
@@ -70,6 +70,8 @@ def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
         operands = [a if isinstance(a, Const) else known[a] for a in step.args]
         if step.op == "cast":
             result = cast(_materialize(operands[0], "float32", lanes), step.dtype or "float32")
+        elif step.op == "saturate":
+            result = saturate(cast(_materialize(operands[0], "float32", lanes), "float32"), step.dtype)
         elif step.op == "pow":
             result = power(_materialize(operands[0], "float32", lanes), operands[1])
         else:
@@ -83,7 +85,7 @@ def output_dtypes(chain: Chain) -> tuple[str, ...]:
     known = [value.dtype for value in chain.inputs]
     for step in chain.steps:
         operands = [a if isinstance(a, Const) else known[a] for a in step.args]
-        if step.op == "cast":
+        if step.op in ("cast", "saturate"):
             known.append(step.dtype or "float32")
         elif step.op in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"):
             known.append("bool")
@@ -294,18 +296,40 @@ def round_even(x: Expr) -> Expr:
     return T.call_llvm_pure_intrin(x.ty.dtype, "llvm.roundeven", x) if _is_float(x) else x
 
 
+def saturate(x: Expr, dtype: str) -> Expr:
+    """An integral f32 as a code of this dtype, limited to its range; NaN becomes the lowest code."""
+    low, high = (constant(bound, x) for bound in CODES[dtype])
+    x = bind(tirx.Select(x > low, x, low))
+    x = tirx.Select(x < high, x, high)
+    return cast(x, dtype)
+
+
 def where(condition: Expr, a: Expr, b: Expr) -> Expr:
     """a where the condition holds, b elsewhere; both are computed."""
     return tirx.Select(cast(condition, "bool"), a, b)
 
 
 def cast(x: Expr, dtype: str) -> Expr:
-    """The value in another dtype: floats are cut towards zero, a bool is ``x != 0``."""
+    """The value in another dtype: integers get floats cut towards zero, bf16 the nearest; a bool is ``x != 0``."""
     if _element(x) == dtype:
         return x
     if dtype == "bool":
         return tirx.NE(x, constant(0, x))
+    if dtype == "bfloat16":
+        return tirx.Cast(_dtype(dtype, x), _round_to_bf16(cast(x, "float32")))
+    if dtype in CODES and _is_float(x):
+        x = tirx.Cast(_dtype("int32", x), x)  # LLVM has no good conversion from f32 to bytes
     return tirx.Cast(_dtype(dtype, x), x)
+
+
+def _round_to_bf16(x: Expr) -> Expr:
+    """The nearest f32 that bf16 can hold, half to even. TVM drops a cast to bf16 and back; LLVM drops its second
+    rounding of these numbers."""
+    x = bind(x)
+    bits = bind(tirx.reinterpret(_dtype("int32", x), x))
+    odd = tirx.bitwise_and(tirx.shift_right(bits, constant(16, bits)), constant(1, bits))
+    rounded = tirx.Select(tirx.EQ(x, x), bits + odd + 0x7FFF, tirx.bitwise_or(bits, constant(0x400000, bits)))
+    return tirx.reinterpret(x.ty.dtype, bind(tirx.bitwise_and(rounded, constant(-0x10000, bits))))
 
 
 def _logical(operation: Callable[..., Expr]) -> Callable[..., Expr]:
@@ -358,7 +382,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "gelu_tanh": _integer_or_float(gelu_tanh),
     "silu": _integer_or_float(silu),
 }
-"""Every op of ``chain.OPS`` but ``cast`` and ``pow``, whose second argument is not a value."""
+"""Every op of ``chain.OPS`` but ``cast``, ``saturate`` and ``pow``, which need more than values."""
 
 
 def _exp_of_parts(x: Expr, shifted: Expr) -> Expr:
@@ -408,10 +432,11 @@ def _promote(operands: list[Operand], lanes: int) -> list[Expr]:
 
 
 def _common_dtype(operands: list[str | Const]) -> str:
-    """f32 before integers (the wider first) before bool; a constant counts by its Python type, but never widens."""
+    """f32 (for bf16 too) before integers (the wider first) before bool; a constant counts by its Python type, but never
+    widens."""
     dtypes = {o for o in operands if isinstance(o, str)}
     constants = {type(o.value) for o in operands if isinstance(o, Const)}
-    if "float32" in dtypes or float in constants:
+    if any("float" in dtype for dtype in dtypes) or float in constants:
         return "float32"
     if dtypes - {"bool"}:
         return max(dtypes - {"bool"}, key=lambda name: int(name.lstrip("uint")))

@@ -8,30 +8,41 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from tersor.codegen.kernels.inner_product import InnerProduct
+
 
 class RegisterTile:
-    """``height`` rows by ``vectors`` vectors of ``lanes`` f32.
+    """``height`` rows by ``vectors`` vectors of accumulators.
 
     Where it is made, vector v of row r is set to ``start(r, v)``, or to zero.
     """
 
     def __init__(
-        self, height: int, vectors: int, lanes: int, start: Callable[[int, int], Expr] | None = None
+        self,
+        height: int,
+        vectors: int,
+        product: InnerProduct,
+        start: Callable[[int, int], Expr] | None = None,
     ):
-        self.height, self.vectors, self.lanes = height, vectors, lanes
+        self.height, self.vectors, self.lanes, self.product = height, vectors, product.lanes, product
+        zero = tirx.const(0, f"{product.accumulator}x{product.lanes}")
         # TVM keeps allocations below 1 kB, outside scope "local", on the stack; LLVM turns those into registers.
-        self._rows = [T.alloc_buffer((vectors * lanes,), scope="global") for _ in range(height)]
+        self._rows = [
+            T.alloc_buffer((vectors * self.lanes,), product.accumulator, scope="global")
+            for _ in range(height)
+        ]
         for r, row in enumerate(self._rows):
             for v in range(vectors):
-                value = start(r, v) if start else T.broadcast(T.float32(0), lanes)
-                T.buffer_store(row, value, [self._place(v)])
+                T.buffer_store(row, start(r, v) if start else zero, [self._place(v)])
 
     def multiply(self, left: Callable[[int], Expr], right: Callable[[int], Expr]) -> None:
-        """Add one outer product: ``left(r)`` is the scalar of row r, ``right(v)`` vector v of the other matrix."""
-        for r, row in enumerate(self._rows):
-            for v in range(self.vectors):
-                at = self._place(v)
-                T.buffer_store(row, row[at] + T.broadcast(left(r), self.lanes) * right(v), [at])
+        """Add one outer product: ``left(r)`` is a word of row r, ``right(v)`` vector v of the other matrix's words."""
+        for left_part, right_part in self.product.parts:
+            for r, row in enumerate(self._rows):
+                for v in range(self.vectors):
+                    at = self._place(v)
+                    word = left_part(T.broadcast(left(r), self.lanes))
+                    T.buffer_store(row, self.product.step(row[at], word, right_part(right(v))), [at])
 
     def vector(self, r: int, v: int) -> Expr:
         """Vector v of row r."""
@@ -39,7 +50,7 @@ class RegisterTile:
 
     def column(self, v: int) -> tirx.Buffer:
         """A copy of vector v of every row, [height, lanes], that a loop can index."""
-        copy = T.alloc_buffer((self.height, self.lanes), scope="global")
+        copy = T.alloc_buffer((self.height, self.lanes), self.product.accumulator, scope="global")
         for r in range(self.height):
             T.buffer_store(copy, self.vector(r, v), [r, T.ramp(0, 1, self.lanes)])
         return copy

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
     from tersor.codegen.runtime.model import CompiledFunction, CompiledModel, load
     from tersor.codegen.runtime.outputs import Outputs
+    from tersor.codegen.runtime.session import Session, SessionFunction
 
 _HOMES = {
     "BenchmarkResult": "benchmark",
@@ -21,6 +22,8 @@ _HOMES = {
     "FunctionSignature": "manifest",
     "Manifest": "manifest",
     "Outputs": "outputs",
+    "Session": "session",
+    "SessionFunction": "session",
     "TensorType": "manifest",
     "load": "model",
 }
@@ -32,6 +35,8 @@ __all__ = [
     "FunctionSignature",
     "Manifest",
     "Outputs",
+    "Session",
+    "SessionFunction",
     "TensorType",
     "load",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,12 @@ def measure(
         if threads is not None:
             model.threads = threads
         used = model.threads
-        times = _times(lambda: function(**inputs), calls)
+        if function.signature.states:
+            session = model.session()
+            call = session.functions[function.name]
+            times = _times(lambda: call(**inputs), calls, session.reset)
+        else:
+            times = _times(lambda: function(**inputs), calls)
     finally:
         model.threads = before
     low, median, p90 = np.percentile(times, (0, 50, 90)) / 1e6
@@ -67,7 +72,7 @@ def measure(
 
 
 def make_inputs(function: CompiledFunction, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Inputs that fit the signature: floats standard normal (always the same), integers and booleans 1."""
+    """Inputs that fit the signature, always the same: see `CompiledFunction.benchmark`."""
     signature = function.signature
     if unknown := sorted(set(dims) - set(signature.dims)):
         raise InputError(
@@ -80,22 +85,25 @@ def make_inputs(function: CompiledFunction, dims: Mapping[str, int]) -> dict[str
     random = np.random.default_rng(0)
     made = {}
     for tensor, shape in zip(signature.inputs, shapes, strict=True):
-        floating = np.dtype(tensor.dtype).kind == "f"
-        made[tensor.name] = (random.standard_normal(shape) if floating else np.ones(shape)).astype(
-            tensor.dtype
-        )
+        if np.dtype(tensor.dtype).kind == "f":
+            values = random.standard_normal(shape)
+        else:  # the first position of a state has room for whatever follows
+            values = np.full(shape, 0 if signature.states and not shape else 1)
+        made[tensor.name] = values.astype(tensor.dtype)
     return made
 
 
-def _times(call: Any, calls: int | None) -> list[int]:
-    """Nanoseconds of each call, after three that are not counted."""
+def _times(call: Callable, calls: int | None, before: Callable = lambda: None) -> list[int]:
+    """Nanoseconds of each call without what is done before it, after three that are not counted."""
     for _ in range(3):
+        before()
         call()
     times: list[int] = []
     start = time.perf_counter()
     while len(times) < (calls or _MOST):
         if calls is None and len(times) >= _LEAST and time.perf_counter() - start > _SECONDS:
             break
+        before()
         begin = time.perf_counter_ns()
         call()
         times.append(time.perf_counter_ns() - begin)

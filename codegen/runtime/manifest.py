@@ -16,7 +16,7 @@ from typing import Any
 from tersor.codegen.runtime.dimensions import Expression, parse
 from tersor.errors import ArtifactError
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised when a manifest of the new kind cannot be read by the old code."""
 
 MANIFEST, MODULE, WEIGHTS, REPORT = "manifest.json", "module.so", "weights.safetensors", "report.json"
@@ -31,7 +31,7 @@ DTYPES = (
 
 @dataclass(frozen=True)
 class TensorType:
-    """An input or output: name, dtype, shape of ints and dimension expressions (`"batch"`, `"2*length"`)."""
+    """An input, output or state: name, dtype, shape of ints and dimension expressions (`"batch"`, `"2*length"`)."""
 
     name: str
     dtype: str
@@ -48,7 +48,8 @@ class FunctionSignature:
     inputs      in the order of the compiled function's parameters
     outputs     the tensors of the tuple it returns, in order; dots in the names nest them, see `Outputs`
     dims        name -> (smallest, largest) of every symbolic dimension; each occurs alone in some input shape
-    weights     names in weights.safetensors, passed after the inputs in this order
+    states      names of the states it reads or updates, passed after the inputs in this order
+    weights     names in weights.safetensors, passed after the states in this order
     example     dimension values of the example the model was captured with; a benchmark's default sizes
     """
 
@@ -56,6 +57,7 @@ class FunctionSignature:
     outputs: tuple[TensorType, ...]
     dims: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
+    states: tuple[str, ...] = ()
     example: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,7 +120,8 @@ class FileRecord:
 class Manifest:
     """Everything about an artifact but its code and weights.
 
-    functions   name -> signature; `main` is what calling the model runs
+    functions   name -> signature; `main`, or the only one, is what calling the model runs
+    states      name -> what sessions keep from call to call; sizes are fixed
     target      compiled for: keys name, arch, mcpu, mattr, features, os of `tersor.targets.Target`
     versions    `tersor`, `tvm`, `tvm_ffi`: what made it; an artifact loads with the same TVM minor version
     recipe, gates, tuning    the choices that went into it (plain data, kept for reproduction)
@@ -130,6 +133,7 @@ class Manifest:
     functions: Mapping[str, FunctionSignature]
     target: Mapping[str, Any]
     versions: Mapping[str, str]
+    states: Mapping[str, TensorType] = field(default_factory=dict)
     recipe: str = "fp32"
     gates: tuple[Mapping[str, Any], ...] = ()
     tuning: tuple[Mapping[str, Any], ...] = ()
@@ -137,6 +141,24 @@ class Manifest:
     errors: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"state {name!r} is {state}, which no memory can hold"
+            for name, state in self.states.items()
+            if state.dtype not in DTYPES or not all(map(_is_size, state.shape))
+        ]
+        problems += [
+            f"function {name!r} uses the states {sorted(unknown)}, which are not listed"
+            for name, signature in self.functions.items()
+            if (unknown := set(signature.states) - set(self.states))
+        ]
+        if problems:
+            raise ArtifactError(
+                "the states of an artifact are not consistent",
+                why="; ".join(problems),
+                fix="compile the model again",
+            )
 
     def with_files(self, files: Mapping[str, FileRecord]) -> Manifest:
         """The same manifest with the sizes and hashes of its files."""
@@ -151,6 +173,7 @@ class Manifest:
             "recipe": self.recipe,
             "threads": self.threads,
             "functions": {name: _signature_to_data(s) for name, s in self.functions.items()},
+            "states": {n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in self.states.items()},
             "gates": list(self.gates),
             "tuning": list(self.tuning),
             "verified": self.verified,
@@ -197,6 +220,10 @@ class Manifest:
                 functions={str(n): _signature_from_data(s) for n, s in body["functions"].items()},
                 target=body["target"],
                 versions=body["versions"],
+                states={
+                    str(n): TensorType(str(n), s["dtype"], tuple(s["shape"]))
+                    for n, s in body["states"].items()
+                },
                 recipe=body["recipe"],
                 gates=tuple(body["gates"]),
                 tuning=tuple(body["tuning"]),
@@ -215,7 +242,7 @@ def expressions(tensor: TensorType) -> tuple[int | Expression, ...]:
 
 
 _KINDS = {
-    "functions": dict, "target": dict, "versions": dict, "recipe": str, "gates": list, "tuning": list,
+    "functions": dict, "states": dict, "target": dict, "versions": dict, "recipe": str, "gates": list, "tuning": list,
     "verified": bool, "errors": dict, "files": dict,
 }  # fmt: skip
 
@@ -239,6 +266,7 @@ def _signature_to_data(signature: FunctionSignature) -> dict[str, Any]:
         "dims": {name: list(bounds) for name, bounds in signature.dims.items()},
         "example": dict(signature.example),
         "weights": list(signature.weights),
+        "states": list(signature.states),
     }
 
 
@@ -252,6 +280,7 @@ def _signature_from_data(data: Mapping[str, Any]) -> FunctionSignature:
         dims={name: (low, high) for name, (low, high) in data["dims"].items()},
         example=dict(data["example"]),
         weights=tuple(data["weights"]),
+        states=tuple(data["states"]),
     )
 
 

@@ -3,9 +3,10 @@
 What lowering must produce
     A Relax VM executable, exported as a shared library, with one Relax function per program function and of
     the same name (`main` is what calling the model runs).
-    * Parameters: the inputs in the order of the signature, then the weights in the order of
-      `FunctionSignature.weights`; all are tensors, on the CPU.
-    * Result: a tuple of tensors in the order of `FunctionSignature.outputs`; also a single one is in a tuple.
+    * Parameters: the inputs in the order of the signature, then the states and the weights in the order of
+      `FunctionSignature.states` and `.weights`; all are tensors, on the CPU. States are written in place.
+    * Result: a tuple of tensors in the order of `FunctionSignature.outputs`; also a single one is in a tuple. What
+      follows them in the tuple is not looked at. No output is memory of a state.
     * Symbolic dimensions of the parameters are those of the signature. The function's attribute
       `tir_var_upper_bound` should give their upper bounds: memory is then planned once, and does not depend
       on the sizes that happen to come.
@@ -22,7 +23,7 @@ import shutil
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ from tersor.codegen.runtime.manifest import (
     read_version,
 )
 from tersor.codegen.runtime.outputs import Outputs
-from tersor.errors import ArtifactError, TargetError
+from tersor.codegen.runtime.session import Session
+from tersor.errors import ArtifactError, InputError, TargetError
 from tersor.targets import Target, missing_on_host
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ def load(
 class CompiledModel:
     """A compiled model; made by `load`. Call it with the model's inputs, by name or in order.
 
-    Inputs are numpy arrays or torch CPU tensors; the result is an `Outputs` of the same kind. Any number of
+    Inputs are numpy arrays or torch CPU tensors; the result is an `Outputs` of the same kind. A model that keeps
+    state is called through a `session`. Any number of
     Python threads may call one model at the same time: each gets a VM and workers of its own, and they share
     the weights.
     """
@@ -118,9 +121,27 @@ class CompiledModel:
             self._threads = threads.check(number, "threads")
 
     @property
+    def main(self) -> CompiledFunction:
+        """The function `main`, or the only one. Raises InputError when there are several and none is `main`."""
+        if "main" in self.functions:
+            return self.functions["main"]
+        if len(self.functions) > 1:
+            raise InputError(
+                "the model has no function 'main'",
+                why=f"it has {', '.join(self.functions)}",
+                fix=f"name one: compiled.functions[{next(iter(self.functions))!r}](...), or by a session: "
+                f"compiled.session().{next(iter(self.functions))}(...)",
+            )
+        return next(iter(self.functions.values()))
+
+    @property
     def signature(self) -> FunctionSignature:
         """Inputs, outputs and dimensions of the function `main`."""
-        return self.functions["main"].signature
+        return self.main.signature
+
+    def session(self) -> Session:
+        """A new session: the model with states of its own, all zeros."""
+        return Session(self)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -128,8 +149,8 @@ class CompiledModel:
         return json.loads(self._report)
 
     def __call__(self, *inputs: Any, **named: Any) -> Outputs:
-        """Run the model. Raises InputError when the inputs do not fit the signature."""
-        return self.functions["main"](*inputs, **named)
+        """Run the model. Raises InputError when the inputs do not fit the signature, or it keeps state."""
+        return self.main(*inputs, **named)
 
     def benchmark(
         self,
@@ -140,7 +161,7 @@ class CompiledModel:
         threads: int | None = None,
     ) -> BenchmarkResult:
         """Time the function `main`; see `CompiledFunction.benchmark`."""
-        return self.functions["main"].benchmark(inputs, dims=dims, calls=calls, threads=threads)
+        return self.main.benchmark(inputs, dims=dims, calls=calls, threads=threads)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
         """Copy the artifact to the folder `path`, replacing an artifact there; nothing is left on failure.
@@ -165,6 +186,8 @@ class CompiledModel:
         for name, function in self.functions.items():
             inputs = ", ".join(map(str, function.signature.inputs))
             lines.append(f"  {name}({inputs}) -> {', '.join(map(str, function.signature.outputs))}")
+            if function.signature.states:
+                lines.append(f"    states {', '.join(function.signature.states)}")
             lines += [f"    {d} from {low} to {high}" for d, (low, high) in function.signature.dims.items()]
         return "\n".join(lines)
 
@@ -187,9 +210,20 @@ class CompiledFunction:
             )
 
     def __call__(self, *inputs: Any, **named: Any) -> Outputs:
-        """Run the function. Raises InputError when the inputs do not fit the signature."""
+        """Run the function. Raises InputError when the inputs do not fit the signature, or it keeps state."""
+        if self.signature.states:
+            raise InputError(
+                f"the function {self.name!r} keeps state from call to call ({', '.join(self.signature.states[:4])}"
+                f"{', ...' * (len(self.signature.states) > 4)})",
+                why="a compiled model holds none: its callers would share it",
+                fix=f"s = compiled.session(), then s.{self.name}(...)",
+            )
+        return self.run(inputs, named, ())
+
+    def run(self, inputs: Sequence[Any], named: Mapping[str, Any], states: Sequence[Any]) -> Outputs:
+        """Run the function on tensors of its states, which it updates. Raises as calling it."""
         arrays, is_torch = self.arguments.bind(inputs, named)
-        values = threads.run(self.model.threads, self._invoke, arrays)
+        values = threads.run(self.model.threads, self._invoke, arrays, states)
         if is_torch:
             from_numpy = sys.modules["torch"].from_numpy
             values = [from_numpy(value) for value in values]
@@ -203,9 +237,10 @@ class CompiledFunction:
         calls: int | None = None,
         threads: int | None = None,
     ) -> BenchmarkResult:
-        """Time repeated calls, everything from the Python call to its result.
+        """Time repeated calls, everything from the Python call to its result; states are zeros before each.
 
-        inputs      by name; None makes them: floats are standard normal, integers and booleans 1
+        inputs      by name; None makes them: floats are standard normal, integers and booleans 1 (0 where a
+                    function that keeps state takes a single integer, a position most likely)
         dims        sizes of symbolic dimensions for made inputs; by default the example's, else the largest
         calls       how many calls are timed; None measures for about a second, at least 10
         threads     for this measurement only
@@ -214,12 +249,12 @@ class CompiledFunction:
 
         return measure(self, inputs, dims or {}, calls, threads)
 
-    def _invoke(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    def _invoke(self, arrays: list[np.ndarray], states: Sequence[Any]) -> list[np.ndarray]:
         try:
             vm = self._callers.vm
         except AttributeError:
             vm = self._callers.vm = _Machine(self)
-        return vm(arrays)
+        return vm(arrays, states)
 
 
 class _Machine:
@@ -231,6 +266,7 @@ class _Machine:
         self.from_dlpack = library.tvm_ffi().from_dlpack
         tensors = [self.from_dlpack(model._tensors[weight]) for weight in function.signature.weights]
         self.weights = frozenset(tensor.data_ptr() for tensor in tensors)
+        self.outputs = len(function.signature.outputs)
         self.shared: frozenset[int] | None = None
         self.sizes: set[int] = set()
         self.release = library.tvm_ffi().get_global_func("vm.builtin.memory_manager.clear")
@@ -238,7 +274,7 @@ class _Machine:
             with model._lock:
                 machine = model._module["vm_load_executable"]()
                 machine["vm_initialization"](_CPU, 0, _POOLED)
-                # The VM appends the saved arguments to those of a call, so a call passes the inputs only.
+                # The VM appends the saved arguments to those of a call, so a call passes inputs and states only.
                 machine["save_function"](name, f"{name} with weights", True, *tensors)
                 self.run: Callable[..., Any] = machine[f"{name} with weights"]
         except Exception as error:  # whatever TVM raises, most of it RuntimeError and AttributeError
@@ -249,10 +285,10 @@ class _Machine:
                 fix="compile it again",
             ) from error
 
-    def __call__(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, arrays: list[np.ndarray], states: Sequence[Any]) -> list[np.ndarray]:
         inputs = [self._tensor(array) for array in arrays]
         try:
-            results = self.run(*inputs)
+            results = self.run(*inputs, *states)[: self.outputs]
         except Exception as error:  # TVM raises many kinds; the inputs were right, so the artifact is not
             raise ArtifactError(
                 "the compiled code failed",

@@ -1,9 +1,10 @@
-"""Captures an ONNX file.
+"""Captures an ONNX file; `export` writes one.
 
 reader      the file as plain Python, with its damage as typed errors
 dimensions  its inputs over named dimensions
 convert     its graph as a program; `table` is how converters are entered and called, `values` evaluates sizes
 elementwise, layout, reduction, nn, quantized, contrib    what each operator becomes
+naming      names of weights that an exporter lost; `provenance` is where operators come from
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def capture(
     read = read_model(model)
     limits: dict[str, int] = {}
     while True:
-        inputs, dims, assumed = read_signature(read.inputs, dynamic, example_inputs, limits)
+        inputs, dims, assumed = read_signature(read, dynamic, example_inputs, limits)
         try:
             program = Conversion(read, inputs, dims, name, allow_nonfinite).run()
             notes = canonicalize(program)

@@ -28,7 +28,7 @@ from tersor.frontends.onnx.values import SMALL, Known, SizeCall, evaluate_sizes
 from tersor.ir import Builder, Dim, Program, Range, Value
 from tersor.ir.canonicalize.indices import TableTooShort
 from tersor.ir.interpreter import execute
-from tersor.ir.program import Function
+from tersor.ir.program import TOLD_SITE, Function
 
 Environment = dict[str, "fx.Node | Known"]
 _DEQUANTIZING = {"Cast", "Sub", "Mul", "Div", "Transpose", "Reshape", "Identity"}
@@ -176,6 +176,8 @@ class Conversion:
             if result is not None:
                 return result
         origin = _Origin({"module": operator.module or scope.module, "source": operator.source})
+        if operator.told_site:
+            origin.meta[TOLD_SITE] = operator.told_site
         call = Call(self.function.builder(like=origin), operator, inputs, attributes, self._materialize)
         return _as_tuple(_guarded(operator, lambda: converter(call)))
 
@@ -321,7 +323,7 @@ class Conversion:
 class _Origin:
     """What a builder takes provenance from."""
 
-    meta: Mapping[str, str]
+    meta: dict[str, Any]
 
 
 def _live(graph: Graph) -> list[Operator]:

@@ -10,7 +10,7 @@ import torch
 
 from tersor.errors import InputError
 from tersor.frontends.dynamic import DynamicSpec, read_entry
-from tersor.frontends.onnx.reader import Input
+from tersor.frontends.onnx.reader import Input, Model
 from tersor.ir import Dim, Range, Value
 
 # An ONNX file names its dynamic sizes and does not say how large they may become.
@@ -18,7 +18,7 @@ DEFAULT_BATCH, DEFAULT_OTHER = Range(1, 8), Range(1, 512)
 
 
 def read_signature(
-    inputs: Sequence[Input],
+    model: Model,
     dynamic: DynamicSpec | None,
     examples: Mapping[str, Any] | Sequence[Any] | None,
     limits: Mapping[str, int],
@@ -26,13 +26,14 @@ def read_signature(
     """Inputs by name, the ranges of the dimensions in their shapes, and the dimensions whose range was assumed.
 
     A size that the file names is a dimension of that name; what ``dynamic`` says about an axis goes for all axes of
-    the same name in the file. Ranges that nobody gives are 1 to 8 for a batch (a first axis, unless its name says
-    that it is a length) and 1 to 512 for any other, or up to the example's size where that is larger; ``limits`` are
-    what the model's tables were found to hold.
+    the same name in the file. Ranges that neither it nor the file gives are 1 to 8 for a batch (a first axis, unless
+    its name says that it is a length) and 1 to 512 for any other, or up to the example's size where that is larger;
+    ``limits`` are what the model's tables were found to hold.
 
     Raises:
         InputError: ``dynamic`` or the examples do not fit the file.
     """
+    inputs = model.inputs
     names = {
         (i.name, axis): s if isinstance(s, str) else f"{i.name}.{axis}"
         for i in inputs
@@ -43,8 +44,10 @@ def read_signature(
     dims = {key: given[name][0] if name in given else _identifier(name) for key, name in names.items()}
     ranges = {name: bounds for name, bounds in given.values()}
     for (_, axis), dim in dims.items():
-        assumed = DEFAULT_BATCH if _is_batch(dim, axis) else DEFAULT_OTHER
-        ranges.setdefault(dim, Range(1, max(min(assumed.max, limits.get(dim, assumed.max)), 1)))
+        default = DEFAULT_BATCH if _is_batch(dim, axis) else DEFAULT_OTHER
+        assumed = model.ranges.get(dim, default)
+        largest = min(assumed.max, limits.get(dim, assumed.max))
+        ranges.setdefault(dim, Range(assumed.min, max(largest, assumed.min)))
     given_names = {name for name, _ in given.values()}
     _fit_examples(inputs, dims, ranges, given_names, examples)
     values = {}

@@ -151,10 +151,17 @@ def _layer_norm(c: Call) -> Any:
     x = c.node(0)
     shape, axis = size(x), c.axis(c.attribute("axis", -1), len(size(x)))
     flat = c.reshape(x, (*shape[:axis], product(shape[axis:])))
-    weight, bias = (_flat(c, i) for i in (1, 2))
+    weight, bias = None if _is_unnamed_ones(c.known(1)) else _flat(c, 1), _flat(c, 2)
     result = c.build.layer_norm(flat, weight, bias, eps=epsilon(c, 1e-5))
     _no_statistics(c)
     return c.reshape(result, shape)
+
+
+def _is_unnamed_ones(weight: Known | None) -> bool:
+    """A constant, not a stored tensor, that stands for no weight: the operator has to have one."""
+    return (
+        weight is not None and not weight.name and weight.sizes is None and bool((weight.tensor == 1).all())
+    )
 
 
 @converts("RMSNormalization", since=23)
@@ -234,8 +241,6 @@ def _lp_norm(c: Call) -> fx.Node:
 @converts("Attention", since=23)
 def _attention(c: Call) -> Any:
     """[B, H, T, D], or [B, T, H*D] with the number of heads as an attribute."""
-    if c.attribute("softcap", 0.0):
-        raise c.refuse("caps its scores", why="the dialect's attention does not")
     if any(c.given(i) for i in (4, 5)) or any(c.operator.outputs[1:]):
         raise c.refuse("keeps keys and values", fix="export the model without a cache (use_cache=False)")
     q, k, v = (c.node(i) for i in range(3))
@@ -250,7 +255,8 @@ def _attention(c: Call) -> Any:
     causal = bool(c.attribute("is_causal", 0))
     if causal and tq != tk:  # the standard aligns the triangle at the top left
         mask, causal = _with_triangle(c, mask, tq, tk), False
-    out = c.build.attention(q, k, v, mask, heads=heads, kv_heads=kv_heads, scale=scale, causal=causal)
+    cap = {"softcap": c.attribute("softcap", 0.0)} if c.attribute("softcap", 0.0) else {}
+    out = c.build.attention(q, k, v, mask, heads=heads, kv_heads=kv_heads, scale=scale, causal=causal, **cap)
     return split_heads(c.build, out, heads) if split else out
 
 

@@ -6,9 +6,7 @@ the folder of the model.
 
 from __future__ import annotations
 
-import ast
 import math
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,9 @@ import numpy as np
 import torch
 
 from tersor.errors import CaptureError, InputError, TersorError
+from tersor.frontends.onnx.package import import_onnx
+from tersor.frontends.onnx.provenance import module_path, source_line, told_ranges, told_site
+from tersor.ir import Range
 from tersor.ir.value import DTYPES
 
 OPSETS = range(11, 24)  # of the standard operators
@@ -26,7 +27,7 @@ STANDARD = ""  # the standard domain, which files also call ai.onnx
 LARGEST_RANK = 8
 
 # TensorProto.DataType; numpy's name where the bytes are that, the program's name of the type.
-_TYPES: dict[int, tuple[str, str]] = {
+TYPES: dict[int, tuple[str, str]] = {
     1: ("<f4", "float32"), 2: ("u1", "uint8"), 3: ("i1", "int8"), 5: ("<i2", "int16"), 6: ("<i4", "int32"),
     7: ("<i8", "int64"), 9: ("?", "bool"), 10: ("<f2", "float16"), 11: ("<f8", "float64"), 16: ("<i2", "bfloat16"),
 }  # fmt: skip
@@ -39,12 +40,12 @@ def dtype_name(code: int) -> str:
     Raises:
         CaptureError: programs have no such type.
     """
-    if code not in _TYPES:
+    if code not in TYPES:
         raise CaptureError(
             f"the model computes with elements of type {_TYPE_NAMES.get(code, f'number {code}')}",
             why=f"a program has {', '.join(DTYPES)}",
         )
-    return _TYPES[code][1]
+    return TYPES[code][1]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class StoredTensor:
             ) from error
 
     def _read(self) -> torch.Tensor:
-        numpy_type, name = _TYPES[self.proto.data_type] if self.dtype else ("", "")
+        numpy_type, name = TYPES[self.proto.data_type] if self.dtype else ("", "")
         shape = self.shape
         if len(shape) > LARGEST_RANK or any(d < 0 for d in shape):
             raise InputError(f"its shape is {list(shape)}")
@@ -158,6 +159,7 @@ class Operator:
         attributes: numbers, strings, lists of them, `StoredTensor`, `Graph`, `Reference`.
         module: path of the module it came from, where the exporter wrote it down; "" otherwise.
         source: file and line, likewise.
+        told_site: the operation of a program that it is part of, and that one's site, in files that we wrote.
     """
 
     name: str
@@ -168,6 +170,7 @@ class Operator:
     attributes: Mapping[str, Any]
     module: str
     source: str
+    told_site: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         return f"{self.domain}.{self.op}" if self.domain else self.op
@@ -203,12 +206,13 @@ class LocalFunction:
 
 @dataclass(frozen=True)
 class Model:
-    """What a file holds."""
+    """What a file holds; files that we wrote tell the ranges of their named dimensions."""
 
     graph: Graph
     inputs: tuple[Input, ...]
     opsets: Mapping[str, int]
     functions: Mapping[tuple[str, str], LocalFunction]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
 
 def read_model(source: Any) -> Model:
@@ -217,7 +221,7 @@ def read_model(source: Any) -> Model:
     Raises:
         InputError: the package onnx is missing, the file is missing or damaged, or of an opset that is not known.
     """
-    onnx = _import_onnx()
+    onnx = import_onnx("reading ONNX files")
     folder = None
     if isinstance(source, str | Path):
         path = Path(source)
@@ -233,16 +237,6 @@ def read_model(source: Any) -> Model:
     else:
         raise InputError(f"the model is a {type(source).__name__}", fix="give a path or an onnx.ModelProto")
     return _Reader(folder).model(proto)
-
-
-def _import_onnx() -> Any:
-    try:
-        import onnx
-    except ImportError:
-        raise InputError(
-            "reading ONNX files needs the package onnx", fix='pip install "tersor[onnx]"'
-        ) from None
-    return onnx
 
 
 @dataclass(frozen=True)
@@ -267,7 +261,8 @@ class _Reader:
             body = Graph(self.operators(f.node), {}, tuple(f.input), tuple(f.output))
             defaults = {a.name: self.attribute(a) for a in f.attribute_proto}
             functions[_domain(f.domain), f.name] = LocalFunction(body, _opsets(f.opset_import), defaults)
-        return Model(graph, inputs, opsets, functions)
+        told = {_text(m.key): _text(m.value) for m in proto.metadata_props}
+        return Model(graph, inputs, opsets, functions, told_ranges(told))
 
     def graph(self, proto: Any) -> Graph:
         if proto.sparse_initializer:
@@ -294,6 +289,7 @@ class _Reader:
             {_text(a.name): self.attribute(a) for a in proto.attribute},
             module_path(proto.name, metadata),
             source_line(metadata),
+            told_site(metadata),
         )
 
     def attribute(self, proto: Any) -> Any:
@@ -393,33 +389,3 @@ def reads(operator: Operator) -> Iterator[str]:
             for inner in attribute.operators:
                 yield from reads(inner)
             yield from attribute.outputs
-
-
-# -- where operators come from
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def module_path(name: str, metadata: Mapping[str, str]) -> str:
-    """Path of the module that a node came from; "" where its exporter did not write that down.
-
-    torch's dynamo exporter lists the scopes in the node's metadata; its TorchScript exporter, and others, make
-    paths of node names: ``/encoder/layer.0/attention/self/query/MatMul``.
-    """
-    scopes = metadata.get("pkg.torch.onnx.name_scopes")
-    if scopes is not None:
-        try:
-            path = ast.literal_eval(scopes)[-2]
-        except (ValueError, SyntaxError, IndexError, TypeError, MemoryError, RecursionError):
-            return ""
-        return path if isinstance(path, str) else ""
-    if name.startswith("/"):
-        return ".".join(p for p in name.split("/")[1:-1] if p)
-    return ""
-
-
-def source_line(metadata: Mapping[str, str]) -> str:
-    """ "file.py:line" of the innermost frame outside torch; "" where the exporter wrote none down."""
-    frames = _FRAME.findall(metadata.get("pkg.torch.onnx.stack_trace", ""))
-    own = [(file, line) for file, line in frames if "/torch/" not in file]
-    return "" if not own else f"{own[-1][0].rpartition('site-packages/')[2]}:{own[-1][1]}"

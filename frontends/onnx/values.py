@@ -61,9 +61,12 @@ class Known:
         """The only element; of float32 the shortest decimal that means the same, as the model's author wrote it."""
         if self.sizes is not None:
             return self.sizes.item()
+        number = self.tensor.item()
         if self.tensor.dtype == torch.float32:
-            return float(str(np.float32(self.tensor.item())))
-        return self.tensor.item()
+            short = float(str(np.float32(number)))
+            # Of the largest float the shortest decimal lies beyond it, where torch sees an overflow.
+            return short if abs(short) <= torch.finfo(torch.float32).max or math.isinf(number) else number
+        return number
 
 
 def known_sizes(array: Any) -> Known:

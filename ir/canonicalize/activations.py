@@ -21,10 +21,10 @@ def _half(a: object, b: object) -> Pattern:
 
 _ERF = P.add(P.erf(P.one_of(P.div(_X, math.sqrt(2)), P.mul(_X, math.sqrt(0.5)))), 1)
 _CUBE = P.one_of(P.pow(_X, 3), P.mul(_X, P.mul(_X, _X)), P.mul(_X, P.pow(_X, 2)))
+_SQUARE = P.one_of(_product(_X, _X, 0.044715), P.mul(P.pow(_X, 2), 0.044715))
 _INNER = P.one_of(
     P.mul(P.add(_X, P.mul(_CUBE, 0.044715)), math.sqrt(2 / math.pi)),
-    P.mul(_X, P.mul(P.add(P.mul(P.mul(_X, _X), 0.044715), 1), math.sqrt(2 / math.pi))),
-    _product(_X, math.sqrt(2 / math.pi), P.add(P.mul(P.one_of(P.mul(_X, _X), P.pow(_X, 2)), 0.044715), 1)),
+    _product(_X, math.sqrt(2 / math.pi), P.add(_SQUARE, 1)),
 )
 _TANH = P.add(P.tanh(_INNER), 1)
 

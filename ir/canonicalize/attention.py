@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from tersor.ir.canonicalize.layout import Layout, arrange, trace
-from tersor.ir.canonicalize.masks import hides
+from tersor.ir.canonicalize.masks import LEAST_FACTOR, hides
 from tersor.ir.dims import Dim
 from tersor.ir.matching import Match, P, Rule, is_call, is_number
 from tersor.ir.opset.rules import broadcast
 from tersor.ir.program import Builder
 
 _MOST_MASKS = 4
+_FLOAT32_ROUNDING = 2.0**-23
 
 
 @dataclass
@@ -24,17 +26,18 @@ class _Scores:
     q: fx.Node
     k: fx.Node  # [..., D, Tk]
     scale: float
-    added: list[fx.Node]  # additive masks
+    softcap: float | None
+    added: list[tuple[fx.Node, float]]  # additive masks, and what they are multiplied by
     hidden: list[tuple[fx.Node, bool]]  # boolean values, and which of their values hides a key
 
 
 def _peel(scores: Any) -> _Scores | str:
-    """Takes scale and masks off the scores; a reason when they are something else."""
-    scale, added, hidden = 1.0, [], []
+    """Takes scale, soft cap and masks off the scores; a reason when they are something else."""
+    scale, softcap, added, hidden = 1.0, None, [], []
     node = scores
-    for _ in range(_MOST_MASKS + 2):
+    for _ in range(_MOST_MASKS + 4):
         if is_call(node, "matmul"):
-            return _Scores(node.args[0], node.args[1], scale, added, hidden)
+            return _Scores(node.args[0], node.args[1], scale * (softcap or 1.0), softcap, added, hidden)
         if is_call(node, "mul", "div") and any(is_number(a) for a in node.args):
             x, number = (
                 (node.args[0], node.args[1]) if is_number(node.args[1]) else (node.args[1], node.args[0])
@@ -43,8 +46,12 @@ def _peel(scores: Any) -> _Scores | str:
                 return "a number is divided by the scores"
             scale *= number if node.target.name == "mul" else 1 / number
             node = x
-        elif is_call(node, "add", "where") and scale != 1.0:
-            return "the mask is applied before the scale"
+        elif is_call(node, "tanh"):
+            if softcap is not None or scale <= 0:
+                return "a tanh of the scores is no soft cap"
+            node, softcap, scale = node.args[0], scale, 1.0
+        elif is_call(node, "add", "where") and softcap is not None:
+            return "the mask is applied before the soft cap"
         elif is_call(node, "add"):
             side = [_leads_to_product(a) for a in node.args]
             if side[0] == side[1]:
@@ -52,9 +59,11 @@ def _peel(scores: Any) -> _Scores | str:
             node, mask = node.args if side[0] else node.args[::-1]
             if not isinstance(mask, fx.Node):
                 return "a number is added to the scores"
-            added.append(mask)
+            added.append((mask, scale))
         elif is_call(node, "where"):
             condition, x, y = node.args
+            if scale < LEAST_FACTOR:
+                return "what hides keys is multiplied by a number that is too small"
             if hides(x):
                 hidden.append((condition, True))
                 node = y
@@ -77,6 +86,8 @@ def _leads_to_product(node: Any) -> bool:
             return True
         if is_call(node, "where"):
             node = node.args[2] if hides(node.args[1]) else node.args[1]
+        elif is_call(node, "tanh"):
+            node = node.args[0]
         elif is_call(node, "mul", "div", "add"):
             nodes = [a for a in node.args if isinstance(a, fx.Node)]
             node = next((a for a in nodes if _leads_to_product(a)), None)
@@ -100,7 +111,7 @@ def _is_attention(m: Match) -> str | None:
     if q.rank == 4 and isinstance(q.shape[1], Dim):
         return "the number of heads is not static"
     full = (*q.shape[:-1], k.shape[-1])
-    masks = scores.added + [h for h, _ in scores.hidden]
+    masks = [x for x, _ in (*scores.added, *scores.hidden)]
     if any(broadcast(x.meta["value"].shape, full) != full for x in masks):
         return "a mask changes the shape of the scores"
     return None
@@ -113,7 +124,8 @@ def _fuse(build: Builder, m: Match) -> fx.Node:
     keys = build.permute(scores.k, dims=(*range(rank - 2), rank - 1, rank - 2))
     q, k, v = (_merged(build, x) for x in (scores.q, keys, m["v"]))
     mask = _mask(build, scores, rank)
-    out = build.attention(q, k, v, mask, heads=heads, kv_heads=heads, scale=scores.scale)
+    cap = {} if scores.softcap is None else {"softcap": scores.softcap}
+    out = build.attention(q, k, v, mask, heads=heads, kv_heads=heads, scale=scores.scale, **cap)
     if rank == 3:
         return out
     batch, length, width = out.meta["value"].shape
@@ -141,7 +153,8 @@ def _mask(build: Builder, scores: _Scores, rank: int) -> fx.Node | None:
     for s in seen:
         boolean = s if boolean is None else build.logical_and(boolean, s)
     additive = None
-    for a in map(four, scores.added):
+    for mask, factor in scores.added:
+        a = four(mask) if factor == 1.0 else build.mul(four(mask), factor)
         additive = a if additive is None else build.add(additive, a)
     if additive is None or boolean is None:
         return additive if boolean is None else boolean
@@ -170,6 +183,18 @@ def _fold_scale(build: Builder, m: Match) -> fx.Node:
     i, x, layout, factor = _scaled_operand(m)
     operands = [arrange(build, x, layout) if j == i else a for j, a in enumerate(m.root.args)]
     return _with(m, build, operands, scale=m.root.kwargs["scale"] * factor)
+
+
+def _usual_scale(m: Match) -> float:
+    """1 / sqrt(D), as torch computes it."""
+    return 1 / math.sqrt(m.root.args[0].meta["value"].shape[2] // m.root.kwargs["heads"])
+
+
+def _is_usual_scale(m: Match) -> str | None:
+    scale, usual = m.root.kwargs["scale"], _usual_scale(m)
+    if scale == usual:
+        return "it is exact"
+    return None if abs(scale - usual) <= _FLOAT32_ROUNDING * usual else "it is another number"
 
 
 def _repeated(node: Any) -> tuple[fx.Node, Layout, int, int, int] | None:
@@ -235,6 +260,13 @@ RULES = (
         P.attention(...),
         _fold_scale,
         lambda m: None if _scaled_operand(m) else "neither queries nor keys are scaled",
+    ),
+    # attention(q, k, v, scale=0.17677669)  ->  attention(q, k, v, scale=1 / sqrt(32)): it went through float32
+    Rule(
+        "attention.usual_scale",
+        P.attention(...),
+        lambda build, m: _with(m, build, m.root.args, scale=_usual_scale(m)),
+        _is_usual_scale,
     ),
     # attention(q, repeat(k), repeat(v), kv_heads=H)  ->  attention(q, k, v, kv_heads=H/n)
     Rule("attention.shared_keys", P.attention(...), _share_keys, _shares_keys),

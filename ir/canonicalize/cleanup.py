@@ -8,13 +8,16 @@ from typing import Any
 from torch import fx
 
 from tersor.ir.dims import Dim
-from tersor.ir.matching import Match, P, Rule, is_call
+from tersor.ir.matching import Match, P, Rule, is_call, is_number
 from tersor.ir.opset.rules import broadcast
 from tersor.ir.program import Builder, Function
 from tersor.ir.value import Value
 
 ELEMENTWISE_BINARY = ("add", "sub", "mul", "div", "maximum", "minimum", "pow", "where", "logical_and", "logical_or",
                       "eq", "ne", "lt", "le", "gt", "ge")  # fmt: skip
+
+# Those that take numbers in place of tensors.
+ELEMENTWISE_NUMBER = tuple(n for n in ELEMENTWISE_BINARY if not n.startswith("logical"))
 
 
 def remove_dead(function: Function, spare: Collection[fx.Node] = ()) -> int:
@@ -151,6 +154,31 @@ def _drop_empty(build: Builder, m: Match) -> fx.Node:
     return filled[0] if len(filled) == 1 else build.concat(filled, dim=m.root.kwargs["dim"])
 
 
+def _written_out(operand: Any, m: Match) -> Any:
+    """The number that an operand is everywhere; the operand itself where it is none."""
+    value = operand
+    while is_call(value, "expand", "reshape"):
+        value = value.args[0]
+    if is_call(value, "full"):
+        number = value.kwargs["value"]
+    elif isinstance(value, fx.Node) and value.op == "get_attr" and value.meta["value"].rank == 0:
+        number = m.function.parameter(value).item()
+    else:
+        return operand
+    return number if is_number(number) and number == number else operand
+
+
+def _with_numbers(m: Match) -> list[Any] | None:
+    """The operands with numbers for what is one number everywhere; None if that changes nothing or too much."""
+    operands = list(m.root.args)
+    for i, operand in enumerate(operands):
+        tried = [*operands[:i], _written_out(operand, m), *operands[i + 1 :]]
+        known = [o.meta["value"] if isinstance(o, fx.Node) else o for o in tried]
+        if any(isinstance(o, Value) for o in known) and m.root.target.infer(*known) == m.root.meta["value"]:
+            operands = tried
+    return operands if operands != list(m.root.args) else None
+
+
 _NEGATIONS = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
@@ -232,6 +260,13 @@ RULES = (
     ),
     # concat(x, empty)  ->  x
     Rule("cleanup.concat_of_one", P.concat(...), _drop_empty, _has_empty),
+    # x * full(2)  ->  x * 2;  where(c, full(0), x)  ->  where(c, 0, x);  x / a stored number  ->  x / 8
+    Rule(
+        "cleanup.number",
+        P.op(ELEMENTWISE_NUMBER, ...),
+        lambda b, m: b.emit(m.root.target, *_with_numbers(m)),
+        lambda m: None if _with_numbers(m) else "no operand is a number",
+    ),
     # x + expand(y)  ->  x + y where the sum has the same shape
     Rule("cleanup.broadcast", P.op(ELEMENTWISE_BINARY, ...), _drop_expansion, _broadcasts_alone),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import product
 
 from torch import fx
@@ -109,7 +110,7 @@ def _branch(m: Match) -> str | None:
     if known(m.function, m["condition"]) is None:
         return "the condition is not the same everywhere"
     chosen = _chosen(m)
-    if not isinstance(chosen, fx.Node) or chosen.meta["value"].dtype != m.root.meta["value"].dtype:
+    if isinstance(chosen, fx.Node) and chosen.meta["value"].dtype != m.root.meta["value"].dtype:
         return "the branch has another type"
     return None
 
@@ -119,7 +120,10 @@ def _chosen(m: Match) -> object:
 
 
 def _take_branch(build: Builder, m: Match) -> fx.Node:
-    return build.expand(_chosen(m), shape=m.root.meta["value"].shape)
+    chosen, value = _chosen(m), m.root.meta["value"]
+    if isinstance(chosen, fx.Node):
+        return build.expand(chosen, shape=value.shape)
+    return build.full(shape=value.shape, value=chosen, dtype=value.dtype)
 
 
 def _gathers_run(m: Match) -> str | None:
@@ -138,6 +142,21 @@ def _gather_slice(build: Builder, m: Match) -> fx.Node:
     dim = m.root.kwargs["dim"] % m.value("x").rank
     taken = build.slice(m["x"], dim=dim, start=start, end=start + count)
     return build.expand(taken, shape=m.root.meta["value"].shape)
+
+
+_COMPARE = {"lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq,
+            "ne": operator.ne}  # fmt: skip
+
+
+def _outcomes(m: Match) -> tuple[bool, bool]:
+    """What a comparison of a choice between two numbers gives for either of them."""
+    compare = _COMPARE[m.root.target.name]
+    return compare(m["x"], m["limit"]), compare(m["y"], m["limit"])
+
+
+def _read_choice(build: Builder, m: Match) -> fx.Node:
+    first, second = _outcomes(m)
+    return m["condition"] if first and not second else build.logical_not(m["condition"])
 
 
 def _and_true(m: Match) -> str | None:
@@ -169,6 +188,17 @@ RULES = (
         P.where(P.any("condition"), P.optional("x"), P.optional("y")),
         _take_branch,
         _branch,
+    ),
+    # where(c, 0, -inf) < -1  ->  not c
+    Rule(
+        "indices.compare_choice",
+        P.op(
+            tuple(_COMPARE),
+            P.where(P.any("condition"), P.number("x"), P.number("y")),
+            P.number("limit"),
+        ),
+        _read_choice,
+        lambda m: "both choices compare alike" if len(set(_outcomes(m))) == 1 else None,
     ),
     # x and true  ->  x
     Rule(

@@ -257,6 +257,65 @@ def _sink_vector(build: Builder, m: Match) -> fx.Node:
     return arrange(build, build.emit(m.root.target, source, m["vector"]), layout)
 
 
+def _joined(m: Match) -> tuple[fx.Node, fx.Node, Layout] | None:
+    """The operand whose leading axes a reshape has joined or cut, the one that broadcasts, and the reshape's layout."""
+    shape = m.root.meta["value"].shape
+    for x, y in (m.root.args, m.root.args[::-1]):
+        if not (isinstance(x, fx.Node) and isinstance(y, fx.Node) and is_call(x, "reshape")):
+            continue
+        _, layout = trace(x)
+        same_order = layout.stages()[1] is None and layout.source[-1:] == layout.result[-1:]
+        if same_order and x.meta["value"].shape == shape != y.meta["value"].shape:
+            return x, y, layout
+    return None
+
+
+def _under(y: Shape, layout: Layout) -> Shape | None:
+    """The shape in which what broadcasts to the layout's result broadcasts to its source; None if there is none."""
+    y = (1,) * (len(layout.result) - len(y)) + y
+    full = {atom for size, axis in zip(y, layout.result, strict=True) if size != 1 for atom in axis}
+    shape = []
+    for axis in layout.source:
+        if not full.isdisjoint(axis) and not full.issuperset(axis):
+            return None
+        shape.append(product(layout.sizes[a] for a in axis if a in full))
+    return tuple(shape)
+
+
+def _sinks_under(m: Match) -> str | None:
+    found = _joined(m)
+    if found is None:
+        return "no operand broadcasts over reshaped leading axes"
+    _, y, layout = found
+    if _under(y.meta["value"].shape, layout) is None:
+        return "the other operand differs along a part of an axis"
+    return None
+
+
+def _sink_under(build: Builder, m: Match) -> fx.Node:
+    x, y, layout = _joined(m)
+    source, other = trace(x)[0], build.reshape(y, shape=_under(y.meta["value"].shape, layout))
+    operands = [source if a is x else other for a in m.root.args]
+    return arrange(build, build.emit(m.root.target, *operands), layout)
+
+
+def _joined_batch(m: Match) -> Shape | None:
+    """The axes that were joined into the batch of both operands of a product of matrices."""
+    found = []
+    for name in ("x", "y"):
+        if m.value(name).rank != 3:
+            return None
+        _, layout = trace(m[name])
+        found.append(tuple(layout.sizes[a] for a in layout.result[0]))
+    return found[0] if found[0] == found[1] and len(found[0]) > 1 else None
+
+
+def _part_batch(build: Builder, m: Match) -> fx.Node:
+    lead = _joined_batch(m)
+    x, y = (build.reshape(m[name], shape=(*lead, *m.value(name).shape[1:])) for name in ("x", "y"))
+    return build.reshape(build.matmul(x, y), shape=m.root.meta["value"].shape)
+
+
 def _wider(layout: Layout, width: int | Dim) -> Layout:
     """The layout when the last axis, which stays whole, gets another size."""
     atoms = layout.source[-1]
@@ -321,6 +380,20 @@ RULES = (
         P.op(("add", "mul"), P.op(MOVES, P.any()).named("x"), P.parameter("vector")),
         _sink_vector,
         _last_axis_stays,
+    ),
+    # reshape(x, [B*H, T]) + y [B*H, 1]  ->  reshape(x + reshape(y, [B, H, 1]), [B*H, T])
+    Rule(
+        "layout.sink_broadcast",
+        P.op(("add", "sub", "mul", "div"), P.any(), P.any()),
+        _sink_under,
+        _sinks_under,
+    ),
+    # matmul(reshape(x, [B*H, T, D]), reshape(y, [B*H, D, S]))  ->  reshape(matmul(x, y), [B*H, T, S])
+    Rule(
+        "layout.batch_of_product",
+        P.matmul(P.op(MOVES, P.any()).named("x"), P.op(MOVES, P.any()).named("y")),
+        _part_batch,
+        lambda m: None if _joined_batch(m) else "the operands' batches are not joined from the same axes",
     ),
     # slice(permute(reshape(x)))  ->  permute(reshape(slice(x)))
     Rule("layout.lift_slice", P.slice(_MOVED), _lift_slice, _slice_lifts),

@@ -3,6 +3,7 @@
 Models build masks from towers of broadcast comparisons, and often turn them into numbers to add to the scores: 0
 where a key is seen, -inf or the smallest float where it is hidden. Here a mask is taken apart into boolean factors;
 those that are always true go, the triangle becomes ``causal``, a band becomes ``window``, the rest is one boolean mask.
+Numbers that are added besides (ALiBi, relative positions) stay, and the mask is ``where(boolean, numbers, -inf)``.
 
 A row in which every key is hidden is where the forms differ: with -inf torch gives NaN, with the smallest float the
 mean of all values, with booleans 0. Such rows belong to queries that are padding themselves; turning an additive mask
@@ -11,7 +12,9 @@ into a boolean one is noted for that reason.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,8 +25,12 @@ from tersor.ir.dims import Dim
 from tersor.ir.matching import Match, P, Rule, is_call, is_number
 from tersor.ir.program import Builder, Function
 
-# exp of a score this far below the others is 0 in every float type.
+# exp of a score this far below the others is 0 in every float type,
 HIDDEN = -1e4
+# also after a product with a number that is no smaller than this.
+LEAST_FACTOR = 2**-6
+
+_MOVES = ("expand", "reshape", "permute", "slice")
 
 
 def hides(value: Any) -> bool:
@@ -47,15 +54,14 @@ class _Factors:
     build: Builder
     function: Function
     booleans: list[fx.Node] = field(default_factory=list)
+    added: list[fx.Node] = field(default_factory=list)  # numbers to add where no factor hides the key
     was_additive: bool = False
 
     def boolean(self, node: fx.Node) -> None:
         if is_call(node, "logical_and"):
             for operand in node.args:
                 self.boolean(self._widened(operand, node))
-        elif is_call(node, "expand", "reshape", "permute") and is_call(
-            node.args[0], "logical_and", "expand", "reshape"
-        ):
+        elif is_call(node, "expand", "reshape", "permute") and _leads_to_conjunction(node.args[0]):
             inner = _Factors(self.build, self.function)
             inner.boolean(node.args[0])
             self.booleans += [self._moved(factor, node) for factor in inner.booleans]
@@ -63,43 +69,60 @@ class _Factors:
             self.booleans.append(node)
 
     def additive(self, node: fx.Node) -> str | None:
-        """Takes an additive mask apart; a reason when it is not made from a boolean one."""
+        """Takes an additive mask apart into what hides and what is added; a reason when nothing in it hides."""
         self.was_additive = True
         if is_call(node, "add") and all(isinstance(a, fx.Node) for a in node.args):
-            return next((r for a in node.args if (r := self.additive(self._widened(a, node)))), None)
-        if is_call(node, "expand", "reshape", "permute", "slice"):
-            inner = _Factors(self.build, self.function)
-            reason = inner.additive(node.args[0])
-            if reason is None:
-                self.booleans += [self._moved(factor, node) for factor in inner.booleans]
-            return reason
-        if is_call(node, "cast"):
-            return self.additive(node.args[0])
+            reasons = [self.additive(self._widened(a, node)) for a in node.args]
+            return reasons[0] and reasons[1]
         if _constant(node) == 0:
             return None
+        if is_call(node, *_MOVES):
+            return self._inner(node, lambda part: self._moved(part, node))
+        if is_call(node, "cast"):
+            return self._inner(node, lambda part: self.build.cast(part, dtype=node.kwargs["dtype"]))
         if is_call(node, "where"):
-            return self._choice(node)
-        if is_call(node, "mul"):
-            return self._product(node)
-        if node.op == "get_attr":
-            return self._stored(node)
-        return f"it is computed by {node.target.name}" if is_call(node) else "it is an input of numbers"
+            reason = self._choice(node)
+        elif is_call(node, "mul"):
+            reason = self._product(node)
+        elif node.op == "get_attr":
+            reason = self._stored(node)
+        else:
+            reason = f"it is computed by {node.target.name}" if is_call(node) else "it is an input of numbers"
+        if reason:
+            self.added.append(node)
+        return reason
+
+    def _inner(self, node: fx.Node, change: Callable[[fx.Node], fx.Node]) -> str | None:
+        """The operand of a reshape, a cast or a product; ``change`` does to the numbers what the node does."""
+        inner = _Factors(self.build, self.function)
+        reason = inner.additive(node.args[0])
+        if reason:
+            self.added.append(node)
+            return reason
+        moves = is_call(node, *_MOVES)
+        self.booleans += [self._moved(factor, node) if moves else factor for factor in inner.booleans]
+        self.added += [change(part) for part in inner.added]
+        return None
 
     def _choice(self, node: fx.Node) -> str | None:
         condition, x, y = node.args
         if hides(y) and not hides(x):
             self.boolean(self._widened(condition, node))
-            return None if _constant(x) == 0 else self.additive(self._widened(x, node))
+            if _constant(x) != 0:
+                self.additive(self._widened(x, node))
+            return None
         if hides(x) and not hides(y):
             self.boolean(self.build.logical_not(self._widened(condition, node)))
-            if _constant(y) == 0 or _is_inverse(condition, y):
-                return None
-            return self.additive(self._widened(y, node))
+            if _constant(y) != 0 and not _is_inverse(condition, y):
+                self.additive(self._widened(y, node))
+            return None
         return "it does not choose between seen and hidden"
 
     def _product(self, node: fx.Node) -> str | None:
-        """(1 - m) * lowest."""
+        """(1 - m) * lowest, or a mask of any kind times a number."""
         x, number = node.args if is_number(node.args[1]) else node.args[::-1]
+        if not is_number(number):
+            return "it is a product of two values"
         if hides(number) and is_call(x, "sub") and x.args[0] == 1 and isinstance(x.args[1], fx.Node):
             m = x.args[1]
             while is_call(m, "cast"):
@@ -108,13 +131,28 @@ class _Factors:
                 return "it comes from a mask of fractions"
             self.boolean(m if m.meta["value"].dtype == "bool" else self.build.ne(m, 0))
             return None
-        return "it is a product of other things than (1 - mask) and a very negative number"
+        if number < LEAST_FACTOR:
+            return "it is a product of other things than (1 - mask) and a very negative number"
+        inner = _Factors(self.build, self.function)
+        if reason := inner.additive(x):
+            return reason
+        self.booleans += inner.booleans
+        self.added += [self.build.mul(part, number) for part in inner.added]
+        return None
 
     def _stored(self, node: fx.Node) -> str | None:
         table: torch.Tensor = self.function.parameters[node.target].tensor
-        if not bool(((table == 0) | (table <= HIDDEN)).all()):
-            return "it is a stored table of other numbers than 0 and very negative ones"
-        self.booleans.append(self.build.parameter(f"{node.target}.seen", table == 0))
+        hidden = table <= HIDDEN
+        if not bool(hidden.any()):
+            return "it is a stored table of numbers that hide nothing"
+        seen = ~hidden
+        for axis in range(seen.ndim):  # one for all heads, where they see the same
+            first = seen.narrow(axis, 0, 1)
+            seen = first if bool((seen == first).all()) else seen
+        self.booleans.append(self.build.parameter(f"{node.target}.seen", seen.clone()))
+        rest = table.masked_fill(hidden, 0)
+        if bool(rest.any()):
+            self.added.append(self.build.parameter(f"{node.target}.added", rest))
         return None
 
     def _widened(self, x: Any, like: fx.Node) -> Any:
@@ -139,6 +177,12 @@ class _Factors:
         if move.target.name == "slice" and factor.meta["value"].shape[move.kwargs["dim"]] == 1:
             return factor
         return self.build.emit(move.target, factor, **move.kwargs)
+
+
+def _leads_to_conjunction(node: fx.Node) -> bool:
+    while is_call(node, "expand", "reshape", "permute"):
+        node = node.args[0]
+    return is_call(node, "logical_and")
 
 
 def _is_inverse(condition: fx.Node, y: Any) -> bool:
@@ -213,7 +257,22 @@ def _read(m: Match, factors: _Factors) -> tuple[_Meaning, bool]:
             meaning.window = min(window, meaning.window or window)
         else:
             meaning.left.append(_plain(factor))
-    return meaning, factors.was_additive or meaning.left != _conjunction(m["mask"])
+    return meaning, (meaning.left, factors.added) != _as_it_stands(m["mask"])
+
+
+def _as_it_stands(mask: fx.Node) -> tuple[list[Any], list[Any]]:
+    """Factors and addends of a mask in the form that `_simplify` gives it."""
+    if mask.meta["value"].dtype == "bool":
+        return _conjunction(mask), []
+    if is_call(mask, "where") and mask.args[2] == float("-inf"):
+        return _conjunction(mask.args[0]), _addends(mask.args[1])
+    return [], _addends(mask)
+
+
+def _addends(mask: Any) -> list[Any]:
+    if is_call(mask, "add"):
+        return [part for operand in mask.args for part in _addends(operand)]
+    return [mask]
 
 
 def _conjunction(mask: fx.Node) -> list[fx.Node]:
@@ -233,9 +292,10 @@ def _plain(factor: fx.Node) -> fx.Node:
 def _simplify(build: Builder, m: Match) -> fx.Node:
     factors, _ = _factors(m, build)
     meaning, _ = _read(m, factors)
-    mask = None
-    for factor in meaning.left:
-        mask = factor if mask is None else build.logical_and(mask, factor)
+    mask = reduce(build.logical_and, meaning.left) if meaning.left else None
+    if factors.added:
+        added = reduce(build.add, factors.added)
+        mask = added if mask is None else build.where(mask, added, float("-inf"))
     attributes = {k: v for k, v in m.root.kwargs.items() if k not in ("causal", "window")}
     if meaning.causal:
         attributes["causal"] = True
@@ -244,12 +304,14 @@ def _simplify(build: Builder, m: Match) -> fx.Node:
     result = build.attention(*m.root.args[:3], mask, **attributes)
     if factors.was_additive and meaning.left:
         result.meta["note"] = (
-            "its additive mask became boolean: integers other than 0 count as 1, rows that hide every key give 0"
+            "what hides keys in its additive mask became boolean: integers other than 0 count as 1, rows that hide "
+            "every key give 0"
         )
     return result
 
 
 RULES = (
     # attention(q, k, v, expand(and(full(true), j <= i, reshape(m))))  ->  attention(q, k, v, reshape(m), causal)
+    # attention(q, k, v, alibi + where(j <= i and m, 0, -1e9))  ->  attention(q, k, v, where(m, alibi, -inf), causal)
     Rule("masks.simplify", P.attention(P.any(), P.any(), P.any(), P.any("mask")), _simplify, _can_simplify),
 )

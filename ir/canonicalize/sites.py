@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import fx
 
-from tersor.ir.program import Function
+from tersor.ir.program import TOLD_SITE, Function
 
 # Operations that reports, budgets and per-site choices speak of.
 SITED = frozenset({
@@ -21,8 +21,10 @@ def assign_sites(function: Function) -> None:
 
     A module's only operation is called like the module, as is one that owns the module's weight:
     ``encoder.layer.3.attention.self.query``. Others get a role: the name of their own weight
-    (``layers.0.self_attn.out_proj``), or of the operation (``encoder.layer.3.attention.self.attention``).
+    (``layers.0.self_attn.out_proj``), or of the operation (``encoder.layer.3.attention.self.attention``). What the
+    source of the program tells goes before.
     """
+    _take_told(function)
     nodes = [n for n in function.calls() if n.target.name in SITED]
     paths = Counter(n.meta.get("module", "") for n in nodes)
     inner = {path.rsplit(".", i)[0] for path in paths for i in range(1, path.count(".") + 1)}
@@ -39,6 +41,16 @@ def assign_sites(function: Function) -> None:
             unique = f"{site}_{count}"
         taken.add(unique)
         node.meta["site"] = unique
+
+
+def _take_told(function: Function) -> None:
+    """Sites that the source tells, each for one operation of the kind that it is told of."""
+    taken: set[str] = set()
+    for node in function.calls():
+        operation, site = node.meta.pop(TOLD_SITE, ("", ""))
+        if operation == node.target.name and site not in taken:
+            node.meta["site"] = site
+            taken.add(site)
 
 
 def _site(node: fx.Node, single: bool, leaf: bool) -> str:

@@ -80,13 +80,15 @@ def attention(
     scale: float,
     causal: bool = False,
     window: int | None = None,
+    softcap: float | None = None,
 ):
     """softmax(q k^T * scale + mask) v on merged heads (Vaswani et al. 2017, eq. 1).
 
     q [B, Tq, heads*D], k [B, Tk, kv_heads*D], v [B, Tk, kv_heads*Dv] -> [B, Tq, heads*Dv]. Each of the
     ``kv_heads`` groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to
     [B, heads, Tq, Tk]: boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i +
-    Tk - Tq. ``window``: of those only j > i + Tk - Tq - window.
+    Tk - Tq. ``window``: of those only j > i + Tk - Tq - window. ``softcap``: before the mask, a score s becomes
+    softcap * tanh(s / softcap) (Gemma 2, 2024).
     """
     batch, tq, tk = q.shape[0], q.shape[1], k.shape[1]
     q = q.reshape(batch, tq, heads, -1).transpose(1, 2)
@@ -104,14 +106,33 @@ def attention(
             mask = mask & seen
         else:
             mask = mask.masked_fill(~seen, float("-inf"))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
+        )
+    else:
+        out = _capped(q, k, v, mask, scale, softcap)
     return out.transpose(1, 2).reshape(batch, tq, -1)
+
+
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+) -> torch.Tensor:
+    """Attention over [B, H, T, D] with capped scores; as in torch's own, a row that hides every key gives 0."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    hidden = torch.isneginf(scores).all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
 
 
 def _infer_attention(
     q: Value, k: Value, v: Value, mask: Value | None = None, *, heads: int, kv_heads: int, scale: float,
-    causal: bool = False, window: int | None = None,
+    causal: bool = False, window: int | None = None, softcap: float | None = None,
 ) -> Value:  # fmt: skip
+    if softcap is not None and not softcap > 0:
+        raise ProgramError(f"attention: a soft cap of {softcap} is not above 0")
     if not q.rank == k.rank == v.rank == 3 or k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0]:
         raise ProgramError(f"attention: q {q}, k {k}, v {v} do not fit")
     if heads % kv_heads or q.shape[2] % heads or k.shape[2] % kv_heads or v.shape[2] % kv_heads:

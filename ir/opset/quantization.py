@@ -1,10 +1,11 @@
 """Quantization: codes and what they stand for, and products of codes.
 
 Between passes a quantized program is in QDQ form: ``linear(dequantize(codes of x), dequantize(codes of w), bias)``, so
-every pass still sees a linear layer. The last pass, ``requantize``, turns these into `integer_linear`.
+every pass still sees a linear layer. The last pass, ``quantize.integers``, turns these into `integer_linear`.
 
 A value is ``(code - zero_point) * scale``. A scale is one number (shape ()), one per row (``[..., 1]``: per token),
 one per index of ``axis`` ([N]), or one per ``group`` consecutive elements along the last dimension ([..., K / group]).
+A zero point has one of these shapes too, or is a Python number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
@@ -25,10 +27,10 @@ CODES = {"int8": (-128, 127), "uint8": (0, 255), "int32": (-(2**31), 2**31 - 1)}
 
 
 def quantize(x, scale, zero_point=None, *, dtype: str, axis: int | None = None, group: int | None = None):
-    """saturate(round(x * (1 / scale)) + zero_point), halves to even; ``scale`` and ``zero_point`` f32, see the module.
+    """saturate(round(x * (1 / scale)) + zero_point), halves to even: x f32 [...] -> codes [...] of ``dtype``.
 
-    x f32 [...] -> codes [...] of ``dtype``. The reciprocal is rounded to f32 before the one multiplication, on every
-    target alike, so codes are equal everywhere.
+    Scale and zero point are f32, of the shapes that the module names. The reciprocal is rounded to f32 before the one
+    multiplication, on every target alike, so codes are equal everywhere.
     """
     codes = torch.round(x * spread(1 / scale, x.shape, axis, group))
     if zero_point is not None:
@@ -67,8 +69,12 @@ def integer_linear(codes, weight, bias=None):
     return sums.to(torch.int32)
 
 
-def spread(factor: torch.Tensor, shape: Any, axis: int | None, group: int | None) -> torch.Tensor:
+def spread(
+    factor: torch.Tensor | float, shape: Any, axis: int | None, group: int | None
+) -> torch.Tensor | float:
     """A scale or zero point in a form that broadcasts over a tensor of ``shape``."""
+    if not isinstance(factor, torch.Tensor):
+        return factor
     if group is not None:
         return factor.repeat_interleave(group, dim=-1)
     if axis is not None and factor.ndim:
@@ -77,13 +83,13 @@ def spread(factor: torch.Tensor, shape: Any, axis: int | None, group: int | None
 
 
 def _check_factors(
-    x: Value, factors: dict[str, Value | None], axis: int | None, group: int | None, what: str
+    x: Value, factors: dict[str, Value | float | None], axis: int | None, group: int | None, what: str
 ) -> None:
     """Raises ProgramError unless scale and zero point are f32 and have one of the forms that the module names."""
     if axis is not None and group is not None:
         raise ProgramError(f"{what}: axis and group exclude each other")
     for name, factor in factors.items():
-        if factor is None:
+        if not isinstance(factor, Value):
             continue
         require_dtype("float32", **{name: factor})
         if group is not None:
@@ -103,7 +109,7 @@ def _check_factors(
 
 
 def _infer_quantize(
-    x: Value, scale: Value, zero_point: Value | None = None, *, dtype: str,
+    x: Value, scale: Value, zero_point: Value | float | None = None, *, dtype: str,
     axis: int | None = None, group: int | None = None,
 ) -> Value:  # fmt: skip
     require_dtype("float32", x=x)
@@ -114,7 +120,7 @@ def _infer_quantize(
 
 
 def _infer_dequantize(
-    codes: Value, scale: Value, zero_point: Value | None = None, *,
+    codes: Value, scale: Value, zero_point: Value | float | None = None, *,
     axis: int | None = None, group: int | None = None,
 ) -> Value:  # fmt: skip
     if codes.dtype not in CODES:
@@ -150,6 +156,8 @@ def _integer_linear_macs(result: Value, codes: Value, weight: Value, bias: Value
 
 def _factor(build: Any, factor: Any, x: Any, axis: int | None) -> Any:
     """A scale or zero point as an operand that broadcasts over x."""
+    if not isinstance(factor, fx.Node):
+        return factor
     value, shape = factor.meta["value"], x.meta["value"].shape
     if axis is None or not value.rank or axis % len(shape) == len(shape) - 1:
         return factor
@@ -167,7 +175,7 @@ def _decompose_quantize(
 ) -> Any:  # fmt: skip
     """Element by element, so that it can share a kernel with its neighbours."""
     if group is not None:
-        scale, zero_point = (f and _last(build, f) for f in (scale, zero_point))
+        scale, zero_point = (_last(build, f) for f in (scale, zero_point))
         inner = _decompose_quantize(build, _grouped(build, x, group), scale, zero_point, dtype=dtype)
         return build.reshape(inner, shape=x.meta["value"].shape)
     codes = build.round(build.mul(x, build.reciprocal(_factor(build, scale, x, axis))))
@@ -182,7 +190,7 @@ def _decompose_dequantize(
     axis: int | None = None, group: int | None = None,
 ) -> Any:  # fmt: skip
     if group is not None:
-        scale, zero_point = (f and _last(build, f) for f in (scale, zero_point))
+        scale, zero_point = (_last(build, f) for f in (scale, zero_point))
         inner = _decompose_dequantize(build, _grouped(build, codes, group), scale, zero_point)
         return build.reshape(inner, shape=codes.meta["value"].shape)
     values = build.cast(codes, dtype="float32")
@@ -192,6 +200,9 @@ def _decompose_dequantize(
 
 
 def _last(build: Any, factor: Any) -> Any:
+    """A scale or zero point per group, for values with the groups as a dimension."""
+    if not isinstance(factor, fx.Node):
+        return factor
     return build.reshape(factor, shape=(*factor.meta["value"].shape, 1))
 
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from tersor.ir import Function
 from tersor.ir.canonicalize.masks import HIDDEN
-from tersor.ir.interpreter import bind_dims, execute, resolve
+from tersor.ir.interpreter import bind, execute, resolve
 from tersor.ir.structure import attention_layers
 
 _MASK = 3
@@ -50,8 +50,7 @@ class Padding:
         function = self._function
         ancestors = _ancestors(self._needed)
         nodes = [n for n in function.graph.nodes if n in ancestors]
-        values = {n: inputs[n.target] for n in nodes if n.op == "placeholder"}
-        sizes = bind_dims(function.inputs, inputs)
+        values, sizes = bind(function, inputs, None)
         with torch.no_grad():
             execute(function, nodes, values, sizes, keep=set(self._needed))
         seen: dict[tuple[fx.Node, int], torch.Tensor] = {}

@@ -90,7 +90,7 @@ def _sweep(function: Function, wanted: Wanted, batches: Iterable[Batch], seed: i
     padding, gather = Padding(function), Gatherer(wanted, seed)
     for index, batch in enumerate(batches):
         tokens = padding.of(batch.inputs, batch.mask)
-        for node in function.graph.find_nodes(op="placeholder"):
+        for node in function.input_nodes:
             gather(node, batch.inputs[node.target], tokens, index)
         try:
             with torch.no_grad():

@@ -17,7 +17,7 @@ from tersor.cli.output import LATENCY_COLUMNS, Steps, latencies, table
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
-    from tersor.codegen.runtime import CompiledModel
+    from tersor.codegen.runtime import CompiledFunction, CompiledModel
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--input", type=Path, metavar="X.npz", help="time these inputs instead of made ones")
     parser.add_argument("--calls", type=int, metavar="N", help="how many calls to time")
+    shared.add_function(parser)
     shared.add_threads(parser)
 
 
@@ -47,7 +48,8 @@ def execute(options: argparse.Namespace) -> int:
     inputs = shared.read_npz(options.input) if options.input else None
     if options.against:
         return beside(compiled, inputs, options)
-    print(compiled.benchmark(inputs, dims=dict(options.size) or None, calls=options.calls))
+    function = shared.function(compiled, options.function)
+    print(function.benchmark(inputs, dims=dict(options.size) or None, calls=options.calls))
     return 0
 
 
@@ -70,6 +72,17 @@ def check_engines(options: argparse.Namespace) -> None:
         )
 
 
+def _comparable(compiled: CompiledModel) -> CompiledFunction:
+    """The function that other engines can be compared on; InputError when there is none."""
+    if compiled.main.signature.states:
+        raise InputError(
+            "a model that keeps state cannot be timed beside other engines",
+            why="they would run the whole model of --model, without it",
+            fix="leave out --against",
+        )
+    return compiled.main
+
+
 def beside(compiled: CompiledModel, inputs: dict | None, options: argparse.Namespace) -> int:
     """Let the engines take turns with the artifact on the same inputs, and print what they did."""
     from contextlib import ExitStack
@@ -77,7 +90,7 @@ def beside(compiled: CompiledModel, inputs: dict | None, options: argparse.Names
     from tersor.codegen.runtime.benchmark import make_inputs
     from tersor.peers import ENGINES, OURS, US, Folder, Worker, race
 
-    inputs = inputs or make_inputs(compiled.functions["main"], dict(options.size))
+    inputs = inputs or make_inputs(_comparable(compiled), dict(options.size))
     source = Folder(options.model, tuple(inputs), artifact=options.artifact.resolve())
     engines = {US: OURS} | {name: ENGINES[name] for name in options.against}
     with ExitStack() as stack, Steps() as steps:

@@ -40,6 +40,8 @@ def artifact(path: Path) -> int:
     for name, signature in manifest.functions.items():
         inputs, outputs = (", ".join(map(str, tensors)) for tensors in (signature.inputs, signature.outputs))
         print(f"{name}({inputs}) -> {outputs}")
+        for state in signature.states:
+            print(f"  state {manifest.states[state]}")
         for dimension, (low, high) in signature.dims.items():
             print(f"  {dimension} from {low} to {high}")
     table(

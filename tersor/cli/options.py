@@ -13,6 +13,8 @@ from tersor.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from tersor.codegen.runtime import CompiledFunction, CompiledModel
+
 Axis = tuple[str, int, tuple[str, int, int]]
 Dynamic = dict[str, dict[int, tuple[str, int, int]]]
 
@@ -31,6 +33,24 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a call (default: one per core)")
+
+
+def add_function(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--function", metavar="NAME", help="which function to call (default: main, or the only one)"
+    )
+
+
+def function(compiled: CompiledModel, name: str | None) -> CompiledFunction:
+    """The function that --function names, or `main`; InputError when there is no such function."""
+    if name is None and ("main" in compiled.functions or len(compiled.functions) == 1):
+        return compiled.main
+    if name not in compiled.functions:
+        raise InputError(
+            f"there is no function {name!r}" if name else "there is no function 'main'",
+            fix=f"give --function {' or '.join(compiled.functions)}",
+        )
+    return compiled.functions[name]
 
 
 def add_dynamic(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
     tersor run minilm.tersor --input x.npz --output y.npz
 
-x.npz holds one array per input, by name (numpy.savez). Without --output only shapes and ranges are shown.
+x.npz holds one array per input, by name (numpy.savez). Without --output only shapes and ranges are shown. A model
+that keeps state starts from zeros.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder written by `tersor compile`")
     parser.add_argument("--input", type=Path, required=True, metavar="X.npz", help="arrays by input name")
     parser.add_argument("--output", type=Path, metavar="Y.npz", help="where to write the outputs")
+    shared.add_function(parser)
     shared.add_threads(parser)
 
 
@@ -30,7 +32,8 @@ def execute(options: argparse.Namespace) -> int:
 
     inputs = shared.read_npz(options.input)
     compiled = tersor.load(options.artifact, threads=options.threads)
-    outputs = dict(flatten(compiled(**inputs)))
+    function = compiled.session().functions[shared.function(compiled, options.function).name]
+    outputs = dict(flatten(function(**inputs)))
     rows = [
         (name, value.dtype, "x".join(map(str, value.shape)), f"{value.min():.6g}", f"{value.max():.6g}")
         for name, value in outputs.items()

@@ -133,6 +133,23 @@ def test_window(window, causal, target):
         check(kernel, target, 1, tq, tk)
 
 
+@pytest.mark.parametrize("shape", [None, (1, 1, 1, 19), (2, 3, 11, 19)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_softcap(shape, causal, target):
+    """Scores of +-10 under a cap of 2; the mask is added after it."""
+    q, k, v = 3 * array(2, 11, 24), 3 * array(2, 19, 24), array(2, 19, 24)
+    mask = None if shape is None else array(*shape) * 5
+    kernel = Attention(
+        2, 11, 19, 3, 3, 8, 8, 0.25, mask=shape, mask_dtype="float32", causal=causal, softcap=2.0
+    )
+    (got,) = run_kernel(kernel, [q, k, v, *([] if mask is None else [mask])], target)
+    q, k, v = (torch.from_numpy(x).double().unflatten(-1, (3, 8)).transpose(1, 2) for x in (q, k, v))
+    scores = 2 * torch.tanh(q @ k.mT * 0.25 / 2) + (0 if mask is None else torch.from_numpy(mask).double())
+    if causal:
+        scores = scores.masked_fill(~torch.ones(11, 19, dtype=torch.bool).tril(8), -np.inf)
+    np.testing.assert_allclose(got, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), atol=4e-6)
+
+
 @pytest.mark.parametrize("packed", ["qkv", "kv"])
 def test_packed_inputs(packed, target):
     length = QUERIES if packed == "qkv" else KEYS

@@ -33,7 +33,7 @@ def test_the_ends_and_the_middle_of_every_range_are_tried():
 
 def test_right_code_passes_with_its_errors():
     function = doubling()
-    found = compare(function, lambda inputs: run(function, inputs))
+    found = compare(function, lambda inputs, states: run(function, inputs, states))
     assert [c.worst for c in found] == [0.0] * len(found) and {c.sizes["n"] for c in found} == {1, 5, 8}
 
 
@@ -41,8 +41,8 @@ def test_right_code_passes_with_its_errors():
 def test_wrong_code_is_named(wrong):
     function = doubling()
 
-    def broken(inputs):
-        results = run(function, inputs)
+    def broken(inputs, states):
+        results = run(function, inputs, states)
         return results | {"z": results["z"] + (wrong if len(inputs["x"]) == 8 else 0.0)}
 
     with pytest.raises(BudgetError, match="output 'z'.*(\n.*)*'n': 8"):
@@ -52,7 +52,7 @@ def test_wrong_code_is_named(wrong):
 def test_a_program_that_does_not_run_is_told_from_wrong_code():
     with pytest.raises(CompileError, match="does not run.*(\n.*)*'n': 8.*(\n.*)*fix"):
         function = doubling(rows=5)
-        compare(function, lambda inputs: run(function, inputs))
+        compare(function, lambda inputs, states: run(function, inputs, states))
 
 
 def test_errors_are_relative_to_the_scale():

@@ -126,6 +126,19 @@ CASES = {
             scale=0.3,
         ),
     ),
+    "capped attention": (
+        (X, LONG),
+        lambda b, x, m: b.attention(
+            b.linear(x, weight(b, 24, 24)),
+            b.mul(b.linear(x, weight(b, 24, 24)), 9.0),
+            x,
+            b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T)),
+            heads=3,
+            kv_heads=3,
+            scale=0.3,
+            softcap=2.0,
+        ),
+    ),
     "grouped causal attention": (
         (X,),
         lambda b, x: b.attention(

@@ -133,7 +133,7 @@ def test_extremes(op, target):
 
 
 def test_every_op_has_a_function():
-    assert set(FUNCTIONS) | {"cast", "pow"} == set(OPS)
+    assert set(FUNCTIONS) | {"cast", "saturate", "pow"} == set(OPS)
 
 
 @pytest.mark.parametrize("exponent", [0, 1, 2, 3, 7, 0.5, -0.5, -1, -2, 1.7, 2.5])
@@ -179,6 +179,52 @@ def test_bool_and_where(target):
     np.testing.assert_array_equal(got, np.where(a, x, -INF))
     steps = [Step("cast", (0,), "float32"), Step("mul", (1, 2))]
     np.testing.assert_array_equal(apply(target, steps, a, x), a * x)
+
+
+@pytest.mark.parametrize("lanes", [1, None])
+def test_round_is_to_even(lanes, target):
+    x = np.concatenate([np.arange(-300, 300) / 2, [0.49999997, 2.5000002, -1e9, 8388609, INF, NAN]])
+    x = x.astype(np.float32)
+    got = apply(target, [Step("round", (0,))], x, lanes=lanes)
+    np.testing.assert_array_equal(got, torch.from_numpy(x).round().numpy())
+
+
+@pytest.mark.parametrize("lanes", [1, None])
+@pytest.mark.parametrize(("dtype", "low", "high"), [("uint8", 0, 255), ("int8", -128, 127)])
+def test_saturate(dtype, low, high, lanes, target):
+    x = np.array([*range(-300, 300), -INF, -3e38, -1e10, 1e10, 3e38, INF, NAN], np.float32)
+    got = apply(target, [Step("saturate", (0,), dtype)], x, out=(dtype,), lanes=lanes)
+    np.testing.assert_array_equal(got[:-1], x[:-1].clip(low, high).astype(dtype))
+    assert got[-1] == low
+
+
+@pytest.mark.parametrize("lanes", [1, None])
+def test_bf16_is_rounded_to_even(lanes, target):
+    """Every upper half that is a number, with lower halves below, at and above the tie."""
+    upper = np.arange(1 << 16, dtype=np.uint32)
+    upper = upper[(upper & 0x7F80) != 0x7F80]
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = ((upper[:, None] << 16) | lower).view(np.float32).reshape(-1)
+    x = np.concatenate([x, [INF, -INF, NAN, NAN]]).astype(np.float32)
+    step = Step("cast", (0,), "bfloat16")
+    narrow, wide = apply(
+        target, [step, Step("cast", (1,), "float32")], x, out=("bfloat16", "float32"), lanes=lanes
+    )
+    expected = torch.from_numpy(x).bfloat16().float().numpy()
+    np.testing.assert_array_equal(narrow.astype(np.float32), expected)
+    np.testing.assert_array_equal(wide, expected)
+    # arithmetic on bf16 is done in f32
+    twice = apply(target, [Step("add", (0, 0))], narrow, lanes=lanes)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(twice, expected + expected)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_codes_become_numbers(dtype, target):
+    x = np.arange(256, dtype=np.uint8).view(dtype)
+    got = apply(target, [Step("cast", (0,), "float32"), Step("sub", (1, Const(7.0)))], x)
+    np.testing.assert_array_equal(got, x.astype(np.float32) - 7)
+    np.testing.assert_array_equal(apply(target, [Step("mul", (0, Const(0.5)))], x), x * np.float32(0.5))
 
 
 @pytest.mark.parametrize("source", ["float32", "int64", "bool"])

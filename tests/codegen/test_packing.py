@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tersor.codegen.packing import pack, packed_shape, unpack
+from tersor.codegen.packing import pack, packed, unpack
 
 
 def matrix(n, k, start=1):
@@ -27,18 +27,37 @@ def test_two_matrices_share_each_panel():
     np.testing.assert_array_equal(packed[1], np.stack([gate[2], [0, 0], up[2], [0, 0]]).T)
 
 
+def test_words_of_several_elements():
+    """Four bytes of one column in a word, the first in its lowest bits; an incomplete word ends with zeros."""
+    weight = np.array([[1, 2, 3, 4, -1, -128], [5, 6, 7, 8, 127, 0]], np.int8)
+    result = pack([weight], 4)
+    assert result.shape == (1, 2, 4) and result.dtype == np.int32
+    np.testing.assert_array_equal(np.array(result[0, :, 0]).view(np.int8), [1, 2, 3, 4, -1, -128, 0, 0])
+    np.testing.assert_array_equal(np.array(result[0, :, 1]).view(np.int8), [5, 6, 7, 8, 127, 0, 0, 0])
+    halves = pack([np.array([[1, 2, 3]], np.uint16)], 2)
+    np.testing.assert_array_equal(halves, [[[0x20001, 0], [3, 0]]])
+
+
 @pytest.mark.parametrize("n", [1, 16, 31, 32, 33, 100])
 @pytest.mark.parametrize("count", [1, 2])
-def test_unpack_is_the_inverse(n, count):
-    weights = [matrix(n, 7, 1000 * i) for i in range(count)]
-    packed = pack(weights, 32)
-    assert packed.shape == packed_shape(n, 7, 32, count) and packed.flags.c_contiguous
-    for back, weight in zip(unpack(packed, n, count), weights, strict=True):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_unpack_is_the_inverse(n, count, dtype):
+    bits = {"bfloat16": np.uint16}.get(dtype, dtype)
+    weights = [(matrix(n, 7, 1000 * i) % 127).astype(bits) for i in range(count)]
+    result = pack(weights, 32)
+    assert (result.shape, str(result.dtype)) == packed(n, 7, dtype, 32, count)
+    assert result.flags.c_contiguous
+    for back, weight in zip(unpack(result, n, 7, dtype, count), weights, strict=True):
+        assert back.dtype == bits
         np.testing.assert_array_equal(back, weight)
 
 
 def test_matrices_that_do_not_fit_together():
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(ValueError, match=r"float32 \(3, 2\), float32 \(4, 2\)"):
         pack([matrix(3, 2), matrix(4, 2)], 32)
+    with pytest.raises(ValueError, match="int8"):
+        pack([matrix(3, 2), matrix(3, 2).astype(np.int8)], 32)
     with pytest.raises(ValueError, match="33"):
         pack([matrix(3, 2), matrix(3, 2)], 33)
+    with pytest.raises(ValueError, match="int64"):
+        pack([matrix(3, 2).astype(np.int64)], 32)

@@ -280,9 +280,9 @@ def test_the_number_of_threads_can_grow(compiled: CompiledModel, monkeypatch: py
     monkeypatch.setattr(threads, "available", lambda: 8)
     seen: list[tuple[int, int]] = []
 
-    def count(values: list[np.ndarray]) -> list[np.ndarray]:
+    def count(*arguments: Any) -> list[np.ndarray]:
         seen.append((threads._functions()[1](), threading.get_ident()))
-        return invoke(values)
+        return invoke(*arguments)
 
     function = compiled.functions["main"]
     invoke, function._invoke = function._invoke, count

@@ -128,6 +128,7 @@ CASES = {
     "Max": model("Max", [X, X[::-1].copy(), X[0]]),
     "Mean": model("Mean", [X, X[::-1].copy()]),
     "Where": model("Where", [BITS, INTEGERS], {2: np.array(-7)}),
+    "Where, lowest float": model("Where", [BITS[0, :, None], X[0, :2]], {2: np.finfo(np.float32).min}),
     "Cast": model("Cast", [X * 9], to=TensorProto.INT32),
     "Not": model("Not", [BITS]),
     "Gelu": model("Gelu", [X], opset=20),
@@ -199,6 +200,7 @@ CASES = {
     "InstanceNormalization": model("InstanceNormalization", [X], {1: VECTOR[:3].copy(), 2: VECTOR[3:6].copy()}),
     "LpNormalization": model("LpNormalization", [X], axis=1),
     "Attention": model("Attention", [X, X, X], opset=23, is_causal=1),
+    "Attention, capped": model("Attention", [X * 3, X * 3, X], opset=23, softcap=1.5),
     "Attention, merged": model(
         "Attention", [ROWS, ROWS[..., :4].copy(), ROWS[..., 4:].copy()], opset=23, q_num_heads=4, kv_num_heads=2
     ),

@@ -99,11 +99,13 @@ def test_an_input_of_numbers_stays_an_additive_mask():
     ("change", "reason"),
     [
         (lambda b, s: b.where(b.gt(s, 0.0), s, -5.0), "does not hide"),
+        (lambda b, s: b.mul(b.where(b.gt(s, 0.0), -1e9, s), 1e-3), "too small"),
         (
-            lambda b, s: b.mul(b.add(s, b.full(shape=(T, T), value=-1.0, dtype="float32")), 2.0),
-            "before the scale",
+            lambda b, s: b.tanh(b.add(s, b.full(shape=(T, T), value=-1.0, dtype="float32"))),
+            "before the soft cap",
         ),
-        (lambda b, s: b.tanh(s), "come from tanh"),
+        (lambda b, s: b.tanh(b.tanh(s)), "no soft cap"),
+        (lambda b, s: b.sigmoid(s), "come from sigmoid"),
     ],
 )
 def test_other_scores_are_left_with_the_reason(change, reason):
@@ -111,6 +113,49 @@ def test_other_scores_are_left_with_the_reason(change, reason):
     report = rewritten(program, attention.RULES)
     assert "softmax" in names(program)
     assert any(reason in e.reason for e in report.skipped), report.skipped
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_tanh_between_scale_and_mask_is_a_soft_cap(hidden):
+    def capped(b, s, m):
+        s = b.mul(b.tanh(b.div(s, 3.0)), 3.0)
+        return hide(b, s, m, LOWEST) if hidden else added(b, s, m)
+
+    program = program_of(lambda b, x, m: spelt_out(b, x, lambda b, s: capped(b, s, m)), MASKED)
+    canonical(program)
+    node = only_attention(program)
+    assert node.kwargs["softcap"] == 3.0 and node.kwargs["scale"] == pytest.approx(1.0)
+    assert node.args[3].meta["value"].dtype == "bool"
+
+
+def test_a_mask_that_is_scaled_with_the_scores():
+    program = program_of(
+        lambda b, x, m: spelt_out(b, x, lambda b, s: b.div(added(b, s, m), 4.0), scale=1.0), MASKED
+    )
+    canonical(program)
+    node = only_attention(program)
+    assert node.kwargs["scale"] == 0.5 and node.args[3].meta["value"].dtype == "bool"
+
+
+def test_heads_joined_with_the_batch():
+    """BLOOM's way: products over [B*H, T, D], a mask over [B, H, T, T], a bias over [B*H, 1, T]."""
+
+    def model(b, x, bias, m):
+        def joined(x):
+            value = x.meta["value"].shape
+            return b.reshape(x, shape=(B * 2, *value[2:]))
+
+        q, k, v = (joined(heads(b, y)) for y in (x, b.mul(x, 2.0), b.neg(x)))
+        scores = b.mul(b.matmul(q, b.permute(k, dims=(0, 2, 1))), 0.5)
+        scores = b.add(scores, b.reshape(bias, shape=(B * 2, 1, T)))
+        scores = added(b, b.reshape(scores, shape=(B, 2, T, T)), m)
+        out = b.matmul(joined(b.softmax(scores, dim=-1)), v)
+        return merged(b, b.reshape(out, shape=(B, 2, T, 4)))
+
+    program = program_of(model, {**X, "bias": Value("float32", (B, 2, T)), "m": MASKED["m"]})
+    canonical(program)
+    assert only_attention(program).kwargs["heads"] == 2
+    assert str(only_attention(program).args[3].meta["value"]) == "float32[batch, 2, 1, length]"
 
 
 def test_a_softmax_over_queries_is_no_attention():
@@ -257,12 +302,60 @@ def test_a_learned_bias_is_no_mask():
 
 
 def test_trying_a_mask_leaves_nothing_behind():
-    table = torch.zeros(1, 1, 1, 3).masked_fill(torch.tensor([False, True, False]), float("-inf"))
-    inputs = {"x": Value("float32", (B, 3, 8)), "bias": Value("float32", (B, 1, 3, 3))}
-    program = program_of(lambda b, x, bias: attend(b, x, b.add(b.parameter("seen", table), bias)), inputs)
-    before, stored = program.digest(), list(program.parameters)
+    inputs = {
+        "x": Value("float32", (B, 3, 8)),
+        "m": Value("float32", (B, 1, 3, 3)),
+        "n": Value("float32", (3, 3)),
+    }
+    program = program_of(lambda b, x, m, n: attend(b, x, b.add(m, n)), inputs)
+    before = program.digest()
     apply_rules(program.main, masks.RULES)
-    assert program.digest() == before and list(program.parameters) == stored
+    assert program.digest() == before
+
+
+def test_numbers_beside_what_hides_stay_numbers():
+    """ALiBi + causal + padding: the triangle is an attribute, and padding hides numbers that depend on no query."""
+
+    def model(b, x, m):
+        rows, columns = grid(b)
+        slopes = b.parameter("slopes", torch.tensor([0.5, 0.25]).reshape(1, 2, 1, 1))
+        seen = b.logical_and(b.le(columns, rows), b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T)))
+        return attend(b, x, b.add(b.mul(slopes, columns), b.where(seen, 0.0, LOWEST)))
+
+    program = program_of(model, MASKED)
+    notes = canonical(program)
+    node = only_attention(program)
+    assert node.kwargs["causal"] and str(node.args[3].meta["value"]) == "float32[batch, 2, 1, length]"
+    assert node.args[3].target.name == "where" and node.args[3].args[2] == float("-inf")
+    assert any("rows that hide every key" in n for n in notes)
+    once = program.digest()
+    canonicalize(program)
+    assert program.digest() == once
+
+
+def test_a_mask_that_is_a_comparison_with_another():
+    """where(mask < -1, lowest, numbers), as Falcon adds its ALiBi."""
+
+    def model(b, x, m, bias):
+        mask = b.where(b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T)), 0.0, LOWEST)
+        return attend(b, x, b.where(b.lt(mask, -1.0), LOWEST, bias))
+
+    program = program_of(model, {**MASKED, "bias": Value("float32", (B, 2, 1, T))})
+    canonical(program)
+    assert sorted(names(program)) == ["attention", "cast", "neg", "reshape", "where"]
+
+
+def test_a_stored_table_of_a_triangle_and_numbers():
+    def model(b, x):
+        table = torch.randn(1, 2, 40, 40).masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), LOWEST)
+        mask = b.slice(b.slice(b.parameter("bias", table), dim=2, start=0, end=T), dim=3, start=0, end=T)
+        return attend(b, x, mask)
+
+    program = program_of(model, X)
+    canonical(program)
+    node = only_attention(program)
+    assert node.kwargs["causal"] and names(program) == ["neg", "slice", "slice", "attention"]
+    assert str(node.args[3].meta["value"]) == "float32[1, 2, length, length]"
 
 
 def test_canonical_form_is_a_fixed_point():

@@ -79,6 +79,42 @@ def test_moves_of_both_operands_sink_below_a_sum():
     assert names(program) == ["neg", "add", "permute"]
 
 
+def test_joined_axes_sink_below_what_broadcasts_over_them():
+    def model(b, x, y):
+        x = b.reshape(x, shape=(B * 3, T, 4))
+        return b.add(x, b.reshape(y, shape=(B * 3, 1, 4)))
+
+    inputs = {"x": Value("float32", (B, 3, T, 4)), "y": Value("float32", (B, 3, 4))}
+    program = program_of(model, inputs)
+    rewritten(program, RULES)
+    assert names(program) == ["reshape", "add", "reshape"]
+    assert str(program.main.calls("add")[0].meta["value"]) == "float32[batch, 3, length, 4]"
+
+
+def test_what_differs_along_a_part_of_an_axis_keeps_it_joined():
+    def model(b, x, y):
+        return b.add(b.reshape(x, shape=(2, 3, T, 4)), y)
+
+    inputs = {"x": Value("float32", (6, T, 4)), "y": Value("float32", (3, T, 4))}
+    program = program_of(model, inputs)
+    rewritten(program, RULES)
+    assert names(program) == ["reshape", "add"]
+
+
+def test_products_part_a_batch_that_both_operands_joined():
+    def model(b, x, y):
+        x, y = (
+            b.reshape(x, shape=(B * 3, T, 4)),
+            b.reshape(b.permute(y, dims=(0, 1, 3, 2)), shape=(B * 3, 4, T)),
+        )
+        return b.reshape(b.matmul(x, y), shape=(B, 3, T, T))
+
+    inputs = {"x": Value("float32", (B, 3, T, 4)), "y": Value("float32", (B, 3, T, 4))}
+    program = program_of(model, inputs)
+    rewritten(program, RULES)
+    assert names(program) == ["permute", "matmul"]
+
+
 def test_a_linear_does_not_let_a_move_of_its_own_axis_through():
     def model(b, x):
         return b.linear(b.permute(x, dims=(0, 2, 1)), b.parameter("w", torch.randn(5, 7)))

@@ -97,6 +97,11 @@ def tanh_gelu(b, x):
     return b.mul(b.mul(x, 0.5), b.add(b.tanh(inner), 1.0))
 
 
+def tanh_gelu_of_bloom(b, x):
+    inner = b.mul(b.mul(x, 0.79788456), b.add(b.mul(b.mul(x, 0.044715), x), 1))
+    return b.mul(b.mul(x, 0.5), b.add(b.tanh(inner), 1.0))
+
+
 def tanh_gelu_factored(b, x):
     inner = b.mul(b.mul(x, 0.7978845608), b.add(1.0, b.mul(b.mul(x, x), 0.044715)))
     return b.mul(b.mul(0.5, x), b.add(1.0, b.tanh(inner)))
@@ -109,6 +114,7 @@ def tanh_gelu_factored(b, x):
         (erf_gelu_regrouped, "gelu"),
         (tanh_gelu, "gelu_tanh"),
         (tanh_gelu_factored, "gelu_tanh"),
+        (tanh_gelu_of_bloom, "gelu_tanh"),
         (lambda b, x: b.mul(b.sigmoid(x), x), "silu"),
     ],
 )
@@ -228,6 +234,30 @@ def test_what_computes_nothing_disappears(model):
     program = program_of(lambda b, x: b.neg(model(b, x)), X)
     rewritten(program, cleanup.RULES)
     assert names(program) == ["neg"]
+
+
+def test_operands_that_are_one_number_everywhere_are_written_out():
+    def model(b, x):
+        x = b.mul(x, b.full(shape=(), value=2.0, dtype="float32"))
+        x = b.div(x, b.parameter("root", torch.tensor(8.0)))
+        return b.where(
+            b.gt(x, b.expand(b.full(shape=(), value=0.5, dtype="float32"), shape=(B, T, 8))), x, 0.0
+        )
+
+    program = program_of(model, X)
+    rewritten(program, cleanup.RULES)
+    constants = [a for n in program.main.calls() for a in n.args if isinstance(a, float)]
+    assert constants == [2.0, 8.0, 0.5, 0.0]
+
+
+def test_a_number_that_gives_shape_or_type_stays_a_tensor():
+    def model(b, x):
+        y = b.add(x, b.full(shape=(2, 1), value=2.0, dtype="float32"))
+        return b.mul(y, b.full(shape=(), value=1, dtype="int64"))
+
+    program = program_of(model, {"x": Value("float32", (8,))})
+    rewritten(program, cleanup.RULES)
+    assert names(program) == ["full", "add"]
 
 
 def test_adding_a_float_to_integers_is_not_nothing():

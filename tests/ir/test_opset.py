@@ -95,11 +95,14 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
         ((f32(B, L, 8), f32(B, 3, 4), f32(B, 3, 6), f32(B, 1, 1, 3)), {"heads": 2, "kv_heads": 1, "scale": 1.0}),
         ((f32(B, L, 8), f32(B, L, 8), f32(B, L, 8), boolean(1, 1, L, L)),
          {"heads": 2, "kv_heads": 2, "scale": 0.5, "causal": True, "window": 2}),
+        ((f32(B, L, 8), f32(B, L, 4), f32(B, L, 4), boolean(B, 1, 1, L)),
+         {"heads": 4, "kv_heads": 2, "scale": 0.5, "causal": True, "softcap": 20.0}),
     ],
     "quantize": [
         ((f32(B, L, 6), f32()), {"dtype": "int8"}), ((f32(B, L, 6), f32(), f32()), {"dtype": "uint8"}),
         ((f32(B, L, 6), f32(B, L, 1)), {"dtype": "uint8"}), ((f32(4, 6), f32(4), f32(4)), {"dtype": "int8", "axis": 0}),
         ((f32(B, 6), f32(B, 3)), {"dtype": "int8", "group": 2}), ((f32(4), f32()), {"dtype": "int32", "axis": 0}),
+        ((f32(B, L, 6), f32(B, L, 1), 128), {"dtype": "uint8"}), ((f32(4), f32(2), 3), {"dtype": "uint8", "group": 2}),
     ],
     "dequantize": [
         ((codes("uint8", B, L, 6), f32(), f32()), {}), ((codes("int8", 4, 6), f32(4)), {"axis": 0}),
@@ -210,6 +213,7 @@ def test_rule_and_reference_refuse(name, operands, attributes):
         ("index_select", (f32(4), i64(B)), {"dim": 1}),
         ("embedding", (Value("int32", (B,)), f32(4, 6)), {}),
         ("attention", (f32(2, 3, 8),) * 3 + (i64(1, 1, 3, 3),), {"heads": 2, "kv_heads": 2, "scale": 1.0}),
+        ("attention", (f32(2, 3, 8),) * 3, {"heads": 2, "kv_heads": 2, "scale": 1.0, "softcap": 0.0}),
         ("conv1d", (f32(B, 4, L), f32(6, 4, 2)), {"stride": 2}),
         ("add", (f32(B, L), f32(L, B)), {}),
         ("quantize", (i64(B, 6), f32()), {"dtype": "int8"}),
@@ -278,18 +282,27 @@ def resolve_all(attributes, sizes):
 # -- meaning, where it is ours and not torch's
 
 
-def test_attention_is_softmax_of_scaled_scores():
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_attention_is_softmax_of_scaled_scores(softcap):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 5, 8), torch.randn(2, 7, 4), torch.randn(2, 7, 6)
     mask = torch.randn(2, 1, 5, 7)
-    got = ops.attention(q, k, v, mask, heads=4, kv_heads=2, scale=0.3, causal=True, window=3)
+    got = ops.attention(q, k, v, mask, heads=4, kv_heads=2, scale=0.3, causal=True, window=3, softcap=softcap)
     rows, columns = torch.arange(5)[:, None] + 2, torch.arange(7)[None]
     hidden = (columns > rows) | (columns <= rows - 3)
     for head in range(4):
         group = head // 2
-        scores = q[..., 2 * head : 2 * head + 2] @ k[..., 2 * group : 2 * group + 2].mT * 0.3 + mask[:, 0]
+        scores = q[..., 2 * head : 2 * head + 2] @ k[..., 2 * group : 2 * group + 2].mT * 0.3
+        scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + mask[:, 0]
         expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[..., 3 * group : 3 * group + 3]
         torch.testing.assert_close(got[..., 3 * head : 3 * head + 3], expected)
+
+
+def test_capped_attention_gives_zeros_where_no_key_is_seen():
+    q, seen = torch.randn(1, 3, 4), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    seen[..., 1, :] = False
+    got = ops.attention(q, q, q, seen, heads=2, kv_heads=2, scale=1.0, softcap=5.0)
+    assert bool((got[0, 1] == 0).all()) and bool((got[0, 0] != 0).all())
 
 
 def test_attention_boolean_mask_is_true_where_seen():
@@ -377,11 +390,14 @@ def test_integer_products_are_exact():
 def test_decompositions_equal_the_references(name, operands, attributes):
     program, generator = Program(), torch.Generator().manual_seed(0)
     function = program.add_function("main", {"b": Range(1, 8), "l": Range(1, 8)})
-    inputs = [function.add_input(f"x{i}", value) for i, value in enumerate(operands)]
+    inputs = [
+        function.add_input(f"x{i}", value) if isinstance(value, Value) else value
+        for i, value in enumerate(operands)
+    ]
     op = ops.get(name)
     function.set_outputs({"out": op.decompose(function.builder(), *inputs, **attributes)})
     given = [tensor(value, SIZES[0], generator) for value in operands]
-    given = [x * 0.37 + 0.1 if x.is_floating_point() else x for x in given]
+    given = [x * 0.37 + 0.1 if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
     expected = op(*given, **attributes)
-    got = program(**{f"x{i}": x for i, x in enumerate(given)})["out"]
+    got = program(**{f"x{i}": x for i, x in enumerate(given) if isinstance(x, torch.Tensor)})["out"]
     torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -20,6 +20,7 @@ from tersor.passes.calibration import (
     calibrate,
     sequential,
 )
+from tests.ir import stateful
 from tests.passes.programs import Transformer, Weights, program
 
 WIDTH = 16
@@ -553,3 +554,18 @@ def test_other_data_is_another_key_for_calibrated_passes_only(tmp_path):
 
 def test_named_recipes_say_whether_they_need_data():
     assert not any(p.calibrated for p in recipes.get("fp32").passes)
+
+
+# -- state
+
+
+def test_programs_that_keep_state_are_measured_from_zeros():
+    made = stateful.decoder(functions=("main",))
+    inputs = {"x": torch.randn(1, 7, stateful.WIDTH), "position": torch.tensor(0)}
+    update = made.main.calls("cache_update")[0]
+    request = Request(update, MinMax(), of="output")
+    found = calibrate(made, [request], dataset(made, [inputs], held_out=0)).get(request)
+    run(made.main, inputs, states := made.zero_states())
+    low, high = states[update.args[0].target].flatten(0, 1).aminmax(dim=0)
+    torch.testing.assert_close((found.low, found.high), (low, high), check_dtype=False)
+    assert len(list(sequential(made, dataset(made, [inputs], held_out=0)))) >= 2

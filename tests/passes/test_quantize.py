@@ -1,0 +1,198 @@
+"""Weights and activations in codes, and integer products of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor.ir import Program
+from tersor.passes import Pipeline
+from tersor.passes.numerics import outputs, relative_error, small_inputs
+from tersor.passes.quantize.dynamic import DynamicActivations
+from tersor.passes.quantize.grid import Grid
+from tersor.passes.quantize.integers import IntegerProducts
+from tersor.passes.quantize.rtn import RoundToNearest
+from tests.passes.check_pass import apply, check_pass
+from tests.passes.programs import Transformer, Weights, program
+
+WIDTH = 16
+SCALE, ZERO = 0.03, 117
+
+
+def layer(*, weights: bool = False, inputs: str = "", integer: bool = False, group: int | None = None):
+    """One linear layer with what the passes make of it."""
+
+    def emit(build, x, mask):
+        weight, bias = Weights(build).tensor(8, WIDTH), Weights(build, 1).tensor(8)
+        scale, _ = Grid().fit_rows(weight, group)
+        spread = scale[:, None] if group is None else scale.repeat_interleave(group, -1)
+        codes = torch.round(weight / spread).to(torch.int8)
+        zero = ZERO if inputs == "static" else 128
+        if weights:
+            form = {"axis": 0} if group is None else {"group": group}
+            stored = build.dequantize(build.parameter("c", codes), build.parameter("ws", scale), **form)
+        elif not integer:
+            stored = build.parameter("w", weight)
+        step = codes_of_x = None
+        if inputs:
+            step = build.parameter("s", torch.tensor(SCALE)) if inputs == "static" else build.dynamic_scale(x)
+            codes_of_x = build.quantize(x, step, zero, dtype="uint8")
+            x = codes_of_x if integer else build.dequantize(codes_of_x, step, zero)
+        if integer:
+            start = -zero * codes.to(torch.int64).sum(1)
+            if inputs == "static":
+                start = start + torch.round(bias.double() / (SCALE * scale.double())).to(torch.int64)
+            start = build.parameter("k", start.to(torch.int32))
+            product = build.emit("integer_linear", x, build.parameter("c", codes), start, site="layer")
+            sums = build.cast(product, dtype="float32")
+            if inputs == "static":
+                return {"y": build.mul(sums, build.parameter("m", SCALE * scale))}
+            y = build.mul(build.mul(sums, build.parameter("ws", scale)), step)
+            return {"y": build.add(y, build.parameter("b", bias))}
+        return {"y": build.linear(x, stored, build.parameter("b", bias), site="layer")}
+
+    return program(emit)
+
+
+def reasons(pass_, made: Program) -> list[str]:
+    _, report = Pipeline([pass_]).run(made)
+    return [skip.reason for skip in report.steps[0].skips]
+
+
+def error(made: Program, other: Program) -> float:
+    inputs = small_inputs(made, seed=3)
+    return relative_error(outputs(made, inputs), outputs(other, inputs))
+
+
+# -- grids
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_values_inside_the_range_move_by_half_a_step_and_zero_not_at_all(bits, symmetric):
+    grid, x = Grid(bits, symmetric), torch.randn(1000, generator=torch.Generator().manual_seed(0)) + 0.7
+    scale, zero = grid.fit(x.min(), x.max())
+    back = grid.round_trip(x, scale, zero)
+    # an asymmetric zero point is rounded, which costs the end of the range up to half a step more
+    assert ((x - back).abs() <= scale * (0.5001 if symmetric else 1.0001)).all()
+    assert grid.round_trip(torch.zeros(1), scale, zero) == 0
+    assert grid.low <= grid.codes(x, scale, zero).min() and grid.codes(x, scale, zero).max() <= grid.high
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, -2.5])
+def test_constant_values_have_a_grid(value):
+    for symmetric in (True, False):
+        x = torch.full((4,), value)
+        scale, zero = Grid(8, symmetric).fit(x.min(), x.max())
+        assert scale > 0
+        torch.testing.assert_close(Grid(8, symmetric).round_trip(x, scale, zero), x)
+
+
+def test_a_bit_is_worth_six_decibels():
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).clamp(-4, 4)
+    for bits in (4, 6, 8):
+        noise = x - Grid(bits).round_trip(x, *Grid(bits).fit(x.min(), x.max()))
+        # errors are uniform over a step, of which there are 2^(bits-1) - 1 up to 4
+        expected = 10 * torch.log10(torch.tensor(12 * (Grid(bits).high / 4) ** 2))
+        assert abs(10 * torch.log10(x.square().mean() / noise.square().mean()) - expected) < 0.3
+
+
+def test_groups_that_do_not_divide_the_rows_are_refused():
+    with pytest.raises(ValueError, match="groups of 5"):
+        Grid().fit_rows(torch.ones(2, 12), 5)
+
+
+# -- weights
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_weights_become_codes(group):
+    check_pass(
+        RoundToNearest(group=group),
+        layer(),
+        layer(weights=True, group=group),
+        unmatched=layer(weights=True),
+    )
+
+
+def test_weights_keep_half_a_step():
+    before = layer()
+    after = apply(RoundToNearest(), before)
+    codes = after.parameters["w.codes"].tensor.float()
+    scale = after.parameters["w.scale"].tensor
+    moved = (codes * scale[:, None] - before.parameters["w"].tensor).abs()
+    assert (moved <= scale[:, None] * 0.5001).all() and "w" not in after.parameters
+
+
+def test_a_table_of_embeddings_stays_wide():
+    def emit(build, x, mask):
+        table = Weights(build)("table", 16, WIDTH)
+        ids = build.argmax(x, dim=-1)
+        return {"y": build.linear(build.embedding(ids, table), table, site="head")}
+
+    assert reasons(RoundToNearest(), program(emit)) == ["its weight is also read by embedding"]
+
+
+def test_groups_that_do_not_fit_are_skipped():
+    assert "groups of 5" in reasons(RoundToNearest(group=5), layer())[0]
+
+
+# -- activations
+
+
+def test_activations_get_a_scale_per_token():
+    check_pass(
+        DynamicActivations(), layer(weights=True), layer(weights=True, inputs="dynamic"), unmatched=layer()
+    )
+
+
+def test_layers_of_one_input_share_its_codes():
+    made, _ = Pipeline([RoundToNearest(), DynamicActivations()]).run(Transformer(layers=1).build())
+    # query, key and value read one norm
+    assert len(made.main.calls("linear")) == 6 and len(made.main.calls("quantize")) == 4
+
+
+# -- integers
+
+
+@pytest.mark.parametrize("inputs", ["static", "dynamic"])
+def test_decoded_layers_become_integer_products(inputs):
+    quantized = layer(weights=True, inputs=inputs)
+    after = check_pass(
+        IntegerProducts(), quantized, layer(inputs=inputs, integer=True), unmatched=layer(weights=True)
+    )
+    # the bias is rounded to whole steps of the sums
+    assert error(quantized, after) < 1e-4
+
+
+def test_what_integers_cannot_do_is_said():
+    assert reasons(IntegerProducts(), layer(weights=True)) == ["its input is not in codes"]
+    assert reasons(IntegerProducts(), layer(inputs="static")) == ["its weights are not in codes"]
+    grouped = layer(weights=True, inputs="dynamic", group=4)
+    assert reasons(IntegerProducts(), grouped) == ["its weights do not have one scale per row"]
+    assert reasons(IntegerProducts(), layer()) == ["it is not quantized"]
+
+
+def test_sums_that_could_overflow_stay_decoded():
+    def emit(build, x, mask):
+        wide = build.expand(build.slice(x, dim=2, end=1), shape=(*x.meta["value"].shape[:2], 70_000))
+        step = build.parameter("s", torch.tensor(SCALE))
+        decoded = build.dequantize(build.quantize(wide, step, 0, dtype="uint8"), step, 0)
+        codes = build.parameter("c", torch.full((2, 70_000), 127, dtype=torch.int8))
+        weight = build.dequantize(codes, build.parameter("ws", torch.ones(2)), axis=0)
+        return {"y": build.linear(decoded, weight, site="layer")}
+
+    assert reasons(IntegerProducts(), program(emit)) == ["sums over 70000 inputs could leave int32"]
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"post_norm": True}, {"gated": True, "rms": True, "kv_heads": 2, "bias": False}]
+)
+def test_a_model_in_integers_is_the_decoded_model(form):
+    made = Transformer(**form).build()
+    decoded, _ = Pipeline([RoundToNearest(), DynamicActivations()]).run(made)
+    integer, report = Pipeline([IntegerProducts()]).run(decoded)
+    assert not integer.main.calls("linear", "dequantize")
+    assert len(report.steps[0].changes) == len(made.main.calls("linear"))
+    # a sum rounded otherwise may move a code by one
+    assert error(decoded, integer) < 0.02 and error(made, integer) < 0.05
