@@ -16,10 +16,12 @@ from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
+from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
 
 IDENTITY = Chain((ChainInput("full"),), (), (0,))
+PLAIN = Chain((ChainInput("accumulator"),), (), (0,))
 
 SUMS = 4
 """Independent partial sums of a row, to hide the latency of an addition."""
@@ -39,33 +41,37 @@ class _Norm(ABC):
     bias: bool = True
     chain: Chain = IDENTITY
     keep_input: bool = False
+    epilogue: Chain = PLAIN
+    quantized: bool = False
 
     label: ClassVar[str]
 
     def __post_init__(self) -> None:
         if len(self.chain.outputs) != 1 or math.output_dtypes(self.chain) != ("float32",):
             raise ValueError("the input chain of a norm has one f32 output")
+        kinds = [value.kind for value in self.epilogue.inputs]
+        if kinds[:1] != ["accumulator"] or kinds.count("accumulator") > 1:
+            raise ValueError(f"the epilogue of a norm starts from one accumulator: {kinds}")
+        if self.quantized and math.output_dtypes(self.epilogue)[:1] != ("float32",):
+            raise ValueError("what is quantized row by row is f32")
 
     def name(self) -> str:
         parts = [self.label, str(self.size), self.chain.label(), "keep" if self.keep_input else ""]
+        parts += [self.epilogue.label(), "quantized" if self.quantized else ""]
         return "_".join(part for part in parts if part)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        shapes = {
-            "full": (*self.lead, self.size),
-            "column": (self.size,),
-            "row": (*self.lead, 1),
-            "scalar": (),
-        }
         vector = TensorSpec((self.size,))
         return (
-            *(TensorSpec(shapes[v.kind], v.dtype) for v in self.chain.inputs),
+            *operand_specs(self.chain.inputs, self.lead, self.size),
             *((vector,) if self.weight else ()),
             *((vector,) if self.bias else ()),
+            *operand_specs(self.epilogue.inputs[1:], self.lead, self.size),
         )
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((*self.lead, self.size)),) * (2 if self.keep_input else 1)
+        results = row_specs(self.epilogue, self.lead, self.size, self.quantized)
+        return (*results, *((TensorSpec((*self.lead, self.size)),) if self.keep_input else ()))
 
     def build(self, target: Target) -> tirx.PrimFunc:
         with IRBuilder() as builder:
@@ -83,11 +89,12 @@ class _Norm(ABC):
 
     def _row(self, row: Expr, inputs: list, outputs: list, lanes: int) -> None:
         start = row * self.size
-        operands = inputs[len(self.chain.inputs) :]
-        weight = operands[0] if self.weight else None
-        bias = operands[-1] if self.bias else None
+        count, rest = len(self.chain.inputs), inputs[len(self.chain.inputs) :]
+        weight = rest.pop(0) if self.weight else None
+        bias = rest.pop(0) if self.bias else None
+        written = outputs[:-1] if self.keep_input else outputs
         if self.keep_input:
-            source, at = outputs[1], start
+            source, at = outputs[-1], start
         elif self.chain == IDENTITY:
             source, at = inputs[0], start
         else:
@@ -97,13 +104,7 @@ class _Norm(ABC):
             """The chain's value, computed and kept for the later passes."""
             if source is inputs[0]:
                 return loops.load(source, start + offset, lanes, where)
-            index = {"full": start + offset, "column": offset, "row": row, "scalar": 0}
-            values = [
-                loops.load(b, index[v.kind], lanes, where)
-                if v.kind in ("full", "column")
-                else b[index[v.kind]]
-                for v, b in zip(self.chain.inputs, inputs[: len(self.chain.inputs)], strict=True)
-            ]
+            values = operands(self.chain.inputs, inputs[:count], row, self.size, offset, lanes, where)
             (result,) = math.evaluate_chain(self.chain, values)
             loops.store(source, at + offset, result, lanes, where)
             return result
@@ -112,6 +113,7 @@ class _Norm(ABC):
             return loops.load(source, at + offset, lanes, where)
 
         center, scale = self._statistics(value, kept, lanes)
+        results = RowResults(self.size, lanes, written, row, self.quantized)
 
         def finish(offset: loops.Extent, where: Expr | None) -> None:
             x = kept(offset, where)
@@ -120,9 +122,11 @@ class _Norm(ABC):
                 x = x * loops.load(weight, offset, lanes, where)
             if bias is not None:
                 x = x + loops.load(bias, offset, lanes, where)
-            loops.store(outputs[0], start + offset, x, lanes, where)
+            values = [x, *operands(self.epilogue.inputs[1:], rest, row, self.size, offset, lanes, where)]
+            results.put(offset, math.evaluate_chain(self.epilogue, values), where)
 
         loops.vectors(self.size, lanes, finish)
+        results.finish()
 
     @abstractmethod
     def _statistics(self, value: Lanes, kept: Lanes, lanes: int) -> tuple[Expr | None, Expr]:
@@ -134,13 +138,18 @@ class _Norm(ABC):
 
 @dataclass(frozen=True)
 class LayerNorm(_Norm):
-    """``(x - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension, x = chain(*inputs), in f32.
+    """``y = (x - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension, in f32; x = chain(*inputs).
 
-    ``lead`` are the other dimensions, ``size`` the last one. Arguments: the chain's inputs in order ("full"
-    [*lead, size], "column" [size], "row" [*lead, 1], "scalar" ()), weight [size] and bias [size] where present;
-    the output [*lead, size], and x itself where ``keep_input`` asks for it (a residual stream needs both).
+    ``lead`` are the other dimensions, ``size`` the last one. ``epilogue`` is a chain from y (its accumulator) and
+    further inputs to the outputs, for example codes. ``quantized``: the first of these, f32, is quantized with a scale
+    for every row as `DynamicQuantize` does, and its codes and scales are written instead of it.
+
+    Arguments: the chain's inputs in order ("full" [*lead, size], "column" [size], "row" [*lead, 1], "scalar" ()),
+    weight [size] and bias [size] where present, the epilogue's other inputs; then the epilogue's outputs [*lead, size]
+    (codes uint8 [*lead, size] and scale [*lead, 1] for the first, if quantized), and x itself where ``keep_input`` asks
+    for it (a residual stream needs both).
     The variance is computed from the centred values, so a large mean costs no digits.
-    ValueError when the chain has not one f32 output.
+    ValueError when chain and epilogue are not of these forms.
     """
 
     label: ClassVar[str] = "layer_norm"

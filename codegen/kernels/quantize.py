@@ -1,0 +1,166 @@
+"""Dynamic quantization: symmetric 8-bit codes with a scale for every row, alone or at the end of a norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from tersor.codegen.kernels import loops, math
+from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.chain import Chain, ChainInput
+from tersor.ir.dims import Shape
+from tersor.targets import Target
+
+ZERO_POINT = 128.0
+"""What the code of 0 is: codes of activations are unsigned."""
+
+LARGEST = 127
+"""The code of the largest magnitude of a row, less the zero point."""
+
+MAGNITUDE = 0x7FFFFFFF
+"""The bits of an f32 without its sign. As integers they are ordered like the magnitudes, with NaN above all."""
+
+
+@dataclass(frozen=True)
+class DynamicQuantize:
+    """Per-token quantization of ``x = chain(*inputs)``, as `dynamic_scale` and `quantize` of the dialect define it.
+
+    scale = max |x| / 127 over the last dimension, 1 for a row of zeros;
+    codes = saturate(round(x * (1 / scale)) + 128). A NaN in a row makes its scale NaN.
+
+    Arguments: the chain's inputs in order ("full" [*lead, size], "column" [size], "row" [*lead, 1], "scalar" ());
+    codes uint8 [*lead, size], scale f32 [*lead, 1], then the chain's outputs but the first, which is x.
+    ValueError when x is not f32.
+    """
+
+    lead: Shape
+    size: int
+    chain: Chain = Chain((ChainInput("full"),), (), (0,))
+
+    def __post_init__(self) -> None:
+        if math.output_dtypes(self.chain)[:1] != ("float32",):
+            raise ValueError("what is quantized row by row is f32")
+
+    def name(self) -> str:
+        return "_".join(part for part in ("dynamic_quantize", str(self.size), self.chain.label()) if part)
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return operand_specs(self.chain.inputs, self.lead, self.size)
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return row_specs(self.chain, self.lead, self.size, quantized=True)
+
+    def build(self, target: Target) -> tirx.PrimFunc:
+        lanes = target.lanes("float32")
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True):
+                T.func_name(self.name())
+                T.func_attr({"tirx.noalias": True})
+                arguments = Arguments()
+                inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
+                outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
+                inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
+
+                def row(index: Expr) -> None:
+                    results = RowResults(self.size, lanes, outputs, index, quantized=True)
+
+                    def vector(offset: loops.Extent, where: Expr | None) -> None:
+                        values = operands(self.chain.inputs, inputs, index, self.size, offset, lanes, where)
+                        results.put(offset, math.evaluate_chain(self.chain, values), where)
+
+                    loops.vectors(self.size, lanes, vector)
+                    results.finish()
+
+                rows = arguments.size(self.lead)
+                loops.rows(rows, rows * self.size * 2, row)
+        return builder.get()
+
+
+class RowResults:
+    """Where a kernel that works row by row puts its results, a vector of each at a time.
+
+    With ``quantized`` the first result is kept until the whole row is known; ``finish`` then writes its codes and
+    scale to the first two of the (flat) outputs. The other results are stored at once.
+    """
+
+    def __init__(self, size: int, lanes: int, outputs: list[tirx.Buffer], row: Expr, quantized: bool) -> None:
+        self.size, self.lanes, self.row, self.quantized = size, lanes, row, quantized
+        self.outputs = outputs
+        if quantized:
+            self.values = T.alloc_buffer((-(-size // lanes) * lanes,))
+            self.highest = T.alloc_buffer((lanes,), "int32", scope="global")
+            loops.store(self.highest, 0, tirx.const(0, "int32"), lanes)
+
+    def put(self, offset: loops.Extent, results: list[Expr], where: Expr | None) -> None:
+        """Results for the columns from ``offset`` on."""
+        outputs = self.outputs
+        if self.quantized:
+            value, *results = results
+            value, outputs = math.bind(value), outputs[2:]
+            loops.store(self.values, offset, value, self.lanes, where)
+            bits = tirx.reinterpret(f"int32x{self.lanes}", value)
+            bits = tirx.bitwise_and(bits, math.constant(MAGNITUDE, bits))
+            if where is not None:
+                bits = tirx.Select(where, bits, math.constant(0, bits))
+            loops.store(self.highest, 0, tirx.max(bits, loops.load(self.highest, 0, self.lanes)), self.lanes)
+        for output, result in zip(outputs, results, strict=True):
+            at = self.row * self.size + offset
+            loops.store(output, at, math.cast(result, output.dtype), self.lanes, where)
+
+    def finish(self) -> None:
+        """Call it after the last ``put``."""
+        if not self.quantized:
+            return
+        codes, scales = self.outputs[:2]
+        highest = math.horizontal(tirx.max, loops.load(self.highest, 0, self.lanes))
+        scale = math.bind(tirx.reinterpret("float32", highest) * (1 / LARGEST))
+        scale = math.bind(
+            tirx.Select(tirx.EQ(scale, tirx.const(0.0, "float32")), tirx.const(1.0, "float32"), scale)
+        )
+        T.buffer_store(scales, scale, [self.row])
+        inverse = math.bind(math.broadcast(1.0 / scale, self.lanes))
+
+        def quantize(offset: loops.Extent, where: Expr | None) -> None:
+            value = math.round_even(loops.load(self.values, offset, self.lanes, where) * inverse)
+            code = math.saturate(value + ZERO_POINT, "uint8")
+            loops.store(codes, self.row * self.size + offset, code, self.lanes, where)
+
+        loops.vectors(self.size, self.lanes, quantize)
+
+
+def operand_specs(inputs: tuple[ChainInput, ...], lead: Shape, size: int) -> tuple[TensorSpec, ...]:
+    """The arguments for inputs of a chain over rows [*lead, size]."""
+    shapes = {"full": (*lead, size), "column": (size,), "row": (*lead, 1), "scalar": ()}
+    return tuple(TensorSpec(shapes[value.kind], value.dtype) for value in inputs)
+
+
+def row_specs(chain: Chain, lead: Shape, size: int, quantized: bool) -> tuple[TensorSpec, ...]:
+    """The arguments for the outputs of a chain over rows [*lead, size], in the order of `RowResults`."""
+    dtypes = math.output_dtypes(chain)
+    codes = (TensorSpec((*lead, size), "uint8"), TensorSpec((*lead, 1))) if quantized else ()
+    return (*codes, *(TensorSpec((*lead, size), dtype) for dtype in dtypes[quantized:]))
+
+
+def operands(
+    inputs: tuple[ChainInput, ...],
+    buffers: list[tirx.Buffer],
+    row: Expr,
+    size: int,
+    offset: loops.Extent,
+    lanes: int,
+    where: Expr | None,
+) -> list[Expr]:
+    """A vector of each of a chain's inputs for some columns of a row; scalars of "row" and "scalar" ones."""
+    places = {"full": row * size + offset, "column": offset, "row": row, "scalar": 0}
+    values = []
+    for value, buffer in zip(inputs, buffers, strict=True):
+        wide = value.kind in ("full", "column")
+        at = places[value.kind]
+        loaded = loops.load(buffer, at, lanes, where) if wide else buffer[at]
+        values.append(math.cast(loaded, value.dtype))
+    return values
