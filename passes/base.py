@@ -72,10 +72,11 @@ weights are final are wrong."""
 
 @dataclass(frozen=True)
 class Finding:
-    """One place that a pass changed or left alone, and why."""
+    """One place that a pass changed or left alone, and why; ``figures`` are what it measured there, by name."""
 
     site: str
     reason: str
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,13 +86,13 @@ class PassResult:
     changes: list[Finding] = field(default_factory=list)
     skips: list[Finding] = field(default_factory=list)
 
-    def change(self, place: fx.Node | str, reason: str) -> None:
+    def change(self, place: fx.Node | str, reason: str, **figures: float) -> None:
         """Says that the pass changed a place; name the node before it is replaced."""
-        self.changes.append(Finding(site_of(place), reason))
+        self.changes.append(Finding(site_of(place), reason, figures))
 
-    def skip(self, place: fx.Node | str, reason: str) -> None:
+    def skip(self, place: fx.Node | str, reason: str, **figures: float) -> None:
         """Says that the pass looked at a place and left it alone."""
-        self.skips.append(Finding(site_of(place), reason))
+        self.skips.append(Finding(site_of(place), reason, figures))
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)

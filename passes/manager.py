@@ -13,7 +13,7 @@ from tersor.errors import BudgetError, InputError, PipelineError, ProgramError, 
 from tersor.ir import Program, verify
 from tersor.ir.costs import cost
 from tersor.passes import checks, facts
-from tersor.passes.base import Equivalent, Exact, Finding, Pass, PassResult
+from tersor.passes.base import Equivalent, Exact, Pass, PassResult
 from tersor.passes.cache import StepCache
 from tersor.passes.calibration import calibrate
 from tersor.passes.checks import Fault, Present
@@ -153,8 +153,8 @@ class Manager:
         step.seconds = time.perf_counter() - started
         if not isinstance(result, PassResult):
             raise self._failure(pass_, Fault(f"run returned {type(result).__name__}", "return a PassResult"))
-        step.changes = [Finding(known.get(c.site, c.site), c.reason) for c in result.changes]
-        step.skips = [Finding(known.get(s.site, s.site), s.reason) for s in result.skips]
+        step.changes = [replace(c, site=known.get(c.site, c.site)) for c in result.changes]
+        step.skips = [replace(s, site=known.get(s.site, s.site)) for s in result.skips]
         step.skips += checks.idle_patterns(pass_, before.program)
         program.drop_unused_parameters()
         try:

@@ -171,8 +171,11 @@ class Report:
                 Text(f"stage {gate.stage}: {gate.decision}" + "".join(f"; {r}" for r in gate.reasons), style)
             )
         for step in self.steps:
+            if any(finding.figures for finding in (*step.changes, *step.skips)):
+                parts.append(_figures(step))
             parts += [Text(f"{step.name}: {note}") for note in step.notes]
-            parts += [Text(f"{step.name} left alone {line}", "dim") for line in _by_reason(step.skips)]
+            unmeasured = [finding for finding in step.skips if not finding.figures]
+            parts += [Text(f"{step.name} left alone {line}", "dim") for line in _by_reason(unmeasured)]
         return Group(*parts, *(Text(note) for note in self.notes))
 
     def __str__(self) -> str:
@@ -200,6 +203,22 @@ class Report:
                 f"{step.seconds:.2f}",
             )
         return table
+
+
+def _figures(step: StepReport) -> Table:
+    """What a pass measured, place by place."""
+    table = Table(title=f"{step.name}, place by place", title_justify="left")
+    measured = [f for f in (*step.changes, *step.skips) if f.figures]
+    columns = list(dict.fromkeys(name for finding in measured for name in finding.figures))
+    table.add_column("site", overflow="fold")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    table.add_column("result", overflow="fold")
+    for finding in measured:
+        shown = (f"{finding.figures[c]:.4g}" if c in finding.figures else "" for c in columns)
+        result = finding.reason if finding in step.changes else f"left alone: {finding.reason}"
+        table.add_row(finding.site, *shown, result)
+    return table
 
 
 def _finite(data: Any) -> Any:

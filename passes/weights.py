@@ -36,6 +36,16 @@ class Derivation:
     compute: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Affine:
+    """``value * scale + shift`` per channel, for all readers of the value but ``spared``; None leaves a part out."""
+
+    spared: frozenset[fx.Node]
+    name: str
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
 @dataclass
 class WeightChange:
     """What a pass wants to do at one place.
@@ -44,10 +54,12 @@ class WeightChange:
         function: where it is.
         anchor: the node that the report names.
         reason: what is done, for the report.
+        figures: what was measured there, for the report.
         derived: parameters that get new contents.
         created: operands that are absent and become parameters: name and tensor.
         dropped: operands that become absent.
         attributes: attributes that get new values.
+        affine: values that all but some readers read as value * scale + shift from now on.
     """
 
     function: Function
@@ -57,11 +69,16 @@ class WeightChange:
     created: dict[Slot, tuple[str, torch.Tensor]] = field(default_factory=dict)
     dropped: set[Slot] = field(default_factory=set)
     attributes: dict[fx.Node, dict[str, object]] = field(default_factory=dict)
+    affine: dict[fx.Node, Affine] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def nodes(self) -> set[fx.Node]:
         """All nodes that it touches."""
-        return {node for node, _ in (*self.derived, *self.created, *self.dropped)} | set(self.attributes)
+        return {node for node, _ in (*self.derived, *self.created, *self.dropped)} | {
+            *self.attributes,
+            *self.affine,
+        }
 
     def select(self, slot: Slot, kept: torch.Tensor, dim: int) -> None:
         """Keeps only these indices of a parameter along ``dim``; an absent operand stays absent."""
@@ -112,7 +129,9 @@ def apply_changes(pass_: Pass, program: Program, changes: Iterable[WeightChange]
     accepted, protected = [], pass_.protected(program)
     for change in changes:
         if named := sorted(site_of(node) for node in change.nodes & protected):
-            result.skip(change.anchor, f"it would change {', '.join(named)}, named in skip=")
+            result.skip(
+                change.anchor, f"it would change {', '.join(named)}, named in skip=", **change.figures
+            )
         else:
             accepted.append(change)
     readers = _readers(program)
@@ -121,13 +140,14 @@ def apply_changes(pass_: Pass, program: Program, changes: Iterable[WeightChange]
             result.skip(
                 change.anchor,
                 f"its weight is also read by {other}, where it would not change in the same way",
+                **change.figures,
             )
             accepted.remove(change)
     for places in readers:
         _derive(program, places, accepted)
     for change in accepted:
         _edit_nodes(change)
-        result.change(change.anchor, change.reason)
+        result.change(change.anchor, change.reason, **change.figures)
     for name, function in program.functions.items():
         refresh(
             function, {node for change in accepted if change.function.name == name for node in change.nodes}
@@ -235,3 +255,17 @@ def _edit_nodes(change: WeightChange) -> None:
         change.function.erase_dead(old)
     for node, attributes in change.attributes.items():
         node.kwargs = node.kwargs | attributes
+    for node, affine in change.affine.items():
+        _insert(change.function, node, affine)
+
+
+def _insert(function: Function, node: fx.Node, affine: Affine) -> None:
+    dtype, build = node.meta["value"].torch_dtype, function.builder(before=node.next, like=node)
+    users = [user for user in node.users if user not in affine.spared]
+    restored = node
+    if affine.scale is not None:
+        restored = build.mul(node, build.parameter(f"{affine.name}.scale", affine.scale.to(dtype)))
+    if affine.shift is not None:
+        restored = build.add(restored, build.parameter(f"{affine.name}.shift", affine.shift.to(dtype)))
+    for user in users:
+        user.replace_input_with(node, restored)

@@ -25,11 +25,13 @@ def check_pass(
     *,
     unmatched: Program,
     idempotent: bool = True,
+    calibration: Any = None,
 ) -> Program:
     """Runs a pass on ``before`` and checks everything that holds for every pass.
 
     Args:
         expected: what must come out, compared operation by operation; None where only the rest is checked.
+        calibration: data for ``before`` and ``unmatched``, where the pass needs some.
         unmatched: a program on which the pass must do nothing, and say why where it acts on operations that are there.
 
     Returns:
@@ -37,22 +39,22 @@ def check_pass(
     """
     check_documentation(type(pass_))
     check_config(pass_)
-    after = apply(pass_, before)
+    after = apply(pass_, before, calibration)
     if expected is not None:
         assert_same_structure(after, expected)
     check_metadata(before, after)
-    check_float64(pass_, before)
-    assert apply(pass_, before).digest() == after.digest(), "two runs differ"
+    check_float64(pass_, before, calibration)
+    assert apply(pass_, before, calibration).digest() == after.digest(), "two runs differ"
     if idempotent:
-        assert apply(pass_, after) is after, "the second run changed something"
-    check_unmatched(pass_, unmatched)
+        assert apply(pass_, after, calibration) is after, "the second run changed something"
+    check_unmatched(pass_, unmatched, calibration)
     return after
 
 
-def apply(pass_: Pass, program: Program) -> Program:
+def apply(pass_: Pass, program: Program, calibration: Any = None) -> Program:
     """Runs one pass with all of the manager's checks; the program given must stay as it is."""
     contents = _contents(program)
-    after, report = Pipeline([pass_]).run(program, Context(numerics="always"))
+    after, report = Pipeline([pass_]).run(program, Context(numerics="always"), calibration=calibration)
     assert _contents(program) == contents, "the pass touched the program of the user"
     (step,) = report.steps
     assert step.modified == bool(step.changes) == (after is not program)
@@ -84,12 +86,12 @@ def check_metadata(before: Program, after: Program) -> None:
             assert new.keys() == old.keys(), "a place lost its name"
 
 
-def check_float64(pass_: Pass, before: Program) -> None:
+def check_float64(pass_: Pass, before: Program, calibration: Any = None) -> None:
     """With float64 parameters nothing is left of a difference but the rounding of float64 itself."""
     if isinstance(pass_.numerics, Lossy):
         return
     precise = in_float64(before)
-    changed, _ = Pipeline([pass_]).run(precise)
+    changed, _ = Pipeline([pass_]).run(precise, calibration=calibration)
     inputs = {
         name: {k: t.double() if t.is_floating_point() else t for k, t in given.items()}
         for name, given in small_inputs(before, seed=1).items()
@@ -98,8 +100,8 @@ def check_float64(pass_: Pass, before: Program) -> None:
     assert relative_error(reference, actual) <= ROUNDING
 
 
-def check_unmatched(pass_: Pass, unmatched: Program) -> None:
-    after, report = Pipeline([pass_]).run(unmatched)
+def check_unmatched(pass_: Pass, unmatched: Program, calibration: Any = None) -> None:
+    after, report = Pipeline([pass_]).run(unmatched, calibration=calibration)
     assert after is unmatched, "it must not match"
     (step,) = report.steps
     assert step.status == "unchanged" and not step.changes
