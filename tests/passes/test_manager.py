@@ -343,7 +343,7 @@ def test_the_report_is_plain_data_and_a_table(made, tmp_path):
     assert (step["name"], step["status"], step["modified"]) == ("fold.key_bias", "changed", True)
     assert step["before"]["parameters"] - step["after"]["parameters"] == 16
     assert step["before"]["bytes"] - step["after"]["bytes"] == 64
-    assert step["changes"] == [{"site": "block.0.attention", "reason": "key bias dropped"}]
+    assert step["changes"] == [{"site": "block.0.attention", "reason": "key bias dropped", "figures": {}}]
     text = str(report)
     assert "pipeline mine" in text and "fold.key_bias" in text and "changed" in text
 
