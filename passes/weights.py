@@ -120,8 +120,10 @@ def is_plain_linear(function: Function, node: object) -> bool:
     )
 
 
-def apply_changes(pass_: Pass, program: Program, changes: Iterable[WeightChange], result: PassResult) -> None:
-    """Makes the changes that neither ``skip=`` nor a tie forbids, and reports both kinds in ``result``.
+def apply_changes(
+    pass_: Pass, program: Program, changes: Iterable[WeightChange], result: PassResult
+) -> list[WeightChange]:
+    """Makes the changes that neither ``skip=`` nor a tie forbids, returns these, and reports both kinds in ``result``.
 
     A matrix that others read too must change in the same way for all of them; otherwise there would be two
     matrices afterwards where one was stored. Vectors may part.
@@ -152,6 +154,7 @@ def apply_changes(pass_: Pass, program: Program, changes: Iterable[WeightChange]
         refresh(
             function, {node for change in accepted if change.function.name == name for node in change.nodes}
         )
+    return accepted
 
 
 def refresh(function: Function, changed: set[fx.Node]) -> None:
