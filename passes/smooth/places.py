@@ -2,12 +2,12 @@
 
 At such a place v becomes (v - z) / s: what makes it absorbs 1/s and -z/s, the linear layers that read it take s into
 the columns of their weights and W z into their biases, and what else reads it gets v back by a multiplication (and an
-addition). The kinds (METHODS' names in brackets):
+addition). The kinds:
 
-* ``norm`` (P-LN): only linear layers read a norm; its gamma and beta absorb.
-* ``residual`` (P-LNR): others read it too, such as the residual stream of a post-norm model, and get it back.
-* ``value`` (P-VO): values under an attention, up to its output projection; the rows of a softmax sum to one.
-* ``hidden`` (P-UPDOWN): what goes through relu, or the factor of a product that is no activation, up to the next layer.
+* ``norm``: only linear layers read a norm; its gamma and beta absorb.
+* ``residual``: others read it too, such as the residual stream of a post-norm model, and get it back.
+* ``value``: values under an attention, up to its output projection; the rows of a softmax sum to one.
+* ``hidden``: what goes through relu, or the factor of a product that is no activation, up to the next layer.
 """
 
 from __future__ import annotations
