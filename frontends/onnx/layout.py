@@ -280,7 +280,7 @@ def _gather_elements(c: Call) -> fx.Node:
 @converts("GatherND", since=11)
 def _gather_nd(c: Call) -> fx.Node:
     """Each row of indices as one index into the flattened leading axes."""
-    x, index = c.node(0), non_negative(c, c.require(1), 0)
+    x, index = c.node(0), c.require(1)
     if c.attribute("batch_dims", 0):
         raise c.refuse("gathers along batch axes", why="the dialect has no such operation")
     count = size(index)[-1]
@@ -289,8 +289,12 @@ def _gather_nd(c: Call) -> fx.Node:
     lead = size(index)[:-1]
     flat = None
     for axis in range(count):
-        one = c.reshape(c.slice(index, len(lead), axis, axis + 1), lead)
         total = size(x)[axis]
+        if isinstance(index, Known) and index.tensor is not None:
+            one = non_negative(c, Known(index.tensor[..., axis].contiguous()), total)
+        else:
+            cut = c.slice(non_negative(c, index, total), len(lead), axis, axis + 1)
+            one = c.reshape(cut, lead)
         factor = c.build.full(shape=(), value=total, dtype="int64") if isinstance(total, Dim) else total
         flat = one if flat is None else c.build.add(c.build.mul(flat, factor), one)
     rows = c.reshape(x, (product(size(x)[:count]), *size(x)[count:]))

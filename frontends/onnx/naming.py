@@ -1,7 +1,7 @@
 """Names of weights that an exporter lost.
 
 Exporters of torch transpose the weights of linear layers at export and number the results: ``val_56``,
-``onnx::MatMul_317``. Their names follow from the layer's bias, or from the module path of the node.
+``permute_3``, ``onnx::MatMul_317``. Their names follow from the layer's bias, or from the module path of the node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 from tersor.ir.matching import is_call
 from tersor.ir.program import Function
 
-_NUMBERED = re.compile(r"(val|onnx::\w+)_\d+")
+_NUMBERED = re.compile(r"(val|onnx::\w+)_\d+|(permute|transpose|t)(_\d+)?")
 
 
 def restore_weight_names(function: Function) -> None:

@@ -45,7 +45,7 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
     _SPELT_OUT,
     _ATTENTION,
     (*_ATTENTION, *linear.SPLIT_RULES),
-    (*_SHAPED, *indices.RULES),
+    (*_SHAPED, *indices.RULES, *linear.SPLIT_RULES),
     masks.RULES,
     (*_SHAPED, *indices.RULES),
 )

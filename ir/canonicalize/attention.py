@@ -106,7 +106,9 @@ def _is_attention(m: Match) -> str | None:
     q, k = scores.q.meta["value"], scores.k.meta["value"]
     if not q.rank == k.rank == v.rank or q.rank not in (3, 4):
         return f"queries, keys and values have ranks {q.rank}, {k.rank}, {v.rank}"
-    if q.shape[:-2] != k.shape[:-2] or q.shape[:-2] != v.shape[:-2]:
+    # the products broadcast one head of keys over those of the queries
+    shared = (q.shape[0], 1) if q.rank == 4 else q.shape[:-2]
+    if k.shape[:-2] not in (q.shape[:-2], shared) or k.shape[:-2] != v.shape[:-2]:
         return "queries, keys and values have different batches or heads"
     if q.rank == 4 and isinstance(q.shape[1], Dim):
         return "the number of heads is not static"
@@ -120,12 +122,12 @@ def _is_attention(m: Match) -> str | None:
 def _fuse(build: Builder, m: Match) -> fx.Node:
     scores = _peel(m["scores"])
     rank = m.value("v").rank
-    heads = scores.q.meta["value"].shape[1] if rank == 4 else 1
+    heads, kv_heads = (x.meta["value"].shape[1] if rank == 4 else 1 for x in (scores.q, scores.k))
     keys = build.permute(scores.k, dims=(*range(rank - 2), rank - 1, rank - 2))
     q, k, v = (_merged(build, x) for x in (scores.q, keys, m["v"]))
     mask = _mask(build, scores, rank)
     cap = {} if scores.softcap is None else {"softcap": scores.softcap}
-    out = build.attention(q, k, v, mask, heads=heads, kv_heads=heads, scale=scores.scale, **cap)
+    out = build.attention(q, k, v, mask, heads=heads, kv_heads=kv_heads, scale=scores.scale, **cap)
     if rank == 3:
         return out
     batch, length, width = out.meta["value"].shape
@@ -222,10 +224,17 @@ def _repeated(node: Any) -> tuple[fx.Node, Layout, int, int, int] | None:
     return narrow, layout.resized(atoms[0], 1), atoms[0], heads, after[axes[0]]
 
 
+def _unturned(node: Any) -> Any:
+    """What a rotary embedding turns; the same in every head of a group, so it may come before the repetition."""
+    return node.args[0] if is_call(node, "rotary_embedding") else node
+
+
 def _shares_keys(m: Match) -> str | None:
-    k, v = _repeated(m.root.args[1]), _repeated(m.root.args[2])
+    k, v = _repeated(_unturned(m.root.args[1])), _repeated(m.root.args[2])
     if k is None or v is None:
         return "keys and values are not both repeated"
+    if is_call(m.root.args[2], "rotary_embedding"):
+        return "the values are rotated"
     if k[3:] != v[3:] or k[3] * k[4] != m.root.kwargs["kv_heads"]:
         return "the repetition does not give the number of heads"
     return None
@@ -234,11 +243,15 @@ def _shares_keys(m: Match) -> str | None:
 def _share_keys(build: Builder, m: Match) -> fx.Node:
     operands = list(m.root.args)
     for i in (1, 2):
-        source, layout, _, heads, _ = _repeated(operands[i])
+        source, layout, _, heads, _ = _repeated(_unturned(operands[i]))
         wanted = len(layout.source)
         if source.meta["value"].rank != wanted:
             source = build.reshape(source, shape=layout.shape(layout.source))
-        operands[i] = arrange(build, source, layout)
+        shared = arrange(build, source, layout)
+        if is_call(operands[i], "rotary_embedding"):
+            turn = operands[i]
+            shared = build.rotary_embedding(shared, *turn.args[1:], **{**turn.kwargs, "heads": heads})
+        operands[i] = shared
     return _with(m, build, operands, kv_heads=heads)
 
 
@@ -269,5 +282,6 @@ RULES = (
         _is_usual_scale,
     ),
     # attention(q, repeat(k), repeat(v), kv_heads=H)  ->  attention(q, k, v, kv_heads=H/n)
+    # attention(q, rotary(repeat(k)), repeat(v), kv_heads=H)  ->  attention(q, rotary(k), v, kv_heads=H/n)
     Rule("attention.shared_keys", P.attention(...), _share_keys, _shares_keys),
 )

@@ -179,6 +179,28 @@ def _with_numbers(m: Match) -> list[Any] | None:
     return operands if operands != list(m.root.args) else None
 
 
+def _promoted(m: Match) -> tuple[int, list[fx.Node], fx.Node] | None:
+    """An operand that is integers made floats, which the operation would do itself: its position, its moves, them."""
+    for i, operand in enumerate(m.root.args):
+        moves, node = [], operand
+        while is_call(node, "reshape", "permute", "expand"):
+            moves, node = [*moves, node], node.args[0]
+        if not is_call(node, "cast") or node.args[0].meta["value"].is_float:
+            continue
+        tried = [a.meta["value"] if isinstance(a, fx.Node) else a for a in m.root.args]
+        tried[i] = Value(node.args[0].meta["value"].dtype, operand.meta["value"].shape)
+        if tried[i].dtype != "bool" and m.root.target.infer(*tried) == m.root.meta["value"]:
+            return i, moves, node.args[0]
+    return None
+
+
+def _promote(build: Builder, m: Match) -> fx.Node:
+    i, moves, x = _promoted(m)
+    for move in reversed(moves):
+        x = build.emit(move.target, x, **move.kwargs)
+    return build.emit(m.root.target, *m.root.args[:i], x, *m.root.args[i + 1 :])
+
+
 _NEGATIONS = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
@@ -243,6 +265,13 @@ RULES = (
     ),
     # cast(cast(x, int64), float32) of an int32 or boolean x  ->  cast(x, float32)
     Rule("cleanup.cast_of_cast", P.cast(P.cast(_X).named("inner")), _cast_once, _inner_is_exact),
+    # x * cast(i, float32) of a float32 x and an int64 i  ->  x * i
+    Rule(
+        "cleanup.promotion",
+        P.op(("add", "sub", "mul", "div"), ...),
+        _promote,
+        lambda m: None if _promoted(m) else "no operand is a cast that promotion makes",
+    ),
     # slice(slice(x))  ->  slice(x)
     Rule("cleanup.slice_of_slice", P.slice(P.slice(_X).named("inner")), _compose_slices, _slices_compose),
     # slice(concat(x, y))  ->  slice(x), where it lies in x alone

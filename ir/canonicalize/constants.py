@@ -12,7 +12,8 @@ from tersor.ir.canonicalize.affine import is_stored
 from tersor.ir.dims import Dim, evaluate_shape
 from tersor.ir.interpreter import execute
 from tersor.ir.matching import is_call
-from tersor.ir.program import Function
+from tersor.ir.parameters import Parameter
+from tersor.ir.program import Builder, Function
 from tersor.ir.verifier import describe
 
 SMALL = 1 << 16  # bytes that a new constant may always have
@@ -20,6 +21,9 @@ LARGEST_TABLE = 1 << 28  # bytes of a table that is tried at all
 
 # These are as good as stored: they take no memory, or their operand is what should be stored.
 _CHEAP = ("full", "expand", "arange")
+
+# What these make of a parameter is still the parameter: a part or a view of it, or 1 + weight as Gemma's norms have it.
+_RENDITIONS = ("permute", "reshape", "slice", "cast", "add", "sub", "mul", "div", "neg")
 
 
 def fold_constants(
@@ -32,7 +36,8 @@ def fold_constants(
     A value over one dynamic dimension becomes a table for the dimension's maximum and a slice of it, after its
     values at smaller sizes have been found to be a prefix of the table.
     """
-    notes = []
+    notes: list[str] = []
+    made: dict[str, str] = {}
     free = _input_free(function)
     for node in _frontier(function, free):
         if node.op != "call_function" or node in spare or is_stored(node):
@@ -42,9 +47,9 @@ def fold_constants(
             continue
         symbols = sorted(frozenset().union(*(_symbols(n) for n in cone)))
         if not symbols:
-            reason = _fold(function, node, cone, may_grow)
+            reason = _fold(function, node, cone, may_grow, made)
         elif len(symbols) == 1:
-            reason = _tabulate(function, node, cone, symbols[0])
+            reason = _tabulate(function, node, cone, symbols[0], made)
         else:
             reason = f"it depends on several dimensions: {', '.join(symbols)}"
         if reason:
@@ -120,29 +125,41 @@ def _freed(function: Function, cone: list[fx.Node]) -> int:
     )
 
 
-def _name(node: fx.Node, cone: list[fx.Node]) -> str:
-    """After the only parameter it is made from, else after the module that computes it."""
+def _store(
+    build: Builder, node: fx.Node, cone: list[fx.Node], tensor: torch.Tensor, made: dict[str, str]
+) -> fx.Node:
+    """A parameter named after the only one it is made from, else after the module that computes it.
+
+    What every layer computes anew (tables of angles) is stored once; ``made`` has the names by content.
+    """
     stored = [n.target for n in cone if n.op == "get_attr"]
-    if len(stored) == 1 and all(
-        is_call(n, "permute", "reshape", "slice", "cast") for n in cone if n.op != "get_attr"
-    ):
-        return stored[0]
-    return ".".join(filter(None, (node.meta.get("module"), node.name)))
+    if len(stored) == 1 and all(is_call(n, *_RENDITIONS) for n in cone if n.op != "get_attr"):
+        return build.parameter(stored[0], tensor)
+    new = Parameter(tensor)
+    if new.digest in made:
+        return build.read(made[new.digest])
+    read = build.parameter(".".join(filter(None, (node.meta.get("module"), node.name))), new)
+    made[new.digest] = read.target
+    return read
 
 
-def _fold(function: Function, node: fx.Node, cone: list[fx.Node], may_grow: bool) -> str | None:
+def _fold(
+    function: Function, node: fx.Node, cone: list[fx.Node], may_grow: bool, made: dict[str, str]
+) -> str | None:
     if not may_grow and node.meta["value"].bytes > max(SMALL, _freed(function, cone)):
         return f"as a constant it would take {node.meta['value'].bytes} bytes"
     largest = max((n.meta["value"].bytes for n in cone if n.op != "get_attr"), default=0)
     if largest > max(LARGEST_TABLE, _freed(function, cone)):
         return f"to compute it takes {largest} bytes"
     build = function.builder(before=node)
-    new = build.parameter(_name(node, cone), _evaluate(function, cone, {}))
+    new = _store(build, node, cone, _evaluate(function, cone, {}), made)
     function.replace(node, new)
     return None
 
 
-def _tabulate(function: Function, node: fx.Node, cone: list[fx.Node], symbol: str) -> str | None:
+def _tabulate(
+    function: Function, node: fx.Node, cone: list[fx.Node], symbol: str, made: dict[str, str]
+) -> str | None:
     bounds, value = function.dims[symbol], node.meta["value"]
     axes = [i for i, d in enumerate(value.shape) if isinstance(d, Dim)]
     if any(value.shape[i] != Dim.symbol(symbol) for i in axes):
@@ -158,7 +175,7 @@ def _tabulate(function: Function, node: fx.Node, cone: list[fx.Node], symbol: st
         if not _equal(_evaluate(function, cone, {symbol: size}), part):
             return f"its values depend on the size of {symbol}"
     build = function.builder(before=node)
-    new = build.parameter(_name(node, cone), table)
+    new = _store(build, node, cone, table, made)
     for axis in axes:
         new = build.slice(new, dim=axis, start=0, end=Dim.symbol(symbol))
     function.replace(node, new)

@@ -8,7 +8,7 @@ from itertools import product
 from torch import fx
 
 from tersor.errors import CaptureError
-from tersor.ir.canonicalize.affine import Affine, Number, Positions, known
+from tersor.ir.canonicalize.affine import Affine, Number, Positions, known, lower_bound
 from tersor.ir.dims import Dim, shape_symbols
 from tersor.ir.interpreter import resolve
 from tersor.ir.matching import Match, P, Rule
@@ -95,7 +95,10 @@ def _is_run(m: Match) -> str | None:
     affine = _index(m)
     if affine is None:
         return "the index depends on inputs, or is not a linear function of position"
-    return None if _run(affine) else "the index does not count up by one"
+    run = _run(affine)
+    if run is None:
+        return "the index does not count up by one"
+    return "the index counts from the end" if lower_bound(run[0], m.function.dims) < 0 else None
 
 
 def _decided(m: Match) -> str | None:

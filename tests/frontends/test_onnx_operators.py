@@ -153,6 +153,7 @@ CASES = {
     "Gather, one": model("Gather", [X], {1: np.array(-1)}, axis=2),
     "GatherElements": model("GatherElements", [INTEGERS, INTEGERS % 3], axis=0),
     "GatherND": model("GatherND", [X, np.array([[0, 2], [1, 1]])]),
+    "GatherND, negative": model("GatherND", [X], {1: ints([0, -2], [-1, 1])}),
     "OneHot": model("OneHot", [INTEGERS % 5], {1: np.array(5), 2: np.array([0.5, 2], np.float32)}, axis=1),
     "Trilu": model("Trilu", [X], {1: np.array(1)}, upper=0),
     "Pad": model("Pad", [X], {1: ints(0, 1, 0, 2, 0, 0, 3, 0), 2: np.float32(1.5)}),

@@ -193,6 +193,34 @@ def test_repeated_keys_are_shared(groups, count):
     assert "expand" not in names(program) and "permute" not in names(program)
 
 
+def test_keys_that_are_rotated_after_the_repetition_are_shared():
+    def model(b, x):
+        angles = b.reshape(b.cast(b.arange(end=T), dtype="float32"), shape=(1, T, 1))
+        angles = b.expand(angles, shape=(1, T, 2))
+        k = b.slice(x, dim=2, start=0, end=4)
+        turned = merged(b, repeat(b, heads(b, k, 2), 2))
+        turned = b.rotary_embedding(turned, b.cos(angles), b.sin(angles), heads=4)
+        v = merged(b, repeat(b, heads(b, b.neg(k), 2), 2))
+        return b.attention(x, turned, v, heads=4, kv_heads=4, scale=0.5)
+
+    program = program_of(model, X)
+    canonical(program)
+    assert only_attention(program).kwargs["kv_heads"] == 2 and "expand" not in names(program)
+    assert program.main.calls("rotary_embedding")[0].kwargs["heads"] == 2
+
+
+def test_one_head_of_keys_that_the_products_broadcast():
+    def model(b, x):
+        k = heads(b, b.slice(x, dim=2, start=0, end=2), 1)
+        scores = b.mul(b.matmul(heads(b, x, 4), b.permute(k, dims=(0, 1, 3, 2))), 0.5)
+        return merged(b, b.matmul(b.softmax(scores, dim=3), b.neg(k)))
+
+    program = program_of(model, X)
+    canonical(program)
+    node = only_attention(program)
+    assert (node.kwargs["heads"], node.kwargs["kv_heads"]) == (4, 1)
+
+
 def test_keys_repeated_in_the_other_order_are_not_groups():
     """k0 k1 k0 k1 serves other query heads than k0 k0 k1 k1."""
 

@@ -260,6 +260,18 @@ def test_a_number_that_gives_shape_or_type_stays_a_tensor():
     assert names(program) == ["full", "add"]
 
 
+def test_casts_that_promotion_makes_go():
+    inputs = {**X, "m": Value("int64", (B, T)), "seen": Value("bool", (B, T, 1))}
+
+    def model(b, x, m, seen):
+        y = b.mul(x, b.reshape(b.cast(m, dtype="float32"), shape=(B, T, 1)))
+        return b.sub(y, b.cast(seen, dtype="float32"))
+
+    program = program_of(model, inputs)
+    rewritten(program, cleanup.RULES)
+    assert names(program) == ["reshape", "mul", "cast", "sub"], "booleans have no arithmetic"
+
+
 def test_adding_a_float_to_integers_is_not_nothing():
     program = program_of(lambda b, x: b.add(x, 0.0), {"x": Value("int64", (B, T))})
     rewritten(program, cleanup.RULES)
@@ -358,6 +370,41 @@ def test_rotations_of_a_part_of_each_head():
     program = program_of(model, X)
     canonical(program)
     assert sorted(names(program)) == ["rotary_embedding", "slice", "slice"]
+
+
+def rotate_pairs(b, x, cos, sin, size=4, first=0):
+    """GPT-J's way: channels 2i and 2i + 1 turn together."""
+    shape = x.meta["value"].shape
+    even, odd = (b.slice(x, dim=3, start=s, end=size, step=2) for s in (first, 1 - first))
+    pairs = [b.reshape(y, shape=(*shape[:3], size // 2, 1)) for y in (b.neg(odd), even)]
+    return b.add(b.mul(x, cos), b.mul(b.reshape(b.concat(pairs, dim=4), shape=shape), sin))
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+@pytest.mark.parametrize("part", [False, True])
+def test_rotations_of_neighbours(heads_first, part):
+    def model(b, x):
+        x = heads(b, x, 1 if part else 2)
+        cos, sin = tables(b)
+        if not heads_first:
+            x, cos, sin = (b.permute(y, dims=(0, 2, 1, 3)) for y in (x, cos, sin))
+        if part:
+            turned = rotate_pairs(b, b.slice(x, dim=3, start=0, end=4), cos, sin)
+            y = b.concat((turned, b.slice(x, dim=3, start=4, end=8)), dim=3)
+        else:
+            y = rotate_pairs(b, x, cos, sin)
+        return b.reshape(b.permute(y, dims=(0, 2, 1, 3)) if heads_first else y, shape=(B, T, 8))
+
+    program = program_of(model, X)
+    canonical(program)
+    assert sorted(names(program)) == ["rotary_embedding", "slice", "slice"]
+    assert program.main.calls("rotary_embedding")[0].kwargs["interleaved"] is True
+
+
+def test_neighbours_in_the_wrong_order_are_no_rotation():
+    program = program_of(lambda b, x: rotate_pairs(b, heads(b, x), *tables(b), first=1), X)
+    canonical(program)
+    assert "rotary_embedding" not in names(program)
 
 
 def test_halves_in_the_wrong_order_are_no_rotation():

@@ -13,6 +13,7 @@ from tersor.ir import Dim, Range, Value, run
 from tersor.ir.canonicalize import canonicalize, indices
 from tersor.ir.canonicalize.affine import Affine, Positions, Predicate, from_tensor, lower_bound
 from tersor.ir.canonicalize.constants import fold_constants
+from tersor.ir.matching import apply_rules
 
 X = {"x": Value("float32", (B, T, 8))}
 IDS = {"ids": Value("int64", (B, T))}
@@ -193,6 +194,12 @@ def test_a_gather_of_everything_in_order_is_a_reshape():
     assert names(program) == []
 
 
+def test_an_index_that_counts_from_the_end_is_no_slice():
+    program = program_of(lambda b, x: b.index_select(x, b.parameter("last", torch.tensor([-1])), dim=2), X)
+    apply_rules(program.main, indices.RULES)
+    assert names(program) == ["index_select"]
+
+
 def test_a_gather_in_another_order_stays():
     program = program_of(lambda b, x: gather_all(b, x, step=0), {"x": Value("int64", (B, T))})
     canonical(program)
@@ -226,6 +233,27 @@ def test_constants_fold_and_dead_parameters_go():
     program = program_of(model, X)
     canonical(program)
     assert names(program) == ["mul"] and len(program.parameters) == 1 and "w" not in program.parameters
+
+
+def test_a_constant_keeps_the_name_of_the_only_parameter_it_is_made_from():
+    def model(b, x):
+        return b.rms_norm(x, b.add(b.cast(b.parameter("norm.weight", torch.rand(8)), dtype="float32"), 1.0))
+
+    program = program_of(model, X)
+    canonical(program)
+    assert list(program.parameters) == ["norm.weight"]
+
+
+def test_tables_that_are_computed_twice_are_stored_once():
+    def model(b, x):
+        for name in ("first", "second"):
+            angles = b.mul(b.cast(b.arange(end=T), dtype="float32"), b.parameter(name, torch.tensor([0.5])))
+            x = b.mul(x, b.reshape(b.cos(angles), shape=(1, T, 1)))
+        return x
+
+    program = program_of(model, X)
+    canonical(program)
+    assert names(program) == ["slice", "mul", "mul"] and len(program.parameters) == 1
 
 
 def test_a_constant_larger_than_what_it_is_made_from_stays():
