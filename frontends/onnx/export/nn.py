@@ -80,7 +80,7 @@ def _conv(e: Export, stride: tuple[int, ...], padding: tuple[int, ...], dilation
 
 @exports("attention")
 def _attention(e: Export) -> str:
-    """MatMul, Mul, Add, Softmax, MatMul over [B, H, T, D]."""
+    """MatMul, Mul, Add, Softmax, MatMul over [B, H, T, D]; for a soft cap Div, Tanh, Mul before the Add."""
     heads, kv_heads, dtype = e.attribute("heads"), e.attribute("kv_heads"), e.result.dtype
     batch, tq, tk = e.value(0).shape[0], e.value(0).shape[1], e.value(1).shape[1]
     q = split_heads(e, e.argument(0), heads)
@@ -88,6 +88,9 @@ def _attention(e: Export) -> str:
     scores = e.emit("MatMul", q, e.permute(k, (0, 1, 3, 2)))
     if e.attribute("scale") != 1:
         scores = e.emit("Mul", scores, e.constant(e.attribute("scale"), dtype))
+    if (softcap := e.attribute("softcap")) is not None:
+        cap = e.constant(softcap, dtype)
+        scores = e.emit("Mul", e.emit("Tanh", e.emit("Div", scores, cap)), cap)
     mask, may_hide_all = _mask(e, tq, tk)
     chances = e.emit("Softmax", e.emit("Add", scores, mask) if mask else scores, axis=-1)
     if may_hide_all:  # a row that hides every key gives 0, here 0 / 0
