@@ -15,6 +15,12 @@ from tersor.ir.samples import sample_inputs, sample_states
 TOLERANCE = 1e-4
 """Largest error of f32 code, relative to the output's largest magnitude."""
 
+ROUNDED_TOLERANCE = 0.0141
+"""Largest distance of code that rounds to codes on the way, relative to the output's norm: a cosine of .9999.
+
+Float sums differ in their last bits between targets; where such a sum lies between two codes, it becomes the other
+one, and that is a whole step."""
+
 Tensors = Mapping[str, torch.Tensor]
 Call = Callable[[Tensors, MutableMapping[str, torch.Tensor]], Tensors]
 """From inputs and states by name to outputs; the states' new values replace those in the mapping."""
@@ -22,8 +28,8 @@ Call = Callable[[Tensors, MutableMapping[str, torch.Tensor]], Tensors]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run of both: the sizes of the named dimensions and the worst error per output and updated state (``$name``),
-    relative to its scale.
+    """One run of both: the sizes of the named dimensions and the error of each output and updated state (``$name``);
+    see `compare`.
     """
 
     sizes: dict[str, int]
@@ -37,14 +43,20 @@ class Comparison:
         return asdict(self)
 
 
-def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) -> list[Comparison]:
+def compare(function: Function, compiled: Call, tolerance: float | None = None) -> list[Comparison]:
     """Runs both at the smallest, the largest and an odd size of every named dimension, on the same random states.
+
+    The error is the largest difference relative to the output's largest magnitude; in a program that rounds to codes
+    the difference's norm relative to the output's.
 
     Raises:
         CompileError: the program itself fails there.
         BudgetError: an output is further off than ``tolerance``, or not finite where the reference is.
     """
     comparisons = []
+    rounded = bool(function.calls("quantize", "saturate", "round"))
+    measure = distance if rounded else relative_error
+    tolerance = tolerance or (ROUNDED_TOLERANCE if rounded else TOLERANCE)
     for seed, sizes in enumerate(probe_sizes(function)):
         inputs, states = sample_inputs(function, sizes, seed), sample_states(function, sizes, seed)
         actual_states = dict(states)
@@ -60,8 +72,8 @@ def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) ->
                 fix="check the ranges of the dynamic dimensions; verify=False skips the comparison",
             ) from error
         actual = compiled(inputs, actual_states)
-        errors = {name: relative_error(actual[name], expected[name]) for name in function.outputs}
-        errors |= {f"${name}": relative_error(actual_states[name], states[name]) for name in function.states}
+        errors = {name: measure(actual[name], expected[name]) for name in function.outputs}
+        errors |= {f"${name}": measure(actual_states[name], states[name]) for name in function.states}
         comparisons.append(Comparison(sizes, errors))
         if not comparisons[-1].worst <= tolerance:
             worst = max(
@@ -69,7 +81,7 @@ def compare(function: Function, compiled: Call, tolerance: float = TOLERANCE) ->
             )
             raise BudgetError(
                 f"the compiled code disagrees with the program: output {worst!r} is off by {errors[worst]:.2e} "
-                f"of its scale (tolerance {tolerance:.0e})",
+                f"of its scale (tolerance {tolerance:.2g})",
                 where=place,
                 why="a kernel is wrong for this target, or the program amplifies rounding",
                 fix="report it with the program (tersor inspect); verify=False skips this comparison",
@@ -102,3 +114,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return 0.0
     scale = expected[finite].abs().max().item()
     return (actual[finite] - expected[finite]).abs().max().item() / (scale or 1.0)
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected| in the Euclidean norm; NaN and infinities must agree exactly (else inf)."""
+    actual, expected = actual.double(), expected.double()
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(actual)):
+        return float("inf")
+    norm = expected[finite].norm().item()
+    return (actual[finite] - expected[finite]).norm().item() / (norm or 1.0)

@@ -1,8 +1,9 @@
 """Which nodes go into one kernel.
 
 A *group* is one kernel call: a root node whose value is written to memory, the element-wise nodes computed on the
-way to it, and the anchors (linear layers of one input) whose accumulators the element-wise work starts from: one,
-or two for a gated feed-forward layer. Groups are grown from their roots towards the inputs, the last node first.
+way to it, and the anchors (linear layers of one input, of floats or of codes) whose accumulators the element-wise
+work starts from: one, or two for a gated feed-forward layer. Groups are grown from their roots towards the inputs, the
+last node first.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from torch import fx
 
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, InputKind, Step
 from tersor.ir.dims import Shape
+from tersor.ir.matching import is_call
 from tersor.ir.opset.rules import promote
 from tersor.ir.program import Function
 
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 LOGICAL = {"logical_and", "logical_or", "logical_not"}
+
+EPILOGUE_DTYPES = {"float32", "int8", "uint8"}
+"""What a GEMM's epilogue may store."""
 
 
 @dataclass
@@ -35,9 +40,22 @@ class Plan:
 
     groups: dict[fx.Node, Group] = field(default_factory=dict)
     inner: set[fx.Node] = field(default_factory=set)
-    joined: dict[fx.Node, tuple[fx.Node, ...]] = field(
-        default_factory=dict
-    )  # attention -> its q, k, v linears
+    joined: dict[fx.Node, Joined] = field(default_factory=dict)  # attention -> its q, k and v projections
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Projections of one input that are one GEMM, their outputs side by side.
+
+    Attributes:
+        anchors: the linear layers.
+        chain: the epilogue of all of them.
+        feeds: for each of the chain's inputs behind the accumulator, the operand of each layer (None: absent).
+    """
+
+    anchors: tuple[fx.Node, ...]
+    chain: Chain
+    feeds: tuple[tuple[fx.Node | None, ...], ...]
 
 
 def plan(function: Function) -> Plan:
@@ -61,7 +79,7 @@ def is_elementwise(node: fx.Node) -> bool:
 
 def is_anchor(node: fx.Node) -> bool:
     """A linear layer whose weight is a stored parameter, so that it can be packed ahead of time."""
-    return node.op == "call_function" and node.target.name == "linear" and node.args[1].op == "get_attr"
+    return is_call(node, "linear", "integer_linear") and node.args[1].op == "get_attr"
 
 
 def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
@@ -80,7 +98,7 @@ def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
         if is_elementwise(node):
             inside.add(node)
             frontier.extend(node.all_input_nodes)
-        elif is_anchor(node) and _joins(node, group.anchors) and root.meta["value"].dtype == "float32":
+        elif is_anchor(node) and _joins(node, group.anchors) and root.meta["value"].dtype in EPILOGUE_DTYPES:
             group.anchors.append(node)
     group.members = [n for n in root.graph.nodes if n in inside]
     group.anchors.sort(key=list(root.graph.nodes).index)
@@ -93,6 +111,7 @@ def _joins(node: fx.Node, anchors: list[fx.Node]) -> bool:
     """Whether a linear can be computed beside those in a group: at most two, of one input and one size."""
     return not anchors or (
         len(anchors) == 1
+        and anchors[0].target is node.target
         and anchors[0].args[0] is node.args[0]
         and anchors[0].args[1].meta["value"] == node.args[1].meta["value"]
     )
@@ -101,16 +120,40 @@ def _joins(node: fx.Node, anchors: list[fx.Node]) -> bool:
 def _join_projections(function: Function, result: Plan) -> None:
     """Query, key and value projections of one input become one GEMM: more panels to share out, one launch."""
     for node in function.calls("attention"):
-        q, k, v = node.args[:3]
-        plain = all(
-            is_anchor(p) and p in result.groups and result.groups[p].members == [] and len(p.users) == 1
-            for p in (q, k, v)
-        )
-        if plain and len({q, k, v}) == 3 and q.args[0] is k.args[0] is v.args[0]:
-            result.joined[node] = (q, k, v)
-            for p in (q, k, v):
-                del result.groups[p]
-            result.inner.update((q, k, v))
+        roots = node.args[:3]
+        groups = [result.groups.get(root) for root in roots]
+        if len({*roots}) < 3 or any(
+            g is None or len(g.anchors) != 1 or len(g.root.users) > 1 for g in groups
+        ):
+            continue
+        anchors = tuple(g.anchors[0] for g in groups)
+        if len({(a.target, a.args[0]) for a in anchors}) > 1:
+            continue
+        if joined := _joined(anchors, groups):
+            result.joined[node] = joined
+            for root in roots:
+                del result.groups[root]
+            result.inner.update(roots)
+
+
+def _joined(anchors: tuple[fx.Node, ...], groups: list[Group]) -> Joined | None:
+    """The groups as one; None when their epilogues are not the same work on operands that lie side by side."""
+    if not any(g.members for g in groups):
+        biases = tuple(a.args[2] if len(a.args) > 2 else None for a in anchors)
+        accumulator = ChainInput("accumulator", anchors[0].meta["value"].dtype)
+        if not any(biases):
+            return Joined(anchors, Chain((accumulator,), (), (0,)), ())
+        chain = Chain((accumulator, ChainInput("column", accumulator.dtype)), (Step("add", (0, 1)),), (2,))
+        return Joined(anchors, chain, (biases,))
+    chains, feeds = zip(*(build_chain(g) for g in groups), strict=True)
+    if len({*chains}) > 1:
+        return None
+    for kind, operands in zip((i.kind for i in chains[0].inputs[1:]), zip(*feeds, strict=True), strict=True):
+        shared = kind in ("row", "scalar") and len({*operands}) == 1
+        beside = kind == "column" and all(o.op == "get_attr" and o.meta["value"].rank == 1 for o in operands)
+        if not (shared or beside):
+            return None
+    return Joined(anchors, chains[0], tuple(zip(*feeds, strict=True)))
 
 
 def build_chain(group: Group) -> tuple[Chain, list[fx.Node]]:
@@ -125,7 +168,7 @@ def build_chain(group: Group) -> tuple[Chain, list[fx.Node]]:
         for operand in node.args[2:3] if node in anchors else node.args:
             if isinstance(operand, fx.Node) and operand not in inside and operand not in feeds:
                 feeds.append(operand)
-    inputs = [ChainInput("accumulator")] * len(anchors)
+    inputs = [ChainInput("accumulator", a.meta["value"].dtype) for a in anchors]
     inputs += [ChainInput(input_kind(f.meta["value"].shape, shape), f.meta["value"].dtype) for f in feeds]
     index: dict[fx.Node, int] = {node: i for i, node in enumerate([*anchors, *feeds])}
     steps: list[Step] = []
@@ -146,8 +189,8 @@ def build_chain(group: Group) -> tuple[Chain, list[fx.Node]]:
             index[anchor] = push(Step("add", (index[anchor], index[anchor.args[2]])))
     for node in group.members:
         name = node.target.elementwise
-        if name == "cast":
-            index[node] = push(Step("cast", (index[node.args[0]],), node.kwargs["dtype"]))
+        if name in ("cast", "saturate"):
+            index[node] = push(Step(name, (index[node.args[0]],), node.kwargs["dtype"]))
             continue
         wanted = _operand_dtypes(node)
         args = tuple(operand(x, dtype) for x, dtype in zip(node.args, wanted, strict=True))

@@ -186,11 +186,12 @@ class Lowering:
         weights = [anchor.args[1] for anchor in group.anchors]
         n, k = weights[0].meta["value"].shape
         panel = tiles.panel_width(self.target)
-        gemm = Gemm(opaque(shape[:-1]), k, n, chain, panel, len(weights))
+        x = group.anchors[0].args[0]
+        gemm = Gemm(opaque(shape[:-1]), k, n, chain, panel, len(weights), x.meta["value"].dtype)
         join = "beside" if len(weights) > 1 else "stacked"
         packed = self.weight(Weight(tuple(w.target for w in weights), panel, join))
         extra = [self.view(feed, spec.shape) for feed, spec in zip(feeds, gemm.inputs()[2:], strict=True)]
-        return self.call(gemm, [self.value(group.anchors[0].args[0]), packed, *extra], [shape])
+        return self.call(gemm, [self.value(x), packed, *extra], [shape])
 
     def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
         """Results the caller may keep: an input, a weight, a state or a value returned twice is copied."""

@@ -6,6 +6,7 @@ from torch import fx
 from tvm import relax
 
 from tersor.codegen import tiles
+from tersor.codegen.fusion import Joined
 from tersor.codegen.kernels import layout
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
@@ -99,7 +100,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
     q, k, v, mask = (*node.args, None)[:4]
     (batch, q_len, width), kv_len = opaque(q.meta["value"].shape), opaque(k.meta["value"].shape)[1]
     heads, kv_heads = node.kwargs["heads"], node.kwargs["kv_heads"]
-    joined = node in lowering.plan.joined
+    joined = lowering.plan.joined.get(node)
     kernel = Attention(
         batch,
         q_len,
@@ -116,21 +117,27 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
         packed="qkv" if joined else "",
         softcap=node.kwargs.get("softcap"),
     )
-    args = [_joined(lowering, (q, k, v))] if joined else [lowering.value(a) for a in (q, k, v)]
+    args = [_joined(lowering, joined)] if joined else [lowering.value(a) for a in (q, k, v)]
     args += [lowering.value(mask)] if mask is not None else []
     return lowering.call(kernel, args, [node.meta["value"].shape])
 
 
-def _joined(lowering: Lowering, projections: tuple[fx.Node, ...]) -> relax.Expr:
+def _joined(lowering: Lowering, joined: Joined) -> relax.Expr:
     """Linear layers of one input as one, their outputs side by side."""
-    x, sizes = projections[0].args[0], [p.meta["value"].shape[-1] for p in projections]
-    biases = [p.args[2] if len(p.args) > 2 else None for p in projections]
-    weight = Weight(tuple(p.args[1].target for p in projections), tiles.panel_width(lowering.target))
-    bias = Weight(tuple(n if b is None else b.target for n, b in zip(sizes, biases, strict=True)))
-    lead, k = x.meta["value"].shape[:-1], x.meta["value"].shape[-1]
-    return _projection(
-        lowering, lowering.value(x), lead, weight, sum(sizes), k, bias if any(biases) else None
-    )
+    x, sizes = joined.anchors[0].args[0], [a.meta["value"].shape[-1] for a in joined.anchors]
+    value, n, panel = x.meta["value"], sum(sizes), tiles.panel_width(lowering.target)
+    weight = Weight(tuple(a.args[1].target for a in joined.anchors), panel)
+    gemm = Gemm(opaque(value.shape[:-1]), value.shape[-1], n, joined.chain, panel, dtype=value.dtype)
+    args = [lowering.value(x), lowering.weight(weight)]
+    for kind, operands, spec in zip(
+        (i.kind for i in joined.chain.inputs[1:]), joined.feeds, gemm.inputs()[2:], strict=True
+    ):
+        if kind == "column":
+            parts = zip(sizes, operands, strict=True)
+            args.append(lowering.weight(Weight(tuple(n if o is None else o.target for n, o in parts))))
+        else:
+            args.append(lowering.view(operands[0], spec.shape))
+    return lowering.call(gemm, args, [(*value.shape[:-1], n)])
 
 
 @register_lowering("matmul")
@@ -149,6 +156,7 @@ def _matmul(lowering: Lowering, node: fx.Node) -> relax.Expr:
     return lowering.call(kernel, args, [node.meta["value"].shape])
 
 
+@register_lowering("integer_linear")
 @register_lowering("linear")
 def _linear(lowering: Lowering, node: fx.Node) -> relax.Expr:
     """A linear layer whose weight is computed; stored weights are anchors of groups."""

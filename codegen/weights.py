@@ -48,9 +48,8 @@ class Weight:
 
     def load(self, store: ParameterStore) -> np.ndarray:
         """The contents in this layout."""
-        arrays = [
-            np.zeros(s, np.float32) if isinstance(s, int) else store[s].tensor.numpy() for s in self.sources
-        ]
+        dtype = next(store[s].tensor.numpy().dtype for s in self.sources if isinstance(s, str))
+        arrays = [np.zeros(s, dtype) if isinstance(s, int) else store[s].tensor.numpy() for s in self.sources]
         if len(arrays) > 1 and self.join == "stacked":
             arrays = [np.concatenate(arrays)]
         if self.panel is None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
-from tersor.ir.opset.rules import broadcast, operand_shapes, promote, same_float
+from tersor.ir.opset.rules import broadcast, operand_shapes, promote, require_float, same_float
 from tersor.ir.value import DTYPES, Value
 
 
@@ -32,6 +32,13 @@ def _infer_bool(*operands: Any, **_: Any) -> Value:
 def _infer_cast(x: Value, *, dtype: str) -> Value:
     if dtype not in DTYPES:
         raise ProgramError(f"cast to the unknown type {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+    return Value(dtype, x.shape)
+
+
+def _infer_saturate(x: Value, *, dtype: str) -> Value:
+    if dtype not in ("int8", "uint8"):
+        raise ProgramError(f"saturate to {dtype!r}", fix="use int8 or uint8")
+    require_float("saturate", x)
     return Value(dtype, x.shape)
 
 
@@ -206,6 +213,12 @@ def cast(x, *, dtype: str):
     return x.to(DTYPES[dtype])
 
 
+def saturate(x, *, dtype: str):
+    """x limited to the range of ``dtype`` (int8 or uint8), then converted to it."""
+    limits = torch.iinfo(DTYPES[dtype])
+    return x.clamp(limits.min, limits.max).to(DTYPES[dtype])
+
+
 def eq(x, y):
     """x == y."""
     return x == y
@@ -274,3 +287,4 @@ for _function in (logical_and, logical_or, logical_not):
     _register(_function, _infer_logical)
 _register(where, _infer_where)
 _register(cast, _infer_cast)
+_register(saturate, _infer_saturate)

@@ -22,7 +22,7 @@ from tersor.ir.opset.rules import axis as axis_of
 from tersor.ir.opset.rules import broadcast, require_dtype
 from tersor.ir.value import DTYPES, Value
 
-CODES = {"int8": (-128, 127), "uint8": (0, 255), "int32": (-(2**31), 2**31 - 1)}
+CODES = {"int8": (-128, 127), "uint8": (0, 255)}
 """Types of codes with their limits."""
 
 
@@ -181,8 +181,7 @@ def _decompose_quantize(
     codes = build.round(build.mul(x, build.reciprocal(_factor(build, scale, x, axis))))
     if zero_point is not None:
         codes = build.add(codes, _factor(build, zero_point, x, axis))
-    low, high = CODES[dtype]
-    return build.cast(build.minimum(build.maximum(codes, float(low)), float(high)), dtype=dtype)
+    return build.saturate(codes, dtype=dtype)
 
 
 def _decompose_dequantize(

@@ -24,6 +24,28 @@ def doubling(rows: int = 8) -> Function:
     return function
 
 
+def test_programs_of_codes_are_compared_by_their_distance():
+    """One code of many may be another; a wrong scale is noticed."""
+    function = Program().add_function("main", {"n": Range(200, 200)})
+    x = function.add_input("x", Value("float32", (N, 64)))
+    function.set_outputs({"y": function.builder().round(x)})
+
+    def moved(by: float, where: slice):
+        def call(inputs, states):
+            result = run(function, inputs, states)
+            result["y"] = result["y"].clone()
+            result["y"][where] += by
+            return result
+
+        return call
+
+    assert compare(function, moved(1.0, slice(0, 0)))[0].worst == 0
+    few = compare(function, moved(1e-2, slice(0, 100)))[0]
+    assert 1e-4 < few.worst < 0.0141
+    with pytest.raises(BudgetError, match="disagrees"):
+        compare(function, moved(1.0, slice(0, 100)))
+
+
 def test_the_ends_and_the_middle_of_every_range_are_tried():
     function = Program().add_function("main", {"n": Range(1, 8), "m": Range(3, 3)})
     sizes = probe_sizes(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tersor.codegen.fusion import build_chain, plan
@@ -98,7 +99,7 @@ def test_projections_of_one_attention_are_joined():
     y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
     function.set_outputs({"y": y})
     result = plan(function)
-    assert result.joined == {y: (q, k, v)} and not result.groups
+    assert result.joined[y].anchors == (q, k, v) and not result.groups
 
 
 def test_a_projection_read_elsewhere_is_not_joined():
@@ -108,6 +109,56 @@ def test_a_projection_read_elsewhere_is_not_joined():
     y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
     function.set_outputs({"y": y, "k": k})
     assert plan(function).joined == {}
+
+
+def integer_layer(function: Function, codes, scale, n: int, bias: bool = True):
+    """The layer that `quantize.integers` makes of a linear one with a scale per token."""
+    b = function.builder()
+    stored = b.parameter("c", torch.ones(n, 16, dtype=torch.int8))
+    start = b.parameter("k", torch.zeros(n, dtype=torch.int32))
+    y = b.cast(b.integer_linear(codes, stored, start), dtype="float32")
+    y = b.mul(b.mul(y, b.parameter("m", torch.ones(n))), scale)
+    return b.add(y, b.parameter("b", torch.ones(n))) if bias else y
+
+
+def test_what_follows_an_integer_product_is_its_epilogue():
+    function, x = block()
+    b = function.builder()
+    scale = b.dynamic_scale(x)
+    codes = b.quantize(x, scale, 128, dtype="uint8")
+    y = b.saturate(b.round(b.gelu(integer_layer(function, codes, scale, 32))), dtype="uint8")
+    function.set_outputs({"y": y})
+    group = plan(function).groups[y]
+    assert [a.target.name for a in group.anchors] == ["integer_linear"]
+    chain, _ = build_chain(group)
+    assert chain.inputs[0].dtype == "int32"
+    assert [i.kind for i in chain.inputs] == ["accumulator", "column", "column", "row", "column"]
+    assert [s.op for s in chain.steps] == [
+        "add",
+        "cast",
+        "mul",
+        "mul",
+        "add",
+        "gelu_erf",
+        "round",
+        "saturate",
+    ]
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (True, False, True)])
+def test_integer_projections_are_joined_when_their_epilogues_are_the_same_work(biases):
+    function, x = block()
+    b = function.builder()
+    scale = b.dynamic_scale(x)
+    codes = b.quantize(x, scale, 128, dtype="uint8")
+    q, k, v = (integer_layer(function, codes, scale, 16, bias) for bias in biases)
+    y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
+    function.set_outputs({"y": y})
+    joined = plan(function).joined
+    assert (y in joined) == all(biases)
+    if joined:
+        start, multiplier, row, bias = joined[y].feeds
+        assert set(row) == {scale} and len({*start}) == len({*multiplier}) == len({*bias}) == 3
 
 
 def test_promotion_becomes_explicit_casts():

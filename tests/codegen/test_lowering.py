@@ -177,6 +177,23 @@ CASES = {
             ),
         ),
     ),
+    "a product of codes": (
+        (X,),
+        lambda b, x: b.add(
+            b.mul(
+                b.cast(
+                    b.integer_linear(
+                        coded(b, x, zero=3.0)[0],
+                        b.parameter("w", torch.randint(-127, 128, (40, 24)).to(torch.int8)),
+                        b.parameter("k", torch.randint(-999, 999, (40,)).to(torch.int32)),
+                    ),
+                    dtype="float32",
+                ),
+                b.parameter("m", torch.rand(40) / 999),
+            ),
+            b.dynamic_scale(x),
+        ),
+    ),
     "an input twice": ((X,), lambda b, x: (x, x)),
     "a weight": ((X,), lambda b, x: (b.add(x, 1.0), weight(b, 3, 4))),
     "a scalar weight": ((X,), lambda b, x: b.mul(x, b.parameter("s", torch.tensor(0.25)))),

@@ -50,6 +50,7 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
         ((boolean(B, 1), f32(L), f32(B, L)), {}), ((boolean(B), 0.0, f32(B)), {}), ((boolean(B), 1, 0), {}),
         ((boolean(B), f32(B), float("-inf")), {}), ((boolean(B, L), i64(1), 2.5), {}),
     ],
+    "saturate": [((f32(B, L),), {"dtype": "uint8"}), ((f32(),), {"dtype": "int8"})],
     "cast": [((f32(B, L),), {"dtype": "int64"}), ((boolean(B),), {"dtype": "float32"}), ((i64(),), {"dtype": "bool"})],
     **{name: [((i64(B, L), i64(L)), {}), ((f32(B), 0.5), {}), ((2, i64(B)), {})] for name in
        ("eq", "ne", "lt", "le", "gt", "ge")},
@@ -101,7 +102,7 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
     "quantize": [
         ((f32(B, L, 6), f32()), {"dtype": "int8"}), ((f32(B, L, 6), f32(), f32()), {"dtype": "uint8"}),
         ((f32(B, L, 6), f32(B, L, 1)), {"dtype": "uint8"}), ((f32(4, 6), f32(4), f32(4)), {"dtype": "int8", "axis": 0}),
-        ((f32(B, 6), f32(B, 3)), {"dtype": "int8", "group": 2}), ((f32(4), f32()), {"dtype": "int32", "axis": 0}),
+        ((f32(B, 6), f32(B, 3)), {"dtype": "int8", "group": 2}), ((f32(4), f32()), {"dtype": "int8", "axis": 0}),
         ((f32(B, L, 6), f32(B, L, 1), 128), {"dtype": "uint8"}), ((f32(4), f32(2), 3), {"dtype": "uint8", "group": 2}),
     ],
     "dequantize": [

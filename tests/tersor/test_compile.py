@@ -256,6 +256,28 @@ def test_planted_zeros_are_removed(make, tmp_path):
     assert {96, 89, 82} <= widths
 
 
+@pytest.mark.parametrize("make", [encoder, llama], ids=lambda f: f.__name__)
+def test_eight_bits_with_scales_found_at_run_time(make, tmp_path):
+    torch.manual_seed(0)
+    model = make()[0].eval()
+    given = text()
+    compiled = tersor.compile(
+        model, given, dynamic=TEXT, recipe="int8-dynamic", output=tmp_path / "a.tersor", threads=1
+    )
+    assert compiled.manifest.verified
+    with torch.no_grad():
+        expected = model(**given)[0]
+    actual = compiled(**given)[0]
+    seen = given["attention_mask"].bool()
+    assert torch.nn.functional.cosine_similarity(actual[seen], expected[seen], dim=-1).min() > 0.99
+    products = [
+        p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
+    others = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in products)
+    stored = os.path.getsize(tmp_path / "a.tersor" / "weights.safetensors")
+    assert stored < 4 * others + 1.5 * sum(p.numel() for p in products) + 20_000
+
+
 def test_every_mistake_of_a_pipeline_is_listed(bert):
     with pytest.raises(PipelineError) as caught:
         tersor.compile(bert, text(), recipe=["fold.zero_heads", "nonsense"])
