@@ -49,11 +49,13 @@ class Joined:
 
     Attributes:
         anchors: the linear layers.
+        members: the element-wise nodes behind them.
         chain: the epilogue of all of them.
         feeds: for each of the chain's inputs behind the accumulator, the operand of each layer (None: absent).
     """
 
     anchors: tuple[fx.Node, ...]
+    members: tuple[fx.Node, ...]
     chain: Chain
     feeds: tuple[tuple[fx.Node | None, ...], ...]
 
@@ -142,9 +144,9 @@ def _joined(anchors: tuple[fx.Node, ...], groups: list[Group]) -> Joined | None:
         biases = tuple(a.args[2] if len(a.args) > 2 else None for a in anchors)
         accumulator = ChainInput("accumulator", anchors[0].meta["value"].dtype)
         if not any(biases):
-            return Joined(anchors, Chain((accumulator,), (), (0,)), ())
+            return Joined(anchors, (), Chain((accumulator,), (), (0,)), ())
         chain = Chain((accumulator, ChainInput("column", accumulator.dtype)), (Step("add", (0, 1)),), (2,))
-        return Joined(anchors, chain, (biases,))
+        return Joined(anchors, (), chain, (biases,))
     chains, feeds = zip(*(build_chain(g) for g in groups), strict=True)
     if len({*chains}) > 1:
         return None
@@ -153,7 +155,8 @@ def _joined(anchors: tuple[fx.Node, ...], groups: list[Group]) -> Joined | None:
         beside = kind == "column" and all(o.op == "get_attr" and o.meta["value"].rank == 1 for o in operands)
         if not (shared or beside):
             return None
-    return Joined(anchors, chains[0], tuple(zip(*feeds, strict=True)))
+    members = tuple(m for g in groups for m in g.members)
+    return Joined(anchors, members, chains[0], tuple(zip(*feeds, strict=True)))
 
 
 def build_chain(group: Group) -> tuple[Chain, list[fx.Node]]:

@@ -26,8 +26,8 @@ class StateMemory:
         self._call: dict[fx.Node, fx.Node] = {}  # node inside a group -> the node whose kernel reads for it
         for group in plan.groups.values():
             self._call |= dict.fromkeys([*group.members, *group.anchors], group.root)
-        for attention, projections in plan.joined.items():
-            self._call |= dict.fromkeys(projections, attention)
+        for attention, joined in plan.joined.items():
+            self._call |= dict.fromkeys([*joined.members, *joined.anchors], attention)
 
     def made(self, node: fx.Node) -> None:
         """The node's value has been computed; an operation other than ``cache_update`` by reading, or as a view."""
