@@ -219,6 +219,11 @@ def saturate(x, *, dtype: str):
     return x.clamp(limits.min, limits.max).to(DTYPES[dtype])
 
 
+def _decompose_saturate(build: Any, x: Any, *, dtype: str) -> Any:
+    limits = torch.iinfo(DTYPES[dtype])
+    return build.cast(build.minimum(build.maximum(x, float(limits.min)), float(limits.max)), dtype=dtype)
+
+
 def eq(x, y):
     """x == y."""
     return x == y
@@ -287,4 +292,4 @@ for _function in (logical_and, logical_or, logical_not):
     _register(_function, _infer_logical)
 _register(where, _infer_where)
 _register(cast, _infer_cast)
-_register(saturate, _infer_saturate)
+ops.register(Op("saturate", saturate, _infer_saturate, decompose=_decompose_saturate, elementwise="saturate"))
