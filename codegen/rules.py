@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 from tvm import relax
 
@@ -16,8 +18,9 @@ from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Embedding
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.norm import LayerNorm, Reduce, RMSNorm
-from tersor.codegen.kernels.scan import ArgMax, CumSum
+from tersor.codegen.kernels.scan import ArgMax, ArgSort, CumSum, Scatter
 from tersor.codegen.kernels.softmax import Softmax
+from tersor.codegen.kernels.window import DepthwiseConv, Pool, Window
 from tersor.codegen.lowering import Lowering, copy_kernel, opaque, register_lowering
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
@@ -170,56 +173,99 @@ def _linear(lowering: Lowering, node: fx.Node) -> relax.Expr:
 
 @register_lowering("conv1d")
 def _conv1d(lowering: Lowering, node: fx.Node) -> relax.Expr:
-    one = {
-        key: (node.kwargs.get(key, node.target.attributes[key]),) for key in ("stride", "padding", "dilation")
-    }
-    return _convolution(lowering, node, **one)
+    """A convolution over one dimension is one over an image that is one row high."""
+    along = {key: _attribute(node, key) for key in ("stride", "padding", "dilation")}
+    windows = {key: (0 if key == "padding" else 1, value) for key, value in along.items()}
+    return _convolution(lowering, node, **windows)
 
 
 @register_lowering("conv2d")
 def _conv2d(lowering: Lowering, node: fx.Node) -> relax.Expr:
-    two = {
-        key: tuple(node.kwargs.get(key, node.target.attributes[key]))
-        for key in ("stride", "padding", "dilation")
-    }
-    return _convolution(lowering, node, **two)
+    windows = {key: tuple(_attribute(node, key)) for key in ("stride", "padding", "dilation")}
+    return _convolution(lowering, node, **windows)
+
+
+def _attribute(node: fx.Node, name: str) -> Any:
+    return node.kwargs.get(name, node.target.attributes[name])
 
 
 def _convolution(lowering: Lowering, node: fx.Node, *, stride, padding, dilation) -> relax.Expr:
-    """Windows as rows, times the weight, channels moved to the front."""
+    """The weight times the windows as columns, group by group; channels by themselves have a kernel of their own."""
     x, weight, bias = (*node.args, None)[:3]
-    if weight.op != "get_attr" or node.kwargs.get("groups", 1) != 1:
-        raise CompileError(
-            "this convolution has no lowering",
-            where=describe(node),
-            why="only convolutions in one group, with a stored weight, become a GEMM",
-            fix="give the layer another form, or a lowering of its own (codegen.register_lowering)",
+    groups, value = _attribute(node, "groups"), node.meta["value"]
+    batch, n, *windows = value.shape if value.rank == 4 else (*value.shape[:2], 1, value.shape[2])
+    image = _image(x.meta["value"].shape)
+    kernel = _image(weight.meta["value"].shape)[2:]
+    source = lowering.view(x, image)
+    source, image = _padded(lowering, source, image, padding, 0.0)
+    if groups > 1 and groups == image[1]:
+        window = Window(kernel, opaque(tuple(windows)), stride, dilation)
+        made = DepthwiseConv(opaque(image), n, window, bias is not None)
+        args = [source, lowering.view(weight, (n, 1, *kernel)), *([lowering.value(bias)] if bias else [])]
+        return lowering.reshape(lowering.call(made, args, [(batch, n, *windows)]), value.shape)
+    columns, k = (
+        (batch, groups, image[1] // groups * product(kernel), product(windows)),
+        weight.meta["value"].shape,
+    )
+    if (kernel, stride) != ((1, 1), (1, 1)):
+        unfold = layout.Unfold(opaque(image), kernel, opaque(tuple(windows)), stride, dilation)
+        source = lowering.call(unfold, [source], [(*image[:2], *kernel, *windows)])
+    rows = (1, groups, n // groups, product(k[1:]))
+    gemm = BatchedGemm(rows, opaque(columns))
+    args = [lowering.reshape(lowering.value(weight), rows), lowering.reshape(source, columns)]
+    out = lowering.call(gemm, args, [(batch, groups, n // groups, product(windows))])
+    out = lowering.reshape(out, (batch, n, product(windows)))
+    if bias is not None:
+        shape = opaque((batch, n, product(windows)))
+        chain = Chain((ChainInput("full"), ChainInput("row")), (Step("add", (0, 1)),), (2,))
+        add = Elementwise(chain, (shape, (n, 1)), shape)
+        out = lowering.call(
+            add, [out, lowering.reshape(lowering.value(bias), (n, 1))], [(batch, n, product(windows))]
         )
-    (batch, channels, *sizes), shape = x.meta["value"].shape, node.meta["value"].shape
-    n, _, *kernel = weight.meta["value"].shape
-    windows, k = shape[2:], channels * product(kernel)
-    unfold = layout.Unfold(
-        *opaque((batch, channels)),
-        opaque(tuple(sizes)),
-        tuple(kernel),
-        opaque(windows),
-        stride,
-        padding,
-        dilation,
-    )
-    rows = lowering.call(unfold, [lowering.value(x)], [(batch, product(windows), k)])
-    packed = Weight((weight.target,), tiles.panel_width(lowering.target))
-    out = _projection(
-        lowering,
-        rows,
-        (batch, product(windows)),
-        packed,
-        n,
-        k,
-        Weight((bias.target,)) if bias is not None else None,
-    )
-    out = _move(lowering, layout.Permute, out, (batch, product(windows), n), (0, 2, 1), "float32")
-    return lowering.reshape(out, shape)
+    return lowering.reshape(out, value.shape)
+
+
+def _image(shape: Shape) -> Shape:
+    """A shape with two spatial dimensions, from one with one or two."""
+    return shape if len(shape) == 4 else (*shape[:2], 1, shape[2])
+
+
+def _padded(
+    lowering: Lowering, x: relax.Expr, shape: Shape, padding: tuple[int, int], fill: float
+) -> tuple[relax.Expr, Shape]:
+    """An image [B, C, H, W] with so much around it, and its shape."""
+    if padding == (0, 0):
+        return x, shape
+    pads = ((0, 0), (0, 0), *((p, p) for p in padding))
+    wide = tuple(size + a + b for size, (a, b) in zip(shape, pads, strict=True))
+    return lowering.call(layout.Pad(opaque(shape), pads, fill), [x], [wide]), wide
+
+
+@register_lowering("max_pool2d")
+def _max_pool2d(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    return _pool(lowering, node, "max", float("-inf"), tuple(_attribute(node, "dilation")), (0, 0))
+
+
+@register_lowering("avg_pool2d")
+def _avg_pool2d(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    left_out = (0, 0) if _attribute(node, "count_padding") else tuple(_attribute(node, "padding"))
+    return _pool(lowering, node, "mean", 0.0, (1, 1), left_out)
+
+
+def _pool(lowering: Lowering, node: fx.Node, kind, fill: float, dilation, left_out) -> relax.Expr:
+    x, shape = node.args[0], node.meta["value"].shape
+    padding = tuple(_attribute(node, "padding"))
+    source, image = _padded(lowering, lowering.value(x), x.meta["value"].shape, padding, fill)
+    window = Window(tuple(node.kwargs["kernel"]), opaque(shape[2:]), tuple(node.kwargs["stride"]), dilation)
+    return lowering.call(Pool(kind, opaque(image), window, left_out), [source], [shape])
+
+
+@register_lowering("resample")
+def _resample(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    x, positions, _ = (a.meta["value"] for a in node.args)
+    length, taps = opaque(positions.shape)
+    kernel = layout.Resample(opaque(x.shape), node.kwargs["dim"] % x.rank, length, taps)
+    return lowering.call(kernel, [lowering.value(a) for a in node.args], [node.meta["value"].shape])
 
 
 # -- reductions
@@ -281,6 +327,22 @@ def _argmax(lowering: Lowering, node: fx.Node) -> relax.Expr:
         source.dtype,
     )
     return lowering.call(kernel, [lowering.value(x)], [node.meta["value"].shape])
+
+
+@register_lowering("argsort")
+def _argsort(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    x = node.args[0].meta["value"]
+    kernel = ArgSort(opaque(x.shape), node.kwargs["dim"] % x.rank, _attribute(node, "descending"), x.dtype)
+    return lowering.call(kernel, [lowering.value(node.args[0])], [x.shape])
+
+
+@register_lowering("scatter")
+def _scatter(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    x, index, _ = (a.meta["value"] for a in node.args)
+    kernel = Scatter(
+        opaque(x.shape), opaque(index.shape), node.kwargs["dim"] % x.rank, _attribute(node, "reduce"), x.dtype
+    )
+    return lowering.call(kernel, [lowering.value(a) for a in node.args], [x.shape])
 
 
 def _cast(lowering: Lowering, x: fx.Node, dtype: str) -> relax.Expr:

@@ -118,7 +118,7 @@ for _target in (aten.mul.Tensor, aten.mul.Scalar):
     CONVERTERS[_target] = _binary("mul")
 for _target in (aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor):
     CONVERTERS[_target] = _binary("div")
-for _target in (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor):
+for _target in (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar):
     CONVERTERS[_target] = _binary("pow")
 
 
@@ -152,6 +152,74 @@ def _ceil(c: Context, x: fx.Node) -> fx.Node:
     return c.build.neg(c.build.floor(c.build.neg(x)))
 
 
+def truncated(build: Builder, x: fx.Node) -> fx.Node:
+    """The whole number next to x on the way to 0."""
+    up = build.neg(build.floor(build.neg(x)))
+    return build.where(build.lt(x, 0), up, build.floor(x))
+
+
+@converts(aten.trunc.default, aten.fix.default)
+def _trunc(c: Context, x: fx.Node) -> fx.Node:
+    return truncated(c.build, x)
+
+
+@converts(aten.frac.default)
+def _frac(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.sub(x, truncated(c.build, x))
+
+
+@converts(aten.fmod.Scalar, aten.fmod.Tensor)
+def _fmod(c: Context, x: fx.Node, y: Operand) -> fx.Node:
+    whole = c.cast(_div_mode(c, x, y, rounding_mode="trunc"), c.dtype)
+    return c.build.sub(x, c.build.mul(whole, c.operand(y)))
+
+
+@converts(aten.isnan.default)
+def _is_nan(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.ne(x, x)
+
+
+@converts(aten.logical_xor.default, aten.bitwise_xor.Tensor)
+def _xor(c: Context, x: fx.Node, y: fx.Node) -> fx.Node:
+    return _logical(c, "ne", x, y)
+
+
+@converts(aten.log2.default)
+def _log2(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.mul(c.build.log(x), 1 / math.log(2))
+
+
+@converts(aten.log10.default)
+def _log10(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.mul(c.build.log(x), 1 / math.log(10))
+
+
+@converts(aten.exp2.default)
+def _exp2(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.exp(c.build.mul(x, math.log(2)))
+
+
+@converts(aten.erfc.default)
+def _erfc(c: Context, x: fx.Node) -> fx.Node:
+    """Exact to an absolute error of one rounding of erf."""
+    return c.build.sub(1, c.build.erf(x))
+
+
+@converts(aten.tan.default)
+def _tan(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.div(c.build.sin(x), c.build.cos(x))
+
+
+@converts(aten.sinh.default)
+def _sinh(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.mul(c.build.sub(c.build.exp(x), c.build.exp(c.build.neg(x))), 0.5)
+
+
+@converts(aten.cosh.default)
+def _cosh(c: Context, x: fx.Node) -> fx.Node:
+    return c.build.mul(c.build.add(c.build.exp(x), c.build.exp(c.build.neg(x))), 0.5)
+
+
 @converts(aten.log1p.default)
 def _log1p(c: Context, x: fx.Node) -> fx.Node:
     """Exact to an absolute error of one rounding of 1 + x."""
@@ -183,11 +251,8 @@ def _div_mode(c: Context, x: Operand, y: Operand, *, rounding_mode: str | None) 
         quotient = c.build.div(x, y)
     else:  # float64 holds every quotient of integers below 2^53
         quotient = c.build.div(c.cast(x, "float64"), c.cast(y, "float64"))
-    down = c.build.floor(quotient)
-    if rounding_mode == "trunc":
-        up = c.build.neg(c.build.floor(c.build.neg(quotient)))
-        down = c.build.where(c.build.lt(quotient, 0), up, down)
-    return c.cast(down, c.dtype)
+    whole = truncated(c.build, quotient) if rounding_mode == "trunc" else c.build.floor(quotient)
+    return c.cast(whole, c.dtype)
 
 
 @converts(aten.remainder.Scalar, aten.remainder.Tensor)
@@ -296,7 +361,7 @@ def _permute(c: Context, x: fx.Node, dims: Sequence[int]) -> fx.Node:
     return c.permute(x, [_axis(x, d) for d in dims])
 
 
-@converts(aten.transpose.int)
+@converts(aten.transpose.int, aten.swapaxes.default)
 def _transpose(c: Context, x: fx.Node, first: int, second: int) -> fx.Node:
     dims = list(range(len(size(x))))
     first, second = _axis(x, first), _axis(x, second)
@@ -351,7 +416,10 @@ def _select(c: Context, x: fx.Node, dim: int, index: int | Dim) -> fx.Node:
     return c.reshape(c.slice(x, dim, index, index + 1), c.shape)
 
 
-@converts(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
+@converts(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes, aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)  # fmt: skip
 def _split(c: Context, x: fx.Node, _: Any, dim: int = 0) -> tuple[fx.Node, ...]:
     dim, start, parts = _axis(x, dim), 0, []
     for part in c.value:
@@ -417,13 +485,13 @@ def _slice_scatter(
     c: Context, x: fx.Node, source: fx.Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> fx.Node:
     """x with a range replaced: what an assignment to a slice becomes."""
-    if step != 1:
-        raise CaptureError(
-            f"the model assigns to a slice with step {step}", why="the dialect has no such operation"
-        )
     dim = _axis(x, dim)
     start = _position(start, size(x)[dim], default=0)
-    return _replaced(c, x, source, dim, start)
+    if step == 1:
+        return _replaced(c, x, source, dim, start)
+    place = c.build.mul(c.build.arange(end=size(source)[dim]), step)
+    place = c.reshape(_shifted(c, place, start), (size(source)[dim], *(1,) * (len(size(x)) - 1 - dim)))
+    return c.build.scatter(x, c.build.expand(place, shape=size(source)), source, dim=dim)
 
 
 @converts(aten.select_scatter.default)
@@ -452,16 +520,6 @@ def _roll(c: Context, x: fx.Node, shifts: Any, dims: Any = ()) -> fx.Node:
         if cut != 0:
             x = c.build.concat((c.slice(x, dim, cut, total), c.slice(x, dim, 0, cut)), dim=dim)
     return c.reshape(x, shape)
-
-
-@converts(aten.constant_pad_nd.default, aten.pad.default)
-def _pad(c: Context, x: fx.Node, pads: Sequence[int], *rest: Any, **__: Any) -> fx.Node:
-    mode = rest[0] if rest and isinstance(rest[0], str) else "constant"
-    value = next((v for v in rest if isinstance(v, int | float)), 0.0)
-    if mode != "constant" or any(isinstance(p, Dim) or p < 0 for p in pads):
-        raise CaptureError(f"the model pads with mode {mode!r} and widths {tuple(pads)}",
-                           why="the dialect has constant padding by fixed, non-negative widths")  # fmt: skip
-    return c.build.pad(x, pads=tuple(pads), value=value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,14 +553,19 @@ def _index(c: Context, x: fx.Node, indices: Sequence[fx.Node | None]) -> fx.Node
         x, indices = c.permute(x, [*axes, *rest]), [indices[i] for i in axes]
         axes = list(range(len(axes)))
     first, last = axes[0], axes[-1] + 1
+    shape = (*size(x)[:first], product(size(x)[first:last]), *size(x)[last:])
+    return c.build.index_select(c.reshape(x, shape), flat_index(c, x, indices, axes), dim=first)
+
+
+def flat_index(c: Context, x: fx.Node, indices: Sequence[fx.Node | None], axes: Sequence[int]) -> fx.Node:
+    """Index tensors of neighbouring axes as one int64 index into those axes seen as one; negative ones count back."""
     flat: Any = None
     for axis in axes:
         total = size(x)[axis]
         index = c.cast(indices[axis], "int64")
         index = c.build.where(c.build.lt(index, 0), c.build.add(index, c.operand(total)), index)
         flat = index if flat is None else c.build.add(c.build.mul(flat, c.operand(total)), index)
-    shape = (*size(x)[:first], product(size(x)[first:last]), *size(x)[last:])
-    return c.build.index_select(c.reshape(x, shape), flat, dim=first)
+    return flat
 
 
 @converts(aten.triu.default)
@@ -585,18 +648,6 @@ def _sum(c: Context, x: fx.Node, dims: Any = None, keepdim: bool = False, **_: A
     return c.build.sum(c.cast(x, c.dtype), dims=_dims(x, dims), keepdim=keepdim)
 
 
-@converts(
-    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default
-)
-def _pool(c: Context, x: fx.Node, sizes: Any) -> fx.Node:
-    sizes = [sizes] if isinstance(sizes, int) else sizes
-    if any(s != 1 for s in sizes):
-        raise CaptureError(
-            f"the model averages into {tuple(sizes)} bins", why="the dialect averages whole axes"
-        )
-    return c.build.mean(x, dims=tuple(range(len(size(x)) - len(sizes), len(size(x)))), keepdim=True)
-
-
 @converts(aten.amax.default, aten.max.default, aten.any.dim, aten.any.default, aten.any.dims)
 def _amax(c: Context, x: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
     return c.build.amax(c.cast(x, c.dtype), dims=_dims(x, dims), keepdim=keepdim)
@@ -636,6 +687,25 @@ def _var(
     return c.build.div(c.build.sum(squares, dims=axes, keepdim=keepdim), c.operand(count - correction))
 
 
+@converts(aten.var_mean.correction)
+def _var_mean(c: Context, x: fx.Node, dims: Any = None, **options: Any) -> tuple[fx.Node, fx.Node]:
+    one = Context(c.build, c.value[0])
+    return _var(one, x, dims, **options), c.build.mean(
+        x, dims=_dims(x, dims), keepdim=options.get("keepdim", False)
+    )
+
+
+@converts(aten.instance_norm.default)
+def _instance_norm(
+    c: Context, x: fx.Node, weight: Any, bias: Any, mean: Any, var: Any, use_input_stats: bool, momentum: float,
+    eps: float, *_: Any,
+) -> fx.Node:  # fmt: skip
+    """A group norm of one channel per group, or a batch norm where it has statistics of its own."""
+    if not use_input_stats:
+        return batch_norm(c.build, x, weight, bias, mean, var, eps)
+    return _group_norm(c, x, size(x)[1], weight, bias, eps)
+
+
 @converts(aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 def _softmax(c: Context, x: fx.Node, dim: int, *_: Any, **__: Any) -> fx.Node:
     return c.build.softmax(c.cast(x, c.dtype), dim=_axis(x, dim))
@@ -652,7 +722,7 @@ def _cumsum(c: Context, x: fx.Node, dim: int, **_: Any) -> fx.Node:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Matrix products, convolutions
+# Matrix products
 
 
 @converts(aten.linear.default)
@@ -678,39 +748,6 @@ def _matmul_of_any_rank(c: Context, x: fx.Node, y: fx.Node) -> fx.Node:
 def _addmm(c: Context, bias: fx.Node, x: fx.Node, y: fx.Node, *, beta: Any = 1, alpha: Any = 1) -> fx.Node:
     result = _scaled(c, c.build.matmul(x, y), alpha)
     return result if beta == 0 else c.build.add(result, _scaled(c, bias, beta))
-
-
-@converts(aten.conv1d.default, aten.conv2d.default)
-def _conv(
-    c: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
-) -> fx.Node:  # fmt: skip
-    rank = len(size(weight)) - 2
-    if rank not in (1, 2):
-        raise CaptureError(
-            f"the model has a convolution over {rank} dimensions", why="the dialect has one and two"
-        )
-
-    def each(parameter: Any) -> tuple[int, ...]:
-        values = tuple(parameter) if isinstance(parameter, list | tuple) else (parameter,)
-        return values * rank if len(values) == 1 else values
-
-    stride, padding, dilation = each(stride), each(padding), each(dilation)
-    if rank == 1:
-        return c.build.conv1d(
-            x, weight, bias, stride=stride[0], padding=padding[0], dilation=dilation[0], groups=groups
-        )
-    return c.build.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
-
-
-@converts(aten.convolution.default)
-def _convolution(
-    c: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int,
-) -> fx.Node:  # fmt: skip
-    if transposed:
-        raise CaptureError("the model has a transposed convolution", why="the dialect has none")
-    return _conv(c, x, weight, bias, stride, padding, dilation, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -794,11 +831,20 @@ def _batch_norm_whole(
 def _normalised(
     c: Context, x: fx.Node, weight: Any, bias: Any, mean: fx.Node, var: fx.Node, eps: float
 ) -> fx.Node:
-    channel = (1, size(x)[1], *([1] * (len(size(x)) - 2)))
-    scale = c.build.rsqrt(c.build.add(var, eps))
-    scale = scale if weight is None else c.build.mul(scale, weight)
-    result = c.build.mul(c.build.sub(x, c.reshape(mean, channel)), c.reshape(scale, channel))
-    return result if bias is None else c.build.add(result, c.reshape(bias, channel))
+    return batch_norm(c.build, x, weight, bias, mean, var, eps)
+
+
+def batch_norm(
+    build: Builder, x: fx.Node, weight: Any, bias: Any, mean: fx.Node, var: fx.Node, eps: float
+) -> fx.Node:
+    """x [B, C, ...] * scale + shift per channel, both made from stored vectors [C], so that they fold."""
+    scale = build.rsqrt(build.add(var, eps))
+    scale = scale if weight is None else build.mul(scale, weight)
+    shift = build.neg(build.mul(mean, scale))
+    shift = shift if bias is None else build.add(shift, bias)
+    channel = (size(x)[1], *(1,) * (len(size(x)) - 2))
+    scale, shift = (build.reshape(v, shape=channel) for v in (scale, shift))
+    return build.add(build.mul(x, scale), shift)
 
 
 @converts(aten.scaled_dot_product_attention.default)

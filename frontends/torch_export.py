@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from tersor.errors import CaptureError, InputError, ProgramError, TersorError, UnsupportedOpError
+from tersor.frontends import aten_selection, aten_spatial  # noqa: F401
 from tersor.frontends.aten import CONVERTERS, Context
 from tersor.frontends.dynamic import DynamicDims, export_dims, read_dynamic
 from tersor.frontends.origin import module_path, source_line, translate_export_error

@@ -251,38 +251,55 @@ class Fill(_Mapped):
 
 @dataclass(frozen=True)
 class Unfold(_Mapped):
-    """Windows of an image as rows (im2col), so that a convolution becomes a GEMM.
+    """Windows of an image as columns (im2col), so that a convolution becomes a GEMM.
 
-    Input [B, C, *sizes]; output [B, P, C * k], P windows in row-major order, k elements each; outside is 0. Tuples
-    hold one entry per spatial dimension; ``windows`` is how many windows there are along each.
+    Input [B, C, H, W]; output [B, C, kh, kw, H', W']: for each tap of a window its element in every window. Pairs
+    hold one entry per spatial dimension; ``windows`` is how many windows there are along each; none leaves the image.
     """
 
-    batch: int | Dim
-    channels: int
-    sizes: Shape
-    kernel: tuple[int, ...]
+    shape: Shape
+    kernel: tuple[int, int]
     windows: Shape
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((self.batch, self.channels, *self.sizes)),)
+        return (TensorSpec(self.shape),)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((self.batch, product(self.windows), self.channels * product(self.kernel))),)
+        return (TensorSpec((*self.shape[:2], *self.kernel, *self.windows)),)
 
     def element(self, read: Read, at: Position, number: Callable) -> Expr:
-        window = [math.bind(p) for p in loops.unravel(at[1], [number(d) for d in self.windows])]
-        channel, *inner = loops.unravel(at[2], [self.channels, *self.kernel])
-        source, inside = [], []
-        for i, size in enumerate(self.sizes):
-            position = window[i] * self.stride[i] + inner[i] * self.dilation[i] - self.padding[i]
-            if self.padding[i]:
-                inside += [position >= 0, position < number(size)]
-                position = _clamp(position, number(size))
-            source.append(position)
-        return _guarded(inside, read(0, [at[0], channel, *source]), tirx.const(0.0, "float32"))
+        source = [at[4 + i] * self.stride[i] + at[2 + i] * self.dilation[i] for i in (0, 1)]
+        return read(0, [at[0], at[1], *source])
+
+
+@dataclass(frozen=True)
+class Resample(_Mapped):
+    """``out[o] = sum over t of weights[o, t] * x[positions[o, t]]`` along ``dim``, with static ``taps``.
+
+    Arguments: x, positions int64 [out, taps], weights [out, taps]. A position outside the dimension reads its end.
+    """
+
+    shape: Shape
+    dim: int
+    length: int | Dim
+    taps: int
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        table = (self.length, self.taps)
+        return TensorSpec(self.shape), TensorSpec(table, "int64"), TensorSpec(table)
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec((*self.shape[: self.dim], self.length, *self.shape[self.dim + 1 :])),)
+
+    def element(self, read: Read, at: Position, number: Callable) -> Expr:
+        total: Expr = tirx.const(0.0, "float32")
+        for tap in range(self.taps):
+            entry = [at[self.dim], tap]
+            place = _clamp(read(1, entry), number(self.shape[self.dim]))
+            total = total + read(2, entry) * read(0, [*at[: self.dim], place, *at[self.dim + 1 :]])
+        return total
 
 
 @dataclass(frozen=True)

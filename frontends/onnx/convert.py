@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError
-from tersor.frontends.onnx import contrib, elementwise, layout, nn, quantized, reduction  # noqa: F401
+from tersor.frontends.onnx import contrib, elementwise, layout, nn, quantized, reduction, selection, spatial  # noqa: F401
 from tersor.frontends.onnx.naming import restore_weight_names
 from tersor.frontends.onnx.reader import (
     STANDARD,

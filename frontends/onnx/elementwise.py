@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from tersor.frontends.aten import truncated
 from tersor.frontends.onnx.reader import dtype_name
 from tersor.frontends.onnx.table import Call, converts, dtype, joint_shape, size
 from tersor.frontends.onnx.values import Known
@@ -74,18 +75,13 @@ def _div(c: Call) -> fx.Node:
     name = dtype(c.require(0))
     if name.startswith("float") or name == "bfloat16":
         return c.build.div(x, y)
-    return c.cast(_truncated(c, _float64_quotient(c, x, y)), name)
+    return c.cast(truncated(c.build, _float64_quotient(c, x, y)), name)
 
 
 def _float64_quotient(c: Call, x: Any, y: Any) -> fx.Node:
     """float64 holds every quotient of integers below 2^53."""
     x, y = (c.cast(v, "float64") if isinstance(v, fx.Node) else float(v) for v in (x, y))
     return c.build.div(x, y)
-
-
-def _truncated(c: Call, x: fx.Node) -> fx.Node:
-    up = c.build.neg(c.build.floor(c.build.neg(x)))
-    return c.build.where(c.build.lt(x, 0), up, c.build.floor(x))
 
 
 @converts("Mod")
@@ -95,7 +91,7 @@ def _mod(c: Call) -> fx.Node:
     name = dtype(c.require(0))
     exact = name.startswith("float")
     quotient = c.build.div(x, y) if exact else _float64_quotient(c, x, y)
-    whole = _truncated(c, quotient) if c.attribute("fmod", 0) else c.build.floor(quotient)
+    whole = truncated(c.build, quotient) if c.attribute("fmod", 0) else c.build.floor(quotient)
     return c.build.sub(x, c.build.mul(c.cast(whole, name), y))
 
 

@@ -342,35 +342,6 @@ def _non_zero(c: Call) -> fx.Node:
     )
 
 
-@converts("Pad", since=11)
-def _pad(c: Call) -> fx.Node:
-    x = c.node(0)
-    rank = len(size(x))
-    mode = c.attribute("mode", "constant")
-    pads = c.ints(1)
-    axes = c.axes(3, rank) if c.given(3) else tuple(range(rank))
-    if mode != "constant" or any(p < 0 for p in pads):
-        raise c.refuse(
-            f"pads with mode {mode!r} by {pads}", why="the dialect has constant padding by fixed widths"
-        )
-    before, after = pads[: len(axes)], pads[len(axes) :]
-    widths = [(0, 0)] * rank
-    for axis, low, high in zip(axes, before, after, strict=True):
-        widths[axis] = (low, high)
-    order = tuple(w for pair in reversed(widths) for w in pair)
-    if not any(order):
-        return x
-    return c.build.pad(x, pads=order, value=float(c.number(2, 0.0)))
-
-
-@converts("CumSum", since=11)
-def _cumsum(c: Call) -> fx.Node:
-    if c.attribute("exclusive", 0) or c.attribute("reverse", 0):
-        raise c.refuse("is exclusive or runs backwards", why="the dialect has the plain running sum")
-    x = c.node(0)
-    return c.cast(c.build.cumsum(x, dim=c.axis(c.number(1), len(size(x)))), value(x).dtype)
-
-
 @converts("EyeLike", since=9)
 def _eye_like(c: Call) -> fx.Node:
     rows, columns = size(c.require(0))

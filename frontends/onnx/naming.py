@@ -18,6 +18,7 @@ _NUMBERED = re.compile(r"(val|onnx::\w+)_\d+|(permute|transpose|t)(_\d+)?")
 
 def restore_weight_names(function: Function) -> None:
     """Renames numbered matrices that one product reads; a name that is taken is left to its owner."""
+    _return_convolutions(function)
     for node in function.calls("matmul"):
         weight = node.args[1]
         if weight.op != "get_attr" or not _NUMBERED.fullmatch(weight.target):
@@ -29,6 +30,14 @@ def restore_weight_names(function: Function) -> None:
         function.parameters[name] = function.parameters[weight.target]
         del function.parameters[weight.target]
         weight.target = name
+
+
+def _return_convolutions(function: Function) -> None:
+    """Exporters that fold a batch norm into a convolution leave it under the norm's name: back to its weight's."""
+    for node in function.calls("conv1d", "conv2d"):
+        weight = node.args[1]
+        if weight.op == "get_attr" and len(weight.users) == 1 and weight.target.endswith(".weight"):
+            node.meta["module"] = weight.target.removesuffix(".weight")
 
 
 def _weight_name(product: fx.Node) -> str | None:

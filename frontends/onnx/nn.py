@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from tersor.frontends.aten import merge_heads, split_heads
+from tersor.frontends.aten import batch_norm, merge_heads, split_heads
 from tersor.frontends.onnx.layout import non_negative, spread
 from tersor.frontends.onnx.reader import STANDARD
 from tersor.frontends.onnx.table import MICROSOFT, Call, converts, size, value
@@ -102,46 +102,6 @@ def _ordered(c: Call, x: fx.Node, labels: Any, wanted: Any) -> fx.Node:
     return x if list(dims) == list(range(len(dims))) else c.build.permute(x, dims=dims)
 
 
-@converts("Conv")
-def _conv(c: Call) -> fx.Node:
-    x, weight, bias = c.node(0), c.node(1), c.optional(2)
-    rank = len(size(weight)) - 2
-    if rank not in (1, 2):
-        raise c.refuse(f"is over {rank} dimensions", why="the dialect has convolutions over one and two")
-    kernel = size(weight)[2:]
-    stride = tuple(c.attribute("strides") or (1,) * rank)
-    dilation = tuple(c.attribute("dilations") or (1,) * rank)
-    before, after = _padding(c, size(x)[2:], kernel, stride, dilation)
-    if before != after:
-        order = tuple(w for pair in reversed(list(zip(before, after, strict=True))) for w in pair)
-        x, before = c.build.pad(x, pads=order), (0,) * rank
-    groups = c.attribute("group", 1)
-    if rank == 1:
-        return c.build.conv1d(
-            x, weight, bias, stride=stride[0], padding=before[0], dilation=dilation[0], groups=groups
-        )
-    return c.build.conv2d(x, weight, bias, stride=stride, padding=before, dilation=dilation, groups=groups)
-
-
-def _padding(
-    c: Call, sizes: Any, kernel: Any, stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths before and after each axis."""
-    rank, mode = len(stride), c.attribute("auto_pad", "NOTSET")
-    if mode == "VALID":
-        return (0,) * rank, (0,) * rank
-    if mode == "NOTSET":
-        pads = tuple(c.attribute("pads") or (0,) * (2 * rank))
-        return pads[:rank], pads[rank:]
-    widths = []
-    for total, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
-        if isinstance(total, Dim):
-            raise c.refuse("pads a dynamic size", fix="export the model with explicit pads")
-        widths.append(max((-(-total // s) - 1) * s + d * (k - 1) + 1 - total, 0))
-    small, large = tuple(w // 2 for w in widths), tuple(w - w // 2 for w in widths)
-    return (small, large) if mode == "SAME_UPPER" else (large, small)
-
-
 # -- norms
 
 
@@ -195,9 +155,7 @@ def _batch_norm(c: Call) -> fx.Node:
         raise c.refuse("is in training mode", fix="export the model in evaluation mode")
     x = c.node(0)
     weight, bias, mean, variance = (c.node(i) for i in range(1, 5))
-    scale = c.build.mul(c.build.rsqrt(c.build.add(variance, epsilon(c, 1e-5))), weight)
-    centred = c.build.sub(x, _channel(c, x, mean))
-    return c.build.add(c.build.mul(centred, _channel(c, x, scale)), _channel(c, x, bias))
+    return batch_norm(c.build, x, weight, bias, mean, variance, epsilon(c, 1e-5))
 
 
 def _channel(c: Call, x: fx.Node, vector: fx.Node) -> fx.Node:
@@ -220,8 +178,14 @@ def _grouped_norm(c: Call, groups: Any) -> fx.Node:
     shape = size(x)
     grouped = c.reshape(x, (shape[0], groups, product(shape[1:]) // groups))
     result = c.reshape(c.build.layer_norm(grouped, eps=epsilon(c, 1e-5)), shape)
-    result = c.build.mul(result, _channel(c, x, c.node(1)))
-    return c.build.add(result, _channel(c, x, c.node(2)))
+    result = result if _holds_only(c, 1, 1.0) else c.build.mul(result, _channel(c, x, c.node(1)))
+    return result if _holds_only(c, 2, 0.0) else c.build.add(result, _channel(c, x, c.node(2)))
+
+
+def _holds_only(c: Call, i: int, number: float) -> bool:
+    """Whether operand i is known to be this number everywhere: exporters fill in weights that a norm lacks."""
+    known = c.known(i)
+    return known is not None and known.tensor is not None and bool((known.tensor == number).all())
 
 
 @converts("LpNormalization")

@@ -5,6 +5,7 @@ One module per theme; each rule says what it does above its definition:
     cleanup      what computes nothing, or is computed twice
     layout       reshapes and permutes: one normal form, pushed down past what does not mind them
     linear       products with weights; fused projections taken apart
+    convolution  batch norms and padding taken into convolutions
     norms        layer norms and RMS norms that are spelt out
     activations  GELU and SiLU that are spelt out
     rotary       rotary position embeddings on merged heads
@@ -25,6 +26,7 @@ from tersor.ir.canonicalize import (
     activations,
     attention,
     cleanup,
+    convolution,
     indices,
     layout,
     linear,
@@ -66,7 +68,7 @@ def canonicalize(program: Program) -> list[str]:
     notes: list[str] = []
     for function in functions:
         notes += fold_constants(function)
-        _settle(function, _SHAPED)
+        _settle(function, (*_SHAPED, *convolution.RULES))
         notes += [f"%{n.name}: {n.meta.pop('note')}" for n in function.calls() if "note" in n.meta]
     _restore_names(program, known)
     for function in functions:

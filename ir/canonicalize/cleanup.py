@@ -241,8 +241,14 @@ def _cast_once(build: Builder, m: Match) -> fx.Node:
 _X = P.any("x")
 
 RULES = (
-    # cast(x, float32) of a float32 x  ->  x;  the same for reshape, expand, slice, permute
+    # cast(x, float32) of a float32 x  ->  x;  the same for reshape, expand, slice, and padding by nothing
     Rule("cleanup.no_op", P.op(("cast", "reshape", "expand", "slice"), _X), _first, _unchanged),
+    Rule(
+        "cleanup.no_padding",
+        P.pad(_X),
+        _first,
+        lambda m: "it pads" if any(m.root.kwargs["pads"]) else None,
+    ),
     # x + 0, x * 1, x - 0, x / 1, x ** 1  ->  x
     Rule(
         "cleanup.add_zero",

@@ -164,6 +164,36 @@ def _infer_cache_update(state: Value, value: Value, position: Value, *, dim: int
     return state
 
 
+def scatter(x, index, source, *, dim: int, reduce: str = "none"):
+    """x with x[i][index[i][j]] set to source[i][j] along ``dim``, or ``reduce``: add, mul, amax, amin.
+
+    ``index`` (int64) and ``source`` have one shape. Where positions repeat, the last one counts if nothing reduces.
+    """
+    if reduce == "none":
+        return torch.scatter(x, dim, index, source)
+    name = {"add": "sum", "mul": "prod"}.get(reduce, reduce)
+    return torch.scatter_reduce(x, dim, index, source, name)
+
+
+def _infer_scatter(x: Value, index: Value, source: Value, *, dim: int, reduce: str = "none") -> Value:
+    dim = axis(dim, x.rank)
+    require_dtype("int64", index=index)
+    require_dtype(x.dtype, source=source)
+    if reduce not in ("none", "add", "mul", "amax", "amin"):
+        raise ProgramError(f"scatter: unknown reduction {reduce!r}")
+    if (
+        index.shape != source.shape
+        or index.rank != x.rank
+        or any(
+            isinstance(a - b, int) and a - b > 0
+            for i, (a, b) in enumerate(zip(index.shape, x.shape, strict=True))
+            if i != dim
+        )
+    ):
+        raise ProgramError(f"scatter: cannot put {source} at {index} of {x} along dimension {dim}")
+    return x
+
+
 def arange(*, end: int | Dim, dtype: str = "int64"):
     """0, 1, ..., end - 1."""
     return torch.arange(end, dtype=DTYPES[dtype])
@@ -216,6 +246,7 @@ _op(
     _infer_cache_update,
     lambda result, state, value, position, *, dim: 2 * value.bytes + position.bytes,
 )
+_op(scatter, _infer_scatter)
 _op(arange, _infer_arange)
 _op(full, _infer_full)
 _op(cumsum, _infer_cumsum)

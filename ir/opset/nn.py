@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
-from tersor.ir.opset.rules import broadcast, require_dtype, require_float, show
+from tersor.ir.opset.rules import broadcast, require_dtype, require_float, show, window_positions
 from tersor.ir.value import Value
 
 
@@ -202,20 +202,6 @@ def conv2d(
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _window_positions(size: int | Dim, kernel: int, stride: int, padding: int, dilation: int) -> int | Dim:
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
-    if isinstance(span, Dim) and not span.divisible(stride):
-        raise ProgramError(
-            f"a convolution of stride {stride} over the dimension {size} has no exact size",
-            fix="make it static",
-        )
-    if isinstance(span, int) and span < 0:
-        raise ProgramError(
-            f"a convolution kernel of {kernel} (dilation {dilation}) is larger than its input of {size}"
-        )
-    return span // stride + 1
-
-
 def _check_conv(x: Value, weight: Value, bias: Value | None, spatial: int, groups: int) -> None:
     require_dtype(x.dtype, weight=weight, bias=bias)
     if (
@@ -231,7 +217,7 @@ def _check_conv(x: Value, weight: Value, bias: Value | None, spatial: int, group
 def _infer_conv1d(x: Value, weight: Value, bias: Value | None = None, *, stride: int = 1, padding: int = 0,
                   dilation: int = 1, groups: int = 1) -> Value:  # fmt: skip
     _check_conv(x, weight, bias, 1, groups)
-    length = _window_positions(x.shape[2], weight.shape[2], stride, padding, dilation)
+    length = window_positions(x.shape[2], weight.shape[2], stride, padding, dilation)
     return Value(x.dtype, (x.shape[0], weight.shape[0], length))
 
 
@@ -239,7 +225,7 @@ def _infer_conv2d(x: Value, weight: Value, bias: Value | None = None, *, stride=
                   dilation=(1, 1), groups: int = 1) -> Value:  # fmt: skip
     _check_conv(x, weight, bias, 2, groups)
     sizes = [
-        _window_positions(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
+        window_positions(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
         for i in range(2)
     ]
     return Value(x.dtype, (x.shape[0], weight.shape[0], *sizes))

@@ -50,6 +50,11 @@ def argmax(x, *, dim: int, keepdim: bool = False):
     return torch.argmax(x, dim, keepdim)
 
 
+def argsort(x, *, dim: int, descending: bool = False):
+    """int64 positions of the elements along ``dim`` in order; equals keep theirs, NaN counts as the largest."""
+    return torch.argsort(x, dim=dim, descending=descending, stable=True)
+
+
 def softmax(x, *, dim: int):
     """exp(x - max) / sum of the same, along ``dim``."""
     return torch.softmax(x, dim)
@@ -73,6 +78,11 @@ def _infer_mean(x: Value, *, dims: Dims, keepdim: bool = False) -> Value:
     return _reduced(x, x.dtype, dims, keepdim)
 
 
+def _infer_argsort(x: Value, *, dim: int, descending: bool = False) -> Value:
+    axis(dim, x.rank)
+    return Value("int64", x.shape)
+
+
 def _infer_softmax(x: Value, *, dim: int) -> Value:
     axis(dim, x.rank)
     return same_float(x)
@@ -87,5 +97,6 @@ _op(mean, _infer_mean)
 _op(amax, _infer_same_dtype)
 _op(amin, _infer_same_dtype)
 _op(argmax, lambda x, *, dim, keepdim=False: _reduced(x, "int64", (dim,), keepdim))
+_op(argsort, _infer_argsort)
 _op(softmax, _infer_softmax)
 _op(log_softmax, _infer_softmax)

@@ -81,3 +81,16 @@ def require_dtype(dtype: str, **operands: Value | None) -> None:
     for name, value in operands.items():
         if value is not None and value.dtype != dtype:
             raise ProgramError(f"{name} is {value}, expected {dtype}")
+
+
+def window_positions(size: int | Dim, kernel: int, stride: int, padding: int, dilation: int) -> int | Dim:
+    """How many windows fit along an axis of ``size`` that is padded on both ends."""
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    if isinstance(span, Dim) and not span.divisible(stride):
+        raise ProgramError(
+            f"windows with stride {stride} over the dimension {size} have no exact number",
+            fix="make it static",
+        )
+    if isinstance(span, int) and span < 0:
+        raise ProgramError(f"a window of {kernel} (dilation {dilation}) is larger than its input of {size}")
+    return span // stride + 1

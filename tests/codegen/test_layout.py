@@ -95,28 +95,6 @@ def test_arange_and_fill():
     check(layout.Fill((B, 3), True, "bool"), [], torch.ones(2, 3, dtype=torch.bool), output_shapes=[(2, 3)])
 
 
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (4, 4, 0, 1), (2, 1, 2, 2)]
-)
-def test_unfold_makes_a_convolution_a_product(kernel, stride, padding, dilation):
-    x, weight = torch.randn(2, 3, 12), torch.randn(5, 3, kernel)
-    expected = F.conv1d(x, weight, None, stride, padding, dilation)
-    unfold = layout.Unfold(B, 3, (12,), (kernel,), (expected.shape[2],), (stride,), (padding,), (dilation,))
-    (rows,) = run_kernel(unfold, [x.numpy()], TARGETS[1])
-    actual = (torch.from_numpy(rows) @ weight.reshape(5, -1).T).transpose(1, 2)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_unfold_of_patches():
-    x, weight = torch.randn(2, 3, 8, 12), torch.randn(5, 3, 4, 4)
-    unfold = layout.Unfold(B, 3, (8, 12), (4, 4), (2, 3), (4, 4), (0, 0), (1, 1))
-    (rows,) = run_kernel(unfold, [x.numpy()], TARGETS[1])
-    expected = F.conv2d(x, weight, stride=4).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(
-        torch.from_numpy(rows) @ weight.reshape(5, -1).T, expected, rtol=1e-5, atol=1e-5
-    )
-
-
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("size", "rotated"), [(8, 8), (12, 4), (64, 64)])

@@ -16,6 +16,7 @@ from tersor.targets import resolve
 B, T = Dim.symbol("batch"), Dim.symbol("length")
 X = Value("float32", (B, T, 24))
 LONG = Value("int64", (B, T))
+IMAGE = Value("float32", (B, 6, 8, 12))
 
 
 def program(*inputs: Value, body: Callable) -> Program:
@@ -109,6 +110,47 @@ CASES = {
         (Value("float32", (B, 3, 8, 12)),),
         lambda b, x: b.conv2d(x, weight(b, 24, 3, 4, 4), weight(b, 24), stride=(4, 4)),
     ),
+    "convolution of every channel": (
+        (IMAGE,),
+        lambda b, x: b.conv2d(
+            x, weight(b, 12, 1, 3, 3), weight(b, 12), padding=(1, 1), stride=(2, 1), groups=6
+        ),
+    ),
+    "convolution in groups": (
+        (IMAGE,),
+        lambda b, x: b.conv2d(
+            x, weight(b, 4, 3, 3, 2), weight(b, 4), padding=(2, 0), dilation=(2, 1), groups=2
+        ),
+    ),
+    "convolution of pixels": ((IMAGE,), lambda b, x: b.conv2d(x, weight(b, 4, 6, 1, 1))),
+    "convolution of every channel of a line": (
+        (Value("float32", (B, 6, T)),),
+        lambda b, x: b.conv1d(x, weight(b, 6, 1, 3), weight(b, 6), padding=1, groups=6),
+    ),
+    "max pool": ((IMAGE,), lambda b, x: b.max_pool2d(x, kernel=(3, 3), stride=(2, 2), padding=(1, 1))),
+    "average pool": (
+        (IMAGE,),
+        lambda b, x: b.avg_pool2d(x, kernel=(3, 3), stride=(1, 1), padding=(1, 1), count_padding=False),
+    ),
+    "counted padding": (
+        (IMAGE,),
+        lambda b, x: b.avg_pool2d(x, kernel=(2, 3), stride=(2, 2), padding=(0, 1), count_padding=True),
+    ),
+    "resample": (
+        (IMAGE,),
+        lambda b, x: b.resample(x, b.parameter("p", torch.randint(0, 8, (5, 2))), weight(b, 5, 2), dim=-2),
+    ),
+    "argsort": (
+        (X, LONG),
+        lambda b, x, i: (b.argsort(x, dim=1, descending=True), b.argsort(b.mul(i, i), dim=-1)),
+    ),
+    **{
+        f"scatter, {how}": (
+            (X,),
+            lambda b, x, how=how: b.scatter(x, b.argsort(x, dim=1), b.mul(x, 2.0), dim=1, reduce=how),
+        )
+        for how in ("none", "add", "mul", "amax", "amin")
+    },
     "mask arithmetic": ((LONG,), lambda b, m: b.mul(b.sub(1.0, m), -10000.0)),
     "where": ((X, LONG), lambda b, x, m: b.where(b.reshape(b.eq(m, 0), shape=(B, T, 1)), 0.0, x)),
     "rotary": (

@@ -245,6 +245,27 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         for name in ("sum", "mean", "amax", "amin")
     },
     "argmax": [(lambda b, x: b.argmax(x, dim=-1), [v]) for v in (f32(B, T), i64(B, T))],
+    "argsort": [
+        (lambda b, x: b.argsort(x, dim=-1), [f32(B, T)]),
+        (lambda b, x: b.argsort(x, dim=0, descending=True), [i64(B, T)]),
+    ],
+    "scatter": [
+        (lambda b, x, how=how: b.scatter(x, b.argsort(x, dim=1), b.mul(x, 2.0), dim=1, reduce=how), [f32(B, T, 3)])
+        for how in ("none", "add", "mul", "amax", "amin")
+    ],
+    "max_pool2d": [
+        (lambda b, x: b.max_pool2d(x, kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
+         [f32(B, 3, 8, 9)]),
+    ],
+    "avg_pool2d": [
+        (lambda b, x, count=count: b.avg_pool2d(x, kernel=(3, 2), stride=(2, 1), padding=(1, 0), count_padding=count),
+         [f32(B, 3, 8, 9)])
+        for count in (True, False)
+    ],
+    "resample": [
+        (lambda b, x: b.resample(x, b.parameter("p", torch.tensor([[0, 1], [2, 2], [3, 1]])),
+                                 b.parameter("w", weight(3, 2)), dim=-2), [f32(B, 4, T)]),
+    ],
     "softmax": [(lambda b, x: b.softmax(x, dim=1), [f32(B, T, 3)])],
     "log_softmax": [(lambda b, x: b.log_softmax(x, dim=-1), [f32(B, T)])],
 }  # fmt: skip

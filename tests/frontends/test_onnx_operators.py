@@ -21,6 +21,10 @@ INTEGERS = RANDOM.integers(-9, 9, (3, 4))
 BITS = RANDOM.integers(0, 2, (3, 4)).astype(bool)
 
 
+IMAGE = RANDOM.standard_normal((2, 4, 7, 8)).astype(np.float32)
+KERNEL = RANDOM.standard_normal((4, 2, 3, 2)).astype(np.float32)
+
+
 def ints(*values):
     return np.array(values, dtype=np.int64)
 
@@ -66,6 +70,10 @@ def compare(made, inputs, tolerance=2e-6):
             np.testing.assert_allclose(got.numpy(), wanted, rtol=tolerance * 10, atol=tolerance)
         else:
             np.testing.assert_array_equal(got.numpy(), wanted)
+
+
+def resize(sizes, **attributes):
+    return model("Resize", [IMAGE], {1: None, 2: None, 3: ints(2, 4, *sizes)}, opset=19, **attributes)
 
 
 FLOATS = [
@@ -155,9 +163,30 @@ CASES = {
     "GatherND": model("GatherND", [X, np.array([[0, 2], [1, 1]])]),
     "GatherND, negative": model("GatherND", [X], {1: ints([0, -2], [-1, 1])}),
     "OneHot": model("OneHot", [INTEGERS % 5], {1: np.array(5), 2: np.array([0.5, 2], np.float32)}, axis=1),
+    "TopK": model("TopK", [X], {1: ints(3)}, outputs=2, axis=2),
+    "TopK, smallest": model("TopK", [X], {1: ints(2)}, outputs=2, largest=0),
+    "ScatterElements": model("ScatterElements", [X, ints(1, 0, 1)[None, :, None, None], X[:1, :, :1, :1]], axis=0),
+    "ScatterElements, negative": model(
+        "ScatterElements", [X], {1: ints(-1, 1)[None, None, :, None], 2: X[:1, :1, :2, :1]}, opset=18, axis=2,
+        reduction="max",
+    ),
+    "ScatterND": model("ScatterND", [X], {1: np.array([[0, 2], [1, -1]]), 2: X[0, :2].copy()}),
+    "ScatterND, added": model(
+        "ScatterND", [X], {1: np.array([[1], [1]]), 2: X.copy()}, opset=18, reduction="add"
+    ),
+    "DepthToSpace": model("DepthToSpace", [IMAGE], blocksize=2),
+    "DepthToSpace, columns": model("DepthToSpace", [IMAGE], blocksize=2, mode="CRD"),
+    "SpaceToDepth": model("SpaceToDepth", [IMAGE[:, :, :6].copy()], blocksize=2),
+    "CumSum, exclusive": model("CumSum", [X], {1: np.array(2)}, exclusive=1),
+    "CumSum, reverse": model("CumSum", [X], {1: np.array(2)}, reverse=1),
+    "CumSum, both": model("CumSum", [INTEGERS], {1: np.array(-1)}, exclusive=1, reverse=1),
     "Trilu": model("Trilu", [X], {1: np.array(1)}, upper=0),
     "Pad": model("Pad", [X], {1: ints(0, 1, 0, 2, 0, 0, 3, 0), 2: np.float32(1.5)}),
     "Pad 18": model("Pad", [X], {1: ints(1, 2), 2: None, 3: ints(-2)}, opset=18),
+    "Pad, negative": model("Pad", [X], {1: ints(0, 0, -1, 2, 0, 0, 1, -1)}),
+    "Pad, reflect": model("Pad", [X], {1: ints(0, 0, 1, 2, 0, 0, 3, 0)}, mode="reflect"),
+    "Pad, edge": model("Pad", [X], {1: ints(0, 0, 1, 2, 0, 0, 3, 0)}, mode="edge"),
+    "Pad, wrap": model("Pad", [X], {1: ints(0, 0, 1, 2, 0, 0, 3, 0)}, mode="wrap", opset=19),
     "CumSum": model("CumSum", [X], {1: np.array(2)}),
     "EyeLike": model("EyeLike", [INTEGERS], k=1, dtype=1),
     "Shape": model("Shape", [X]),
@@ -192,6 +221,42 @@ CASES = {
     "Conv, uneven": model("Conv", [X], {1: X[:, :, :3, :2].copy()}, pads=[0, 0, 1, 1]),
     "Conv, same": model("Conv", [X], {1: X[:, :, :3, :2].copy()}, auto_pad="SAME_UPPER", strides=[2, 2]),
     "Conv, one axis": model("Conv", [ROWS], {1: ROWS[:, :3, :3].copy()}, group=2),
+    "Conv, dilated": model("Conv", [IMAGE], {1: KERNEL}, dilations=[2, 1], group=2, strides=[1, 2]),
+    "ConvTranspose": model(
+        "ConvTranspose", [IMAGE], {1: KERNEL, 2: VECTOR[:2].copy()}, strides=[2, 1], pads=[1, 0, 0, 1]
+    ),
+    "ConvTranspose, groups": model(
+        "ConvTranspose", [IMAGE], {1: KERNEL}, group=2, strides=[2, 3], output_padding=[1, 2], dilations=[1, 2]
+    ),
+    "ConvTranspose, apart": model("ConvTranspose", [IMAGE], {1: KERNEL, 2: VECTOR[:2].copy()}, strides=[3, 2]),
+    "ConvTranspose, same": model("ConvTranspose", [IMAGE], {1: KERNEL}, strides=[2, 2], auto_pad="SAME_UPPER"),
+    "ConvTranspose, one axis": model(
+        "ConvTranspose", [ROWS], {1: ROWS[:1, :, :3].repeat(6, 0)}, strides=[2], pads=[1, 1]
+    ),
+    "MaxPool": model("MaxPool", [IMAGE], kernel_shape=[3, 2], strides=[2, 1], pads=[1, 0, 1, 1]),
+    "MaxPool, ceil": model("MaxPool", [IMAGE], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1, dilations=[1, 2]),
+    "MaxPool, same": model("MaxPool", [IMAGE], kernel_shape=[2, 2], auto_pad="SAME_LOWER"),
+    "MaxPool, one axis": model("MaxPool", [ROWS], kernel_shape=[3], strides=[2]),
+    "AveragePool": model("AveragePool", [IMAGE], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+    "AveragePool, uneven": model("AveragePool", [IMAGE], kernel_shape=[3, 2], pads=[0, 0, 2, 1], strides=[2, 1]),
+    "AveragePool, counted": model(
+        "AveragePool", [IMAGE], kernel_shape=[3, 2], pads=[0, 0, 2, 1], count_include_pad=1
+    ),
+    "AveragePool, ceil": model(
+        "AveragePool", [IMAGE], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1, opset=19
+    ),
+    "Resize, nearest": resize((7, 9), coordinate_transformation_mode="asymmetric", nearest_mode="floor"),
+    "Resize, half pixel": resize((9, 13), nearest_mode="round_prefer_ceil"),
+    "Resize, linear": resize((3, 17), mode="linear"),
+    "Resize, corners": resize((9, 17), mode="linear", coordinate_transformation_mode="align_corners"),
+    "Resize, torch": resize((9, 3), mode="linear", coordinate_transformation_mode="pytorch_half_pixel"),
+    "Resize, cubic": resize((9, 17), mode="cubic", cubic_coeff_a=-0.5),
+    "Resize, cubic inside": resize((9, 17), mode="cubic", exclude_outside=1),
+    "Resize, smoothed": resize((4, 3), mode="linear", antialias=1),
+    "Resize, smoothed inside": resize((4, 3), mode="cubic", antialias=1, exclude_outside=1),
+    "Resize, smoothed cubic": resize((4, 3), mode="cubic", antialias=1, cubic_coeff_a=-0.5),
+    "Resize, scales": model("Resize", [IMAGE], {1: None, 2: np.float32([1, 1, 1.6, 0.7])}, mode="linear"),
+    "Resize, axes": model("Resize", [IMAGE], {1: None, 2: None, 3: ints(9, 9)}, opset=18, axes=[3, 2], mode="linear"),
     "LayerNormalization": model("LayerNormalization", [ROWS], {1: VECTOR, 2: VECTOR[::-1].copy()}),
     "LayerNormalization, two axes": model("LayerNormalization", [ROWS], {1: ROWS[0], 2: ROWS[1]}, axis=1),
     "RMSNormalization": model("RMSNormalization", [ROWS], {1: VECTOR}, opset=23),

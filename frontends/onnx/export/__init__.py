@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import InputError, UnsupportedOpError
-from tersor.frontends.onnx.export import elementwise, layout, nn, reduction  # noqa: F401  fill the table
+from tersor.frontends.onnx.export import elementwise, layout, nn, reduction, spatial  # noqa: F401  fill the table
 from tersor.frontends.onnx.export.files import check_path, model_with_data, write_model
 from tersor.frontends.onnx.export.graph import TYPE_CODES, Writer
 from tersor.frontends.onnx.export.table import DEFAULT_OPSET, OPSETS, Export, exports, find_exporter

@@ -87,16 +87,18 @@ class Writer:
         inputs: Sequence[str],
         attributes: Mapping[str, Any],
         domain: str = "",
+        result: int = 0,
     ) -> str:
         """One operator that ``node`` becomes (or that sizes need); returns the name of its result."""
         given = {name: a for name, a in attributes.items() if a is not None}
         while inputs and not inputs[-1]:
             inputs = inputs[:-1]
         self.domains.setdefault(domain, 1)
-        key = domain, operator, tuple(inputs), json.dumps(given, sort_keys=True, default=str)
+        key = domain, operator, tuple(inputs), json.dumps(given, sort_keys=True, default=str), result
         if key not in self._made:
             name = self.unique(node.name if node else "size")
-            self._append(node, operator, inputs, name, given, domain)
+            unread = [self.unique(f"{name}_unread") for _ in range(result)]
+            self._append(node, operator, inputs, [*unread, name], given, domain)
             self._made[key] = name
         return self._made[key]
 
@@ -105,7 +107,7 @@ class Writer:
         node: fx.Node | None,
         operator: str,
         inputs: Sequence[str],
-        output: str,
+        outputs: Sequence[str],
         attributes: Mapping[str, Any],
         domain: str = "",
     ) -> None:
@@ -114,7 +116,7 @@ class Writer:
             place = node.meta.get("site") or node.meta.get("module") or node.name
             label = _unique(f"/{place.replace('.', '/')}/{operator}", self._used_labels)
         proto = self.onnx.helper.make_node(
-            operator, list(inputs), [output], name=label, domain=domain, **attributes
+            operator, list(inputs), list(outputs), name=label, domain=domain, **attributes
         )
         if node is not None:
             write_provenance(proto, node)
@@ -126,7 +128,7 @@ class Writer:
         key = "Constant", str(Value.of(tensor)), bytes(raw_bytes(tensor))
         if key not in self._made:
             name = self.unique("constant")
-            self._append(None, "Constant", (), name, {"value": tensor_proto(self.onnx, "", tensor)})
+            self._append(None, "Constant", (), [name], {"value": tensor_proto(self.onnx, "", tensor)})
             self._made[key] = name
         return self._made[key]
 
@@ -182,18 +184,19 @@ class Writer:
     def operators(self) -> Iterator[Any]:
         """The operators that the results need, in order."""
         wanted: dict[str, str] = {}
-        made = {proto.output[0] for proto in self._operators}
+        # of several results the last one is read
+        made = {proto.output[-1] for proto in self._operators}
         for output, node in self.results.items():
             name = self.names[node]
             if name in made and name not in wanted:
                 wanted[name] = output
             else:  # an input, a parameter, or one value under two names
-                self._append(None, "Identity", (wanted.get(name, name),), output, {})
+                self._append(None, "Identity", (wanted.get(name, name),), [output], {})
         needed = set(self.results)
         kept = []
         for proto in reversed(self._operators):
-            proto.output[0] = wanted.get(proto.output[0], proto.output[0])
-            if proto.output[0] in needed:
+            proto.output[-1] = wanted.get(proto.output[-1], proto.output[-1])
+            if proto.output[-1] in needed:
                 for i, name in enumerate(proto.input):
                     proto.input[i] = wanted.get(name, name)
                 needed.update(proto.input)

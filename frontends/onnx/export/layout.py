@@ -74,6 +74,13 @@ def _gather(e: Export) -> str:
     return e.emit("GatherElements", e.operand(0), e.operand(1), axis=e.axis(0))
 
 
+@exports("scatter")
+def _scatter(e: Export) -> str:
+    reduction = {"amax": "max", "amin": "min"}.get(e.attribute("reduce"), e.attribute("reduce"))
+    operands = (e.operand(i) for i in range(3))
+    return e.emit("ScatterElements", *operands, axis=e.axis(0), reduction=reduction)
+
+
 @exports("arange")
 def _arange(e: Export) -> str:
     return e.cast(arange(e, e.attribute("end")), "int64", e.attribute("dtype"))

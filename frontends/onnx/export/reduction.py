@@ -21,6 +21,15 @@ def _argmax(e: Export) -> str:
     return e.emit("ArgMax", e.operand(0), axis=e.axis(0), keepdims=int(e.attribute("keepdim")))
 
 
+@exports("argsort")
+def _argsort(e: Export) -> str:
+    through = "int32" if e.value(0).dtype == "bool" else e.value(0).dtype
+    count = e.sizes((e.value(0).shape[e.axis(0)],))
+    return e.emit(
+        "TopK", e.operand(0, through), count, axis=e.axis(0), largest=int(e.attribute("descending")), result=1
+    )
+
+
 @exports("softmax")
 def _softmax(e: Export) -> str:
     return e.emit("Softmax", e.operand(0), axis=e.axis(0))

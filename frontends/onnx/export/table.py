@@ -111,9 +111,9 @@ class Export:
         """The name of operand i, or the empty name that stands for an absent one."""
         return self.operand(i) if self.given(i) else ""
 
-    def emit(self, operator: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """One operator with one result, whose name is returned; equal ones are written once."""
-        return self.writer.emit(self.node, operator, inputs, attributes, domain)
+    def emit(self, operator: str, *inputs: str, domain: str = "", result: int = 0, **attributes: Any) -> str:
+        """One operator, of whose results one is used; its name is returned. Equal operators are written once."""
+        return self.writer.emit(self.node, operator, inputs, attributes, domain, result)
 
     def constant(self, content: Any, dtype: str) -> str:
         """A number, or nested lists of them, as a value without a name of its own."""
