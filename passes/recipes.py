@@ -39,6 +39,10 @@ FOLDS = (
 RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "none": ("the program as captured", ()),
     "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS)),
+    "int8": (
+        "8-bit weights and activations, scales from calibration data, integer products",
+        (*CLEANUP, *FOLDS, "smooth.smoothquant", "quantize.rtn", "quantize.static", "quantize.integers"),
+    ),
     "int8-dynamic": (
         "8-bit weights and activations, scales found while it runs: no data needed",
         (*CLEANUP, *FOLDS, "quantize.rtn", "quantize.dynamic", "quantize.integers"),

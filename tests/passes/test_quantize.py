@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tersor.errors import PipelineError
 from tersor.ir import Program
 from tersor.passes import Pipeline
+from tersor.passes.calibration import Histogram, MinMax
 from tersor.passes.numerics import outputs, relative_error, small_inputs
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.integers import IntegerProducts
+from tersor.passes.quantize.ranges import choose_range
 from tersor.passes.quantize.rtn import RoundToNearest
+from tersor.passes.quantize.static import StaticActivations
 from tests.passes.check_pass import apply, check_pass
 from tests.passes.programs import Transformer, Weights, program
 
@@ -150,6 +154,71 @@ def test_layers_of_one_input_share_its_codes():
     made, _ = Pipeline([RoundToNearest(), DynamicActivations()]).run(Transformer(layers=1).build())
     # query, key and value read one norm
     assert len(made.main.calls("linear")) == 6 and len(made.main.calls("quantize")) == 4
+
+
+# -- activations, from data
+
+
+def data(width: int = WIDTH, scale: float = 1.0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [{"x": scale * torch.randn(2, 20, width, generator=generator)} for _ in range(6)]
+
+
+def static_scale(made: Program, calibration, **options) -> tuple[float, float]:
+    """Scale and zero point that the pass gives the first layer's input."""
+    after, _ = Pipeline([StaticActivations(**options)]).run(made, calibration=calibration)
+    _, scale, zero = after.main.calls("quantize")[0].args
+    return float(after.main.parameter(scale)), zero
+
+
+def test_activations_get_one_scale_from_data():
+    check_pass(
+        StaticActivations(method="minmax"),
+        layer(weights=True),
+        None,
+        unmatched=layer(),
+        calibration=data(),
+    )
+    rows = torch.cat([batch["x"] for batch in data()])
+    fit, held_out = rows[: len(rows) - 4], rows  # whichever split: the range lies between theirs
+    scale, zero = static_scale(layer(weights=True), data(), method="minmax")
+    reach = scale * 255
+    assert (fit.max() - fit.min()) * 0.7 < reach <= (held_out.max() - held_out.min()) * 1.001
+    assert abs(zero * scale - (-rows.min())) < 0.3 * reach
+
+
+def test_a_range_search_gives_up_rare_values():
+    generator, grid = torch.Generator().manual_seed(0), Grid(8, symmetric=False)
+    x = torch.randn(500_000, 1, generator=generator)
+    x[0] = 9.0
+    extent, histogram = MinMax(), Histogram()
+    for statistic in (extent, histogram):
+        statistic.update(x, generator)
+
+    def loss(method: str) -> tuple[float, float]:
+        scale, zero = choose_range(method, grid, extent, histogram, 0.99)
+        return float(scale), float((grid.round_trip(x, scale, zero) - x).square().mean())
+
+    (wide, wide_loss), (least, least_loss), (clipped, clipped_loss) = map(
+        loss, ("minmax", "mse", "percentile")
+    )
+    assert clipped < least < 0.8 * wide and least_loss < 0.8 * wide_loss and least_loss < clipped_loss
+
+
+def test_without_data_the_pass_names_a_recipe_that_needs_none():
+    with pytest.raises(PipelineError, match="int8-dynamic"):
+        Pipeline([StaticActivations()]).run(layer(weights=True))
+
+
+def test_zero_is_a_code_of_one_sided_data():
+    positive = [{"x": batch["x"].abs() + 1.0} for batch in data()]
+    scale, zero = static_scale(layer(weights=True), positive)
+    assert zero == 0 and scale > 0
+
+
+def test_constant_data_has_a_scale():
+    constant = [{"x": torch.zeros(2, 20, WIDTH)} for _ in range(4)]
+    assert static_scale(layer(weights=True), constant) == (1.0, 0)
 
 
 # -- integers

@@ -1,0 +1,47 @@
+"""Which range a grid should cover, chosen from the distribution of the values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from tersor.passes.calibration import Histogram, MinMax
+from tersor.passes.quantize.grid import Grid
+
+Method = Literal["minmax", "percentile", "mse"]
+
+STEPS = 100
+"""Ranges that the search tries, from the whole one down to 1 / STEPS of it."""
+
+
+def choose_range(
+    method: Method, grid: Grid, extent: MinMax, histogram: Histogram, percentile: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (f32, shape ()) of one grid for all channels.
+
+    minmax: everything that was seen. percentile: what lies beyond it on either side is clipped to the end. mse: the
+    fraction of the whole range with the least mean square error on the histogram (the search of Wei et al. 2022 and
+    others; `STEPS` fractions).
+    """
+    low, high = extent.low.min(), extent.high.max()
+    if method == "percentile":
+        bottom, top = histogram.percentile(percentile)
+        low, high = low.clamp(min=bottom), high.clamp(max=top)
+    if method == "mse":
+        fraction = _least_error(grid, low, high, histogram)
+        low, high = low * fraction, high * fraction
+    return grid.fit(low, high)
+
+
+def _least_error(grid: Grid, low: torch.Tensor, high: torch.Tensor, histogram: Histogram) -> torch.Tensor:
+    """The fraction of a range that loses least."""
+    filled = histogram.counts > 0
+    values, counts = histogram.centers[filled], histogram.counts[filled].double()
+    # the ends of a bin may lie beyond what was seen
+    values = values.clamp(low.double(), high.double())
+    fractions = torch.arange(STEPS, 0, -1) / STEPS
+    scale, zero = grid.fit(low * fractions, high * fractions)
+    back = grid.round_trip(values, scale[:, None].double(), zero[:, None].double())
+    errors = ((back - values).square() * counts).sum(1)
+    return fractions[errors.argmin()]
