@@ -17,7 +17,11 @@ _NUMBERED = re.compile(r"(val|onnx::\w+)_\d+|(permute|transpose|t)(_\d+)?")
 
 
 def restore_weight_names(function: Function) -> None:
-    """Renames numbered matrices that one product reads; a name that is taken is left to its owner."""
+    """Renames numbered matrices that one product reads.
+
+    A name that is taken is left to its owner, unless both are the same matrix: a layer that is called several times
+    is one layer again (exporters transpose its weight once for each call).
+    """
     _return_convolutions(function)
     for node in function.calls("matmul"):
         weight = node.args[1]
@@ -25,9 +29,13 @@ def restore_weight_names(function: Function) -> None:
             continue
         readers = [n for n in function.graph.find_nodes(op="get_attr") if n.target == weight.target]
         name = _weight_name(node)
-        if name is None or name in function.parameters or sum(len(n.users) for n in readers) != 1:
+        if name is None or sum(len(n.users) for n in readers) != 1:
             continue
-        function.parameters[name] = function.parameters[weight.target]
+        numbered, owner = function.parameters[weight.target], function.parameters.get(name)
+        if owner is not None and (owner.value != numbered.value or owner.digest != numbered.digest):
+            continue
+        if owner is None:
+            function.parameters[name] = numbered
         del function.parameters[weight.target]
         weight.target = name
 

@@ -33,8 +33,12 @@ def _is_matrix(m: Match) -> str | None:
 
 
 def _transposed(build: Builder, m: Match) -> fx.Node:
-    weight = build.parameter(m["weight"].target, m.parameter("weight").t())
-    return build.linear(m["x"], weight)
+    """A weight that several products read (a layer that is called twice) stays one: it is stored when constants are."""
+    weight = m["weight"]
+    readers = [r.args[1] is weight if is_call(r, "matmul") else is_call(r, "permute") for r in weight.users]
+    if len(readers) > 1 and all(readers):
+        return build.linear(m["x"], build.permute(m["weight"], dims=(1, 0)))
+    return build.linear(m["x"], build.parameter(m["weight"].target, m.parameter("weight").t()))
 
 
 def _is_bias(m: Match) -> str | None:

@@ -134,6 +134,22 @@ def _sites(program) -> set[str]:
     return {n.meta["site"] for n in program.main.calls() if "site" in n.meta}
 
 
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def test_a_layer_that_is_called_twice_is_one_layer(tmp_path):
+    model, inputs = _Twice().eval(), {"x": torch.randn(2, 8)}
+    program = frontends.capture(export(model, inputs, {"x": {}}, tmp_path / "model.onnx"))
+    assert sorted(program.parameters) == ["layer.bias", "layer.weight"]
+    assert _sites(program) == _sites(frontends.capture(model, inputs)) == {"layer", "layer_1", "tanh"}
+
+
 def test_dimensions_keep_the_names_of_the_file(exported):
     _, path = exported("distilbert")
     program = frontends.capture(path)

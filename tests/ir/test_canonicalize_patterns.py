@@ -156,6 +156,18 @@ def test_products_with_parameters_become_linear_with_their_bias():
     assert tuple(program.parameters["up"].value.shape) == (5, 8), "transposed, under its own name"
 
 
+def test_a_weight_that_two_products_read_stays_one():
+    def model(b, x):
+        w = b.parameter("w", torch.randn(8, 8))
+        return b.matmul(b.tanh(b.matmul(x, w)), w)
+
+    program = program_of(model, X)
+    canonical(program)
+    assert names(program) == ["linear", "tanh", "linear"] and list(program.parameters) == ["w"]
+    first, second = program.main.calls("linear")
+    assert first.args[1] is second.args[1]
+
+
 def test_a_bias_of_another_shape_is_added_as_it_is():
     def model(b, x):
         y = b.linear(x, b.parameter("w", torch.randn(5, 8)))
