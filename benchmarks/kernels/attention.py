@@ -15,8 +15,6 @@ import os
 import tempfile
 import time
 
-import numpy as np
-
 SHAPES = """
 1x8x12x12x64 1x16x12x12x64 1x128x12x12x64 1x197x12x12x64 1x384x12x12x64 1x512x12x12x64 8x128x12x12x64
 1x8x12x12x32 1x16x12x12x32 1x128x12x12x32 1x512x12x12x32 8x128x12x12x32
@@ -34,6 +32,12 @@ def main() -> None:
     parser.add_argument(
         "--mask", choices=["none", "keys", "full"], default="none", help="boolean, [B,1,1,T] or [B,1,T,T]"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of q, k, v, the products and the result",
+    )
     parser.add_argument("--symbolic", action="store_true", help="compile with symbolic batch and length")
     parser.add_argument("--target", default="native")
     parser.add_argument("--seconds", type=float, default=0.4, help="time spent on each shape")
@@ -41,7 +45,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     os.environ["TVM_NUM_THREADS"] = str(options.threads)  # read once, when TVM starts its pool
     print(
-        f"{options.threads} thread(s), target {options.target}, causal {options.causal}, mask {options.mask}"
+        f"{options.threads} thread(s), target {options.target}, {options.dtype}, causal {options.causal}, "
+        f"mask {options.mask}"
     )
     print(f"{'shape':>18}  {'us':>8}  {'GFLOP/s':>7}  {'torch us':>8}")
     for shape in options.shape or SHAPES.split():
@@ -57,6 +62,7 @@ def measure(b: int, t: int, h: int, g: int, d: int, options: argparse.Namespace)
     import tvm
 
     from tersor.codegen.kernels.attention import Attention
+    from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Step
     from tersor.codegen.linker import link
     from tersor.codegen.llvm import llvm_target
     from tersor.ir.dims import Dim
@@ -66,9 +72,11 @@ def measure(b: int, t: int, h: int, g: int, d: int, options: argparse.Namespace)
     batch, length = (Dim.symbol("batch"), Dim.symbol("length")) if options.symbolic else (b, t)
     mask = {"none": None, "keys": (batch, 1, 1, length), "full": (batch, 1, length, length)}[options.mask]
     target = resolve(options.target)
+    rounded = Chain((ChainInput("accumulator"),), (Step("cast", (0,), "bfloat16"),), (1,))
     kernel = Attention(
-        batch, length, length, h, g, d, d, d**-0.5, causal=options.causal, mask=mask, packed="qkv"
-    )
+        batch, length, length, h, g, d, d, d**-0.5, causal=options.causal, mask=mask, packed="qkv",
+        dtype=options.dtype, products=options.dtype, epilogue=PLAIN if options.dtype == "float32" else rounded,
+    )  # fmt: skip
     function = kernel.build(target).with_attr("global_symbol", "main")
     compiled = tvm.compile(tvm.IRModule({"main": function}), target=llvm_target(target))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,8 +86,10 @@ def measure(b: int, t: int, h: int, g: int, d: int, options: argparse.Namespace)
         module = tvm.runtime.load_module(path)
     qkv = torch.randn(b, t, (h + 2 * g) * d)
     keep = None if mask is None else torch.ones(b, 1, 1 if options.mask == "keys" else t, t, dtype=torch.bool)
-    arguments = [tvm.runtime.tensor(x.numpy()) for x in (qkv, keep) if x is not None]
-    out, call = tvm.runtime.tensor(np.empty((b, t, h * d), np.float32)), module["main"]
+    arguments = [tvm.runtime.tensor(qkv.numpy().astype(options.dtype))]
+    arguments += [tvm.runtime.tensor(keep.numpy())] if keep is not None else []
+    out, call = tvm.runtime.empty((b, t, h * d), options.dtype), module["main"]
+    qkv = qkv.to(getattr(torch, options.dtype))
     q, k, v = (x.unflatten(-1, (-1, d)).transpose(1, 2) for x in qkv.split([h * d, g * d, g * d], dim=-1))
     if keep is not None and options.causal:
         keep = keep & torch.ones(t, t, dtype=torch.bool).tril()

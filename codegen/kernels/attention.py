@@ -15,10 +15,12 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels import loops, math
+from tersor.codegen.kernels import bf16, loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.inner_product import inner_product
+from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, most_rows
 from tersor.ir.dims import Dim, Shape
@@ -30,7 +32,7 @@ LOWEST = -3.4028234663852886e38
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(q k^T * scale + mask) v`` for every head, in f32.
+    """``epilogue(softmax(q k^T * scale + mask) v)`` for every head; the softmax is computed in f32.
 
     q [batch, q_len, heads*head_dim], k [batch, kv_len, kv_heads*head_dim], v [batch, kv_len, kv_heads*value_dim] ->
     [batch, q_len, heads*value_dim]. Query head h reads key/value head ``h // (heads // kv_heads)``.
@@ -42,9 +44,16 @@ class Attention:
     causal: query i sees keys j <= i + offset, where offset is kv_len - q_len for align "end" and 0 for "start".
     window: of those, query i sees only j > i + offset - window.
     softcap: scores before the mask become ``softcap * tanh(score / softcap)``, or None.
+    dtype: of q, k and v. products: "bfloat16" allows the two matrix products to round their operands (q, k, v and the
+    weights) to bf16; targets without bf16 products compute in f32 instead.
+    epilogue: a chain from the f32 result (its accumulator) and further inputs to the outputs, for example codes.
     A query that sees no key gives zeros, as torch's scaled_dot_product_attention does.
 
-    ValueError when heads are not a multiple of kv_heads, or a packed or mask shape cannot be.
+    Arguments: q, k and v as packed, the mask, the epilogue's other inputs ("full" [batch, q_len, heads*value_dim],
+    "column" [heads*value_dim], "row" [batch, q_len, 1], "scalar" ()); its outputs [batch, q_len, heads*value_dim].
+
+    ValueError when heads are not a multiple of kv_heads, a packed or mask shape cannot be, or the epilogue does not
+    start from one accumulator.
     """
 
     batch: int | Dim
@@ -62,6 +71,9 @@ class Attention:
     align: Literal["end", "start"] = "end"
     packed: Literal["", "qkv", "kv"] = ""
     softcap: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    products: Literal["float32", "bfloat16"] = "float32"
+    epilogue: Chain = PLAIN
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -73,6 +85,9 @@ class Attention:
             len(self.mask) > 4 or any(m not in (1, f) for m, f in zip(self.full_mask, full, strict=True))
         ):
             raise ValueError(f"a mask of shape {self.mask} does not broadcast to {full}")
+        kinds = [value.kind for value in self.epilogue.inputs]
+        if kinds[:1] != ["accumulator"] or kinds.count("accumulator") > 1:
+            raise ValueError(f"the epilogue of attention starts from one accumulator: {kinds}")
 
     @property
     def full_mask(self) -> Shape:
@@ -86,6 +101,8 @@ class Attention:
         parts += [f"window{self.window}"] if self.window is not None else []
         parts += ["softcap"] if self.softcap is not None else []
         parts += [f"mask_{self.mask_dtype}"] if self.mask is not None else []
+        parts += ["bf16"] if self.products == "bfloat16" else []
+        parts += [self.epilogue.label()] if self.epilogue.steps else []
         return "_".join(parts)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -97,10 +114,13 @@ class Attention:
             "kv": ((*query, q), (*key, k + v)),
         }[self.packed]
         mask = (TensorSpec(self.mask, self.mask_dtype),) if self.mask is not None else ()
-        return (*(TensorSpec(shape) for shape in specs), *mask)
+        more = operand_specs(self.epilogue.inputs[1:], query, self.heads * self.value_dim)
+        return (*(TensorSpec(shape, self.dtype) for shape in specs), *mask, *more)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((self.batch, self.q_len, self.heads * self.value_dim)),)
+        return row_specs(
+            self.epilogue, (self.batch, self.q_len), self.heads * self.value_dim, quantized=False
+        )
 
     def build(self, target: Target) -> tirx.PrimFunc:
         return _Builder(self, target).function()
@@ -120,8 +140,11 @@ class _Builder:
 
     def __init__(self, attention: Attention, target: Target):
         self.spec = attention
-        self.product = inner_product("float32", target)
+        narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
+        self.product = inner_product("bfloat16" if narrow else "float32", target)
+        self.narrow, self.word = narrow, "int32" if narrow else "float32"
         self.lanes = self.product.lanes
+        self.depth = -(-attention.head_dim // self.product.factor)
         self.rows = min(8, most_rows(target))
         self.ramp = T.ramp(0, 1, self.lanes)
         self.value_vectors = -(-attention.value_dim // self.lanes)
@@ -136,16 +159,18 @@ class _Builder:
                 T.func_attr({"tirx.noalias": True})
                 arguments = Arguments()
                 inputs = [arguments.declare(f"in_{i}", s) for i, s in enumerate(spec.inputs())]
-                out = arguments.declare("out", spec.outputs()[0])
+                outputs = [arguments.declare(f"out_{i}", s) for i, s in enumerate(spec.outputs())]
                 self.batch, self.q_len, self.kv_len = arguments.extents((spec.batch, spec.q_len, spec.kv_len))
-                inputs, out = [loops.flat(b) for b in inputs], loops.flat(out)
+                inputs, self.outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
+                count = len(spec.epilogue.inputs) - 1
+                inputs, self.others = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
                 self.mask = inputs.pop() if spec.mask is not None else None
                 self.q, self.k, self.v = self._operands(inputs)
-                self.out = _Rows(out, spec.heads * spec.value_dim)
                 self.offset = self.kv_len - self.q_len if spec.align == "end" else 0
                 self.blocks = _ceil_div(self.kv_len, self.lanes)
                 work = self.batch * self.q_len * self.kv_len * (spec.heads * (spec.head_dim + spec.value_dim))
-                loops.when_large(2 * work, PARALLEL_FLOPS, self._parallel, self._serial)
+                with self.product.body():
+                    loops.when_large(2 * work, PARALLEL_FLOPS, self._parallel, self._serial)
         return builder.get()
 
     def _operands(self, inputs: list[tirx.Buffer]) -> list[_Rows]:
@@ -179,9 +204,18 @@ class _Builder:
         batch = math.bind(tirx.floordiv(index, spec.heads))
         head = math.bind(tirx.floormod(index, spec.heads))
         group = math.bind(tirx.floordiv(head, spec.heads // spec.kv_heads))
-        self.keys = T.alloc_buffer((self.blocks, spec.head_dim, self.lanes))
-        self.values = T.alloc_buffer((self.kv_len, self.value_vectors * self.lanes))
+        self.keys = T.alloc_buffer((self.blocks, self.depth, self.lanes), self.word)
+        words = _ceil_div(self.kv_len, self.product.factor)
+        self.values = T.alloc_buffer((words, self.value_vectors * self.lanes), self.word)
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
+        self.weights = self.scores
+        if self.narrow:
+            self.weights = T.alloc_buffer((self.rows, self.blocks * self.lanes // 2), self.word)
+        self.queries = None
+        if self.narrow or spec.dtype != "float32":
+            self.queries = T.alloc_buffer(
+                (self.rows, _ceil_div(self.depth, self.lanes) * self.lanes), self.word
+            )
         self.maxima = T.alloc_buffer((self.rows, self.lanes))
         self.inverses = T.alloc_buffer((self.rows,))
         self._pack_keys(batch, group)
@@ -203,23 +237,49 @@ class _Builder:
         with T.serial(tirx.max(last - first, 0)) as tile:
             self._tile(batch, head, (first + tile) * self.rows, self.rows, clamp=True)
 
+    @property
+    def factor(self) -> float:
+        """What makes a score of a product of q and k, before softcap and mask."""
+        return self.spec.scale if self.spec.softcap is None else self.spec.scale / self.spec.softcap
+
+    def _copy_row(self, source: _Rows, row: Expr, column: Expr, to: tirx.Buffer, index: Expr | int) -> None:
+        """``head_dim`` elements of an operand as words, padded with zeros to whole vectors."""
+        size, lanes = self.spec.head_dim, self.lanes
+        for i in range(-(-size // lanes)):
+            where = None if size - i * lanes >= lanes else loops.mask(size - i * lanes, lanes)
+            at = row * source.stride + (source.column + column + i * lanes)
+            vector = math.cast(loops.load(source.buffer, at, lanes, where), "float32")
+            count = lanes // self.product.factor
+            vector = bf16.words(vector) if self.narrow else vector
+            T.buffer_store(to, vector, [index, T.ramp(i * count, 1, count)])
+
     def _pack_keys(self, batch: Expr, group: Expr) -> None:
-        """keys[block, d, lane] = scale * k[block*lanes + lane, d]; the last block repeats the last key."""
+        """keys[block, d, lane] = word d of key block*lanes + lane, f32 ones scaled; the last key is repeated."""
         spec, lanes = self.spec, self.lanes
-        scale = spec.scale if spec.softcap is None else spec.scale / spec.softcap
-        whole, rest = divmod(spec.head_dim, lanes)
+        whole, rest = divmod(self.depth, lanes)
+        rows = (
+            T.alloc_buffer((lanes, _ceil_div(self.depth, lanes) * lanes), self.word) if self.narrow else None
+        )
 
         def square(block: Expr, d: loops.Extent, count: int) -> None:
             where = None if count == lanes else loops.mask(count, lanes)
             vectors = []
             for i in range(lanes):
+                if rows is not None:
+                    vectors.append(math.bind(rows[i, T.ramp(d, 1, lanes)]))
+                    continue
                 row = batch * self.kv_len + tirx.min(block * lanes + i, self.kv_len - 1)
                 at = row * self.k.stride + (self.k.column + group * spec.head_dim + d)
-                vectors.append(math.bind(loops.load(self.k.buffer, at, lanes, where) * scale))
+                vector = math.cast(loops.load(self.k.buffer, at, lanes, where), "float32")
+                vectors.append(math.bind(vector * self.factor))
             for i, vector in enumerate(_transpose(vectors)[:count]):
                 T.buffer_store(self.keys, vector, [block, d + i, self.ramp])
 
         with T.serial(self.blocks) as block:
+            if rows is not None:
+                with T.serial(lanes) as i:
+                    key = tirx.min(block * lanes + i, self.kv_len - 1)
+                    self._copy_row(self.k, batch * self.kv_len + key, group * spec.head_dim, rows, i)
             if whole:
                 with T.serial(whole) as i:
                     square(block, i * lanes, lanes)
@@ -227,13 +287,20 @@ class _Builder:
                 square(block, whole * lanes, rest)
 
     def _pack_values(self, batch: Expr, group: Expr) -> None:
-        spec, lanes = self.spec, self.lanes
-        with T.serial(self.kv_len) as j:
-            start = (batch * self.kv_len + j) * self.v.stride + (self.v.column + group * spec.value_dim)
+        """values[j] = the row or pair of rows of v that word j of the weights meets; the last row may be repeated."""
+        spec, lanes, factor = self.spec, self.lanes, self.product.factor
+        with T.serial(_ceil_div(self.kv_len, factor)) as j:
             for i in range(self.value_vectors):
                 left = spec.value_dim - i * lanes
                 where = None if left >= lanes else loops.mask(left, lanes)
-                vector = loops.load(self.v.buffer, start + i * lanes, lanes, where)
+                vectors = []
+                for part in range(factor):
+                    row = batch * self.kv_len + (
+                        tirx.min(j * factor + part, self.kv_len - 1) if part else j * factor
+                    )
+                    at = row * self.v.stride + (self.v.column + group * spec.value_dim + i * lanes)
+                    vectors.append(math.cast(loops.load(self.v.buffer, at, lanes, where), "float32"))
+                vector = bf16.pairs(*vectors) if self.narrow else vectors[0]
                 T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
 
     def _key_bias(self, batch: Expr, head: Expr) -> tirx.Buffer | None:
@@ -290,6 +357,9 @@ class _Builder:
             free = math.bind(tirx.max(tirx.min(first + (self.offset + 1), self.kv_len) // lanes, 0))
         else:
             free = blocks
+        if self.queries is not None:
+            for r, query in enumerate(queries):
+                self._copy_row(self.q, batch * self.q_len + query, head * spec.head_dim, self.queries, r)
         self._score_blocks(batch, head, queries, first_block, free, diagonal=False)
         if spec.causal or spec.window is not None:
             self._score_blocks(batch, head, queries, free, blocks, diagonal=True)
@@ -323,19 +393,28 @@ class _Builder:
                 return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
             return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
 
-        sums = RegisterTile(len(queries), vectors, self.product, mask if spec.softcap is None else None)
+        later = self.narrow or spec.softcap is not None  # what the mask is added to is not the product itself
+        sums = RegisterTile(len(queries), vectors, self.product, None if later else mask)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
             for q in queries
         ]
-        with T.serial(spec.head_dim) as d:
-            sums.multiply(lambda r: self.q.buffer[rows[r] + d], lambda n: self.keys[block + n, d, self.ramp])
+
+        def query_word(r: int, d: Expr) -> Expr:
+            return self.q.buffer[rows[r] + d] if self.queries is None else self.queries[r, d]
+
+        with T.serial(self.depth) as d:
+            sums.multiply(lambda r: query_word(r, d), lambda n: self.keys[block + n, d, self.ramp])
         for r, query in enumerate(queries):
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
                 score = sums.vector(r, n)
+                if self.narrow:
+                    score = score * self.factor
                 if spec.softcap is not None:
-                    score = math.bind(math.tanh(score) * spec.softcap + mask(r, n))
+                    score = math.tanh(score) * spec.softcap
+                if later:
+                    score = math.bind(score + mask(r, n))
                 if diagonal:
                     score = math.bind(self._see(score, query, block + n))
                 T.buffer_store(self.scores, score, [r, T.ramp((block + n) * lanes, 1, lanes)])
@@ -356,7 +435,8 @@ class _Builder:
         return score
 
     def _softmax(self, rows: int, begin, end) -> None:
-        """exp(score - maximum) in place of the scores, and each row's inverse sum (0 where no key is seen)."""
+        """The weights exp(score - maximum), f32 ones in place of the scores, and each row's inverse sum: 0 where no key
+        is seen."""
         lanes = self.lanes
         with T.serial(rows) as r:
             highest = math.horizontal(tirx.max, self.maxima[r, self.ramp])
@@ -366,7 +446,13 @@ class _Builder:
             with T.serial(end - begin) as i:
                 at = T.ramp((begin + i) * lanes, 1, lanes)
                 weight = math.bind(math.exp_nonpositive(self.scores[r, at] - highest))
-                T.buffer_store(self.scores, weight, [r, at])
+                if self.narrow:
+                    count = lanes // self.product.factor
+                    T.buffer_store(
+                        self.weights, bf16.words(weight), [r, T.ramp((begin + i) * count, 1, count)]
+                    )
+                else:
+                    T.buffer_store(self.weights, weight, [r, at])
                 T.buffer_store(total, total[self.ramp] + weight, [self.ramp])
             total = math.horizontal(lambda a, b: a + b, total[self.ramp])
             inverse = tirx.Select(total > 0.0, 1.0 / total, tirx.const(0.0, "float32"))
@@ -380,21 +466,25 @@ class _Builder:
 
     def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
         """Some vectors of columns of the weighted sum."""
-        spec, lanes = self.spec, self.lanes
+        spec, lanes, factor = self.spec, self.lanes, self.product.factor
         sums = RegisterTile(len(queries), width, self.product)
-        with T.serial(end - begin) as step:
-            j = begin + step
+        with T.serial(_ceil_div(end, factor) - begin // factor) as step:
+            j = begin // factor + step
             sums.multiply(
-                lambda r: self.scores[r, j], lambda n: self.values[j, T.ramp((first + n) * lanes, 1, lanes)]
+                lambda r: self.weights[r, j], lambda n: self.values[j, T.ramp((first + n) * lanes, 1, lanes)]
             )
+        size = spec.heads * spec.value_dim
         for r, query in enumerate(queries):
-            inverse = tirx.Broadcast(self.inverses[r], lanes)
-            start = (batch * self.q_len + query) * self.out.stride + head * spec.value_dim
+            inverse, row = tirx.Broadcast(self.inverses[r], lanes), batch * self.q_len + query
             for n in range(width):
                 column = (first + n) * lanes
                 left = spec.value_dim - column
                 where = None if left >= lanes else loops.mask(left, lanes)
-                loops.store(self.out.buffer, start + column, sums.vector(r, n) * inverse, lanes, where)
+                offset = head * spec.value_dim + column
+                values = operands(spec.epilogue.inputs[1:], self.others, row, size, offset, lanes, where)
+                results = math.evaluate_chain(spec.epilogue, [sums.vector(r, n) * inverse, *values])
+                for buffer, result in zip(self.outputs, results, strict=True):
+                    loops.store(buffer, row * size + offset, math.cast(result, buffer.dtype), lanes, where)
 
 
 def _parts(tasks: int, threads: int) -> int:

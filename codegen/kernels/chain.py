@@ -73,3 +73,7 @@ class Chain:
     def label(self) -> str:
         """The steps' names for a kernel's symbol, for example ``add_gelu_erf``."""
         return "_".join(step.op for step in self.steps)
+
+
+PLAIN = Chain((ChainInput("accumulator"),), (), (0,))
+"""The epilogue that leaves f32 accumulators as they are."""

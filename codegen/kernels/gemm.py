@@ -23,8 +23,8 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
-from tersor.codegen.kernels.chain import Chain, ChainInput
-from tersor.codegen.kernels.inner_product import InnerProduct, inner_product
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
+from tersor.codegen.kernels.inner_product import ACCUMULATORS, WEIGHTS, InnerProduct, inner_product
 from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.packing import packed
@@ -40,15 +40,6 @@ from tersor.codegen.tiles import (
 from tersor.codegen.tuning import recorded_tile
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
-
-ACCUMULATORS = {"float32": "float32", "bfloat16": "float32", "uint8": "int32"}
-"""Dtype of the sums by dtype of the left matrix."""
-
-WEIGHTS = {"float32": "float32", "bfloat16": "bfloat16", "uint8": "int8"}
-"""Dtype of the weights before they are packed, by dtype of the left matrix."""
-
-IDENTITY = Chain((ChainInput("accumulator"),), (), (0,))
-"""The epilogue of a plain matrix product."""
 
 CHUNK = 16
 """Steps of k between two groups of prefetches in a tile that shares its panel with others."""
@@ -79,7 +70,7 @@ class Gemm:
     lead: Shape
     k: int
     n: int
-    chain: Chain = IDENTITY
+    chain: Chain = PLAIN
     panel: int = 32
     weights: int = 1
     dtype: Literal["float32", "bfloat16", "uint8"] = "float32"

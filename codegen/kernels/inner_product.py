@@ -15,30 +15,36 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from tersor.codegen.kernels import bf16
 from tersor.targets import Target
 
 Function = Callable[[Expr], Expr]
+
+WEIGHTS = {"float32": "float32", "bfloat16": "bfloat16", "uint8": "int8"}
+"""Dtype of the elements of the right matrix by that of the left one."""
+
+ACCUMULATORS = {"float32": "float32", "bfloat16": "float32", "uint8": "int32"}
+"""Dtype of the sums by that of the left matrix."""
 
 
 @dataclass(frozen=True)
 class InnerProduct:
     """How words are multiplied on one ISA.
 
-    left: dtype of the left matrix in memory; right: of the elements of the packed one.
+    left: dtype of the left matrix in memory.
     factor: elements of k in a word. accumulator: dtype of the sums. lanes: words in a vector.
     parts: the pairs of functions that take out of a vector of words, left and right, what one ``step`` can multiply.
     step: ``step(sums, left, right)`` adds the product of such vectors to a vector of accumulators.
-    helpers: functions in LLVM's language that ``step`` calls.
+    body: the part of a kernel that calls ``step`` goes inside ``with body()``, which brings in what it needs.
     """
 
     left: str
-    right: str
     factor: int
     accumulator: str
     lanes: int
     parts: tuple[tuple[Function, Function], ...]
     step: Callable[[Expr, Expr, Expr], Expr]
-    helpers: str = ""
+    body: Callable[[], AbstractContextManager] = nullcontext
 
     def matrix(self, buffer: tirx.Buffer) -> tirx.Buffer:
         """The left matrix as ``word`` reads it; call it once all arguments are declared."""
@@ -46,10 +52,6 @@ class InnerProduct:
             return buffer
         # TVM rewrites operations on bfloat16, a mere reinterpretation included
         return T.decl_buffer(buffer.shape, "uint16", data=buffer.data)
-
-    def body(self) -> AbstractContextManager:
-        """The part of a kernel that calls ``step`` goes inside: it brings the helper functions in."""
-        return T.attr(T.int32(0), "pragma_import_llvm", self.helpers) if self.helpers else nullcontext()
 
     def word(self, matrix: tirx.Buffer, row: Expr | int, index: Expr) -> Expr:
         """Word ``index`` of a row of the left matrix [rows, k], all of it inside the row."""
@@ -75,28 +77,16 @@ def inner_product(dtype: str, target: Target) -> InnerProduct:
     * "uint8" times int8, exact sums in int32: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes are
       widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits.
     """
-    lanes = target.lanes("float32")
-    if dtype == "float32":
-        return InnerProduct(dtype, dtype, 1, dtype, lanes, _WHOLE, _fma)
-    if dtype == "bfloat16":
-        if "avx512_bf16" in target.features:
-            return InnerProduct(dtype, dtype, 2, "float32", lanes, _WHOLE, _bf16_step, BF16_HELPER)
-        return InnerProduct(dtype, dtype, 2, "float32", lanes, _BF16_PAIR, _fma)
-    has_vnni = ("vnni" if target.vector_bits == 512 else "avx_vnni") in target.features
-    parts, step = (_WHOLE, _vnni_step) if has_vnni else (_BYTE_PAIRS, _widened_step)
-    return InnerProduct(dtype, "int8", 4, "int32", lanes, parts, step)
-
-
-BF16_HELPER = """
-define <16 x float> @tersor_bf16_step(<16 x float> %sums, <16 x i32> %left, <16 x i32> %right) alwaysinline {
-  %a = bitcast <16 x i32> %left to <32 x bfloat>
-  %b = bitcast <16 x i32> %right to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sums, <32 x bfloat> %a, <32 x bfloat> %b)
-  ret <16 x float> %r
-}
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-"""
-"""vdpbf16ps over words: TVM cannot pass vectors of bfloat16 to an intrinsic itself."""
+    factor, parts, step, body = 1, _WHOLE, _fma, nullcontext
+    if dtype == "bfloat16" and "avx512_bf16" in target.features:
+        factor, step, body = 2, bf16.dot, bf16.functions
+    elif dtype == "bfloat16":
+        factor, parts = 2, _BF16_PAIR
+    elif dtype == "uint8":
+        factor, step = 4, _vnni_step
+        if ("vnni" if target.vector_bits == 512 else "avx_vnni") not in target.features:
+            parts, step = _BYTE_PAIRS, _widened_step
+    return InnerProduct(dtype, factor, ACCUMULATORS[dtype], target.lanes("float32"), parts, step, body)
 
 
 def _same(words: Expr) -> Expr:
@@ -108,10 +98,6 @@ _WHOLE = ((_same, _same),)
 
 def _fma(sums: Expr, left: Expr, right: Expr) -> Expr:
     return sums + left * right
-
-
-def _bf16_step(sums: Expr, left: Expr, right: Expr) -> Expr:
-    return T.call_extern(sums.ty.dtype, "tersor_bf16_step", sums, left, right)
 
 
 def _low_bf16(words: Expr) -> Expr:

@@ -15,13 +15,12 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
-from tersor.codegen.kernels.chain import Chain, ChainInput
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
 from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
 
 IDENTITY = Chain((ChainInput("full"),), (), (0,))
-PLAIN = Chain((ChainInput("accumulator"),), (), (0,))
 
 SUMS = 4
 """Independent partial sums of a row, to hide the latency of an addition."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from kernel_harness import run_kernel
 
 from tersor.codegen.kernels.attention import Attention
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.ir.dims import Dim
 
 RNG = np.random.default_rng(0)
@@ -43,17 +46,21 @@ def reference(kernel, q, k, v, mask=None):
     return out.transpose(1, 2).flatten(2).numpy()
 
 
-def check(kernel, target, b, tq, tk, mask=None):
-    q = array(b, tq, kernel.heads * kernel.head_dim)
-    k, v = array(b, tk, kernel.kv_heads * kernel.head_dim), array(b, tk, kernel.kv_heads * kernel.value_dim)
-    expected = reference(kernel, q, k, v, mask)
+def check(kernel, target, b, tq, tk, mask=None, atol=2e-6):
+    widths = (
+        kernel.heads * kernel.head_dim,
+        kernel.kv_heads * kernel.head_dim,
+        kernel.kv_heads * kernel.value_dim,
+    )
+    q, k, v = (array(b, t, n).astype(kernel.dtype) for t, n in zip((tq, tk, tk), widths, strict=True))
+    expected = reference(kernel, *(x.astype(np.float32) for x in (q, k, v)), mask)
     inputs = {"": [q, k, v], "qkv": [q, k, v], "kv": [q, k, v]}[kernel.packed]
     if kernel.packed == "qkv":
         inputs = [np.concatenate([q, k, v], -1)]
     elif kernel.packed == "kv":
         inputs = [q, np.concatenate([k, v], -1)]
     (got,) = run_kernel(kernel, [*inputs, *([] if mask is None else [mask])], target)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
+    np.testing.assert_allclose(got, expected, atol=atol)
 
 
 def ragged(b, tk):
@@ -204,6 +211,7 @@ def test_enough_work_for_threads(batch, heads, length, target):
         ({"kv_heads": 3}, "cannot share"),
         ({"packed": "qkv", "kv_len": 9}, "one length"),
         ({"mask": (1, 1, 7, 8)}, "does not broadcast"),
+        ({"epilogue": Chain((ChainInput("full"),), (), (0,))}, "one accumulator"),
     ],
 )
 def test_impossible_descriptions(change, message):
@@ -212,3 +220,68 @@ def test_impossible_descriptions(change, message):
     )
     with pytest.raises(ValueError, match=message):
         Attention(**fields)
+
+
+def bf16_error(target):
+    """What products of values near 1 in bf16 may be off by; f32 where the target multiplies nothing narrower."""
+    return 2e-2 if "avx512_bf16" in target.features else 2e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(32, 32), (64, 24), (5, 33), (80, 16)])
+def test_bf16_head_sizes(dtype, head_dim, value_dim, bf16_target):
+    kernel = Attention(2, 13, 20, 4, 2, head_dim, value_dim, head_dim**-0.5, dtype=dtype, products="bfloat16")
+    check(kernel, bf16_target, 2, 13, 20, atol=bf16_error(bf16_target))
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 48, 63])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_lengths(length, causal, bf16_target):
+    kernel = Attention(
+        1, length, length, 2, 2, 32, 32, 0.2, causal=causal, dtype="bfloat16", products="bfloat16", packed="qkv"
+    )  # fmt: skip
+    check(kernel, bf16_target, 1, length, length, atol=bf16_error(bf16_target))
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 1, 1, KEYS), (BATCH, 1, QUERIES, KEYS)])
+@pytest.mark.parametrize("window", [None, 7])
+def test_bf16_symbolic_lengths_and_masks(shape, window, bf16_target):
+    kernel = Attention(
+        BATCH, QUERIES, KEYS, 2, 1, 24, 24, 0.2, causal=window is not None, window=window, mask=shape,
+        dtype="bfloat16", products="bfloat16",
+    )  # fmt: skip
+    for b, tq, tk in [(1, 1, 1), (2, 9, 33), (1, 40, 40)]:
+        mask = np.broadcast_to(ragged(b, tk), (b, 1, 1 if shape[2] == 1 else tq, tk)).copy()
+        check(kernel, bf16_target, b, tq, tk, mask, atol=bf16_error(bf16_target))
+
+
+def test_bf16_softcap(bf16_target):
+    """With equal keys all weights are equal whatever the cap; with a cap of 1 no score exceeds 1."""
+    kernel = Attention(1, 3, 2, 1, 1, 16, 16, 1.0, softcap=1.0, products="bfloat16")
+    q, v = np.full((1, 3, 16), 2, np.float32), array(1, 2, 16)
+    k = np.zeros((1, 2, 16), np.float32)
+    k[0, 1] = 1  # scores 0 and 32, capped to 0 and 1
+    (got,) = run_kernel(kernel, [q, k, v], bf16_target)
+    weight = np.e / (1 + np.e)
+    np.testing.assert_allclose(got[0, 0], (1 - weight) * v[0, 0] + weight * v[0, 1], atol=2e-2)
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_epilogue(products, bf16_target):
+    """Codes with a static scale after a factor per column, and a bf16 copy of the result."""
+    steps = (
+        Step("mul", (0, 1)),
+        Step("round", (2,)),
+        Step("add", (3, Const(128.0))),
+        Step("saturate", (4,), "uint8"),
+        Step("cast", (0,), "bfloat16"),
+    )
+    chain = Chain((ChainInput("accumulator"), ChainInput("column")), steps, (5, 6, 0))
+    kernel = Attention(2, 9, 9, 2, 2, 24, 20, 0.2, products=products, epilogue=chain)
+    factor = RNG.uniform(20, 60, 40).astype(np.float32)
+    q, k, v = array(2, 9, 48), array(2, 9, 48), array(2, 9, 40)
+    codes, half, wide = run_kernel(kernel, [q, k, v, factor], bf16_target)
+    (plain,) = run_kernel(replace(kernel, epilogue=PLAIN), [q, k, v], bf16_target)
+    np.testing.assert_array_equal(wide, plain)
+    np.testing.assert_array_equal(codes, (np.rint(wide * factor) + 128).clip(0, 255))
+    np.testing.assert_array_equal(half.astype(np.float32), torch.from_numpy(wide).bfloat16().float().numpy())

@@ -10,8 +10,8 @@ import torch
 import tvm
 from kernel_harness import compile_kernel, run_kernel
 
-from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
-from tersor.codegen.kernels.gemm import IDENTITY, Gemm
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
+from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import choose, panel_width
 from tersor.ir.dims import Dim
@@ -156,7 +156,7 @@ def test_threads_are_started_only_for_enough_work(target):
 
 def test_equal_descriptions_are_the_same_kernel():
     assert Gemm((3, 4), 8, 9) == Gemm((3, 4), 8, 9)
-    assert len({Gemm((3, 4), 8, 9), Gemm((3, 4), 8, 9, IDENTITY), Gemm((12,), 8, 9)}) == 2
+    assert len({Gemm((3, 4), 8, 9), Gemm((3, 4), 8, 9, PLAIN), Gemm((12,), 8, 9)}) == 2
 
 
 def test_description_that_does_not_fit_together():

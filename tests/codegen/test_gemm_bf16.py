@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import tvm
 from kernel_harness import run_kernel
 
-from tersor.codegen.kernels.chain import Chain, ChainInput, Step
-from tersor.codegen.kernels.gemm import IDENTITY, Gemm
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Step
+from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.llvm import llvm_target
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import panel_width
 from tersor.ir.dims import Dim
@@ -29,7 +31,7 @@ def product(a, w):
 
 def check(target, a, w, lead=None):
     n, k = w.shape
-    kernel = Gemm(lead or a.shape[:-1], k, n, IDENTITY, panel_width(target), dtype="bfloat16")
+    kernel = Gemm(lead or a.shape[:-1], k, n, PLAIN, panel_width(target), dtype="bfloat16")
     (got,) = run_kernel(kernel, [a, pack([w], kernel.panel)], target)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, product(a, w), atol=2e-6 * k, rtol=1e-5)
@@ -64,7 +66,7 @@ def test_odd_rows_do_not_read_their_neighbours(bf16_target):
     """The last word of a row is half a word: the other half, infinite here, is the next row's."""
     a, w = random(9, 7), random(32, 7)
     a[1::2, 0] = np.inf
-    kernel = Gemm((9,), 7, 32, IDENTITY, panel_width(bf16_target), dtype="bfloat16")
+    kernel = Gemm((9,), 7, 32, PLAIN, panel_width(bf16_target), dtype="bfloat16")
     (got,) = run_kernel(kernel, [a, pack([w], kernel.panel)], bf16_target)
     np.testing.assert_allclose(got[::2], product(a[::2], w), atol=1e-5)
     assert not np.isfinite(got[1::2]).any()
@@ -104,3 +106,19 @@ def test_gated(bf16_target):
 def test_bit_patterns_pack_like_numbers():
     w = random(5, 7)
     np.testing.assert_array_equal(pack([w], 32), pack([w.view(np.uint16)], 32))
+
+
+def test_several_kernels_in_one_module(bf16_target):
+    """Each brings the same helper functions along."""
+    kernels = {
+        f"gemm_{n}": Gemm((9,), 30, n, panel=panel_width(bf16_target), dtype="bfloat16") for n in (32, 64)
+    }
+    module = tvm.IRModule(
+        {name: kernel.build(bf16_target).with_attr("global_symbol", name) for name, kernel in kernels.items()}
+    )
+    compiled = tvm.compile(module, target=llvm_target(bf16_target))
+    for name, kernel in kernels.items():
+        a, w = random(9, 30), random(kernel.n, 30)
+        out = tvm.runtime.empty((9, kernel.n), "float32")
+        compiled[name](tvm.runtime.tensor(a), tvm.runtime.tensor(pack([w], kernel.panel)), out)
+        np.testing.assert_allclose(out.numpy(), product(a, w), atol=1e-4)
