@@ -118,11 +118,11 @@ def check_packages() -> None:
         )
 
 
-def load_tokenizer() -> Any:
-    """The model's own tokenizer, padding a batch to its longest text."""
+def load_tokenizer(file: Path | None = None) -> Any:
+    """The model's own tokenizer, or that of another file, padding a batch to its longest text."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(model_folder() / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(file or model_folder() / "tokenizer.json"))
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding()
     return tokenizer
