@@ -299,6 +299,22 @@ def _sink_under(build: Builder, m: Match) -> fx.Node:
     return arrange(build, build.emit(m.root.target, *operands), layout)
 
 
+def _bare(m: Match) -> fx.Node | None:
+    """The operand that is a value without its leading axes of size 1, where the result has them anyway."""
+    rank = m.root.meta["value"].rank
+    for x in m.root.args:
+        if isinstance(x, fx.Node) and is_call(x, "reshape"):
+            shape, whole = x.meta["value"].shape, x.args[0].meta["value"].shape
+            if len(shape) < len(whole) <= rank and whole == (1,) * (len(whole) - len(shape)) + shape:
+                return x
+    return None
+
+
+def _dress(build: Builder, m: Match) -> fx.Node:
+    bare = _bare(m)
+    return build.emit(m.root.target, *(x.args[0] if x is bare else x for x in m.root.args))
+
+
 def _joined_batch(m: Match) -> Shape | None:
     """The axes that were joined into the batch of both operands of a product of matrices."""
     found = []
@@ -387,6 +403,13 @@ RULES = (
         P.op(("add", "sub", "mul", "div"), P.any(), P.any()),
         _sink_under,
         _sinks_under,
+    ),
+    # reshape(x [1, T, D], [T, D]) * y [1, T, D]  ->  x * y
+    Rule(
+        "layout.leading_ones",
+        P.op(("add", "sub", "mul", "div"), P.any(), P.any()),
+        _dress,
+        lambda m: None if _bare(m) else "no operand lacks axes of size 1 that the result has",
     ),
     # matmul(reshape(x, [B*H, T, D]), reshape(y, [B*H, D, S]))  ->  reshape(matmul(x, y), [B*H, T, S])
     Rule(

@@ -60,7 +60,7 @@ class _Factors:
     def boolean(self, node: fx.Node) -> None:
         if is_call(node, "logical_and"):
             for operand in node.args:
-                self.boolean(self._widened(operand, node))
+                self.boolean(self.widened(operand, node))
         elif is_call(node, "expand", "reshape", "permute") and _leads_to_conjunction(node.args[0]):
             inner = _Factors(self.build, self.function)
             inner.boolean(node.args[0])
@@ -72,7 +72,7 @@ class _Factors:
         """Takes an additive mask apart into what hides and what is added; a reason when nothing in it hides."""
         self.was_additive = True
         if is_call(node, "add") and all(isinstance(a, fx.Node) for a in node.args):
-            reasons = [self.additive(self._widened(a, node)) for a in node.args]
+            reasons = [self.additive(self.widened(a, node)) for a in node.args]
             return reasons[0] and reasons[1]
         if _constant(node) == 0:
             return None
@@ -107,14 +107,14 @@ class _Factors:
     def _choice(self, node: fx.Node) -> str | None:
         condition, x, y = node.args
         if hides(y) and not hides(x):
-            self.boolean(self._widened(condition, node))
+            self.boolean(self.widened(condition, node))
             if _constant(x) != 0:
-                self.additive(self._widened(x, node))
+                self.additive(self.widened(x, node))
             return None
         if hides(x) and not hides(y):
-            self.boolean(self.build.logical_not(self._widened(condition, node)))
+            self.boolean(self.build.logical_not(self.widened(condition, node)))
             if _constant(y) != 0 and not _is_inverse(condition, y):
-                self.additive(self._widened(y, node))
+                self.additive(self.widened(y, node))
             return None
         return "it does not choose between seen and hidden"
 
@@ -155,7 +155,7 @@ class _Factors:
             self.added.append(self.build.parameter(f"{node.target}.added", rest))
         return None
 
-    def _widened(self, x: Any, like: fx.Node) -> Any:
+    def widened(self, x: Any, like: fx.Node) -> Any:
         """x with as many axes as ``like``."""
         missing = like.meta["value"].rank - x.meta["value"].rank
         return self.build.reshape(x, shape=(1,) * missing + x.meta["value"].shape) if missing > 0 else x
@@ -164,7 +164,7 @@ class _Factors:
         """A factor of the operand of ``move`` as a factor of its result."""
         whole = move.args[0].meta["value"].shape
         if move.target.name == "expand":
-            return self._widened(factor, move)
+            return self.widened(factor, move)
         if move.target.name == "reshape":
             kept = [d for d in whole if d != 1]
             if kept != [d for d in move.kwargs["shape"] if d != 1]:
@@ -256,7 +256,7 @@ def _read(m: Match, factors: _Factors) -> tuple[_Meaning, bool]:
         elif difference is not None and square and (window := _band(difference, queries, keys)):
             meaning.window = min(window, meaning.window or window)
         else:
-            meaning.left.append(_plain(factor))
+            meaning.left.append(_plain(factors, factor))
     return meaning, (meaning.left, factors.added) != _as_it_stands(m["mask"])
 
 
@@ -282,10 +282,10 @@ def _conjunction(mask: fx.Node) -> list[fx.Node]:
     return [mask]
 
 
-def _plain(factor: fx.Node) -> fx.Node:
-    """Without expansions: an attention mask broadcasts by itself."""
-    while is_call(factor, "expand") and factor.args[0].meta["value"].rank == factor.meta["value"].rank:
-        factor = factor.args[0]
+def _plain(factors: _Factors, factor: fx.Node) -> fx.Node:
+    """Without expansions: an attention mask broadcasts by itself, once it has all axes."""
+    while is_call(factor, "expand"):
+        factor = factors.widened(factor.args[0], factor)
     return factor
 
 

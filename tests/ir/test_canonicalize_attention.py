@@ -261,6 +261,24 @@ def test_a_conjunction_is_taken_apart():
     assert sorted(names(program)) == ["attention", "cast", "neg", "reshape"]
 
 
+def test_an_expanded_mask_is_only_given_its_axes():
+    def model(b, x, m):
+        return attend(b, x, b.expand(b.cast(m, dtype="bool"), shape=(1, 1, 7, 7)))
+
+    program = program_of(model, {"x": Value("float32", (1, 7, 8)), "m": Value("int64", (1, 7))}, {})
+    canonical(program)
+    assert str(only_attention(program).args[3].meta["value"]) == "bool[1, 1, 1, 7]"
+
+
+def test_a_scale_that_went_through_float32_is_exact_again():
+    def model(b, x):
+        return b.attention(x, b.neg(x), x, heads=2, kv_heads=2, scale=0.50000003)
+
+    program = program_of(model, X)
+    canonical(program)
+    assert only_attention(program).kwargs["scale"] == 0.5
+
+
 @pytest.mark.parametrize("window", [1, 5])
 def test_a_band_becomes_a_window(window):
     def model(b, x):

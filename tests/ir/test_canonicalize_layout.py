@@ -91,6 +91,15 @@ def test_joined_axes_sink_below_what_broadcasts_over_them():
     assert str(program.main.calls("add")[0].meta["value"]) == "float32[batch, 3, length, 4]"
 
 
+def test_a_lost_leading_axis_of_one_comes_back():
+    def model(b, x):
+        return b.mul(b.reshape(b.mul(x, 0.5), shape=(7, 8)), b.add(b.tanh(x), 1.0))
+
+    program = program_of(model, {"x": Value("float32", (1, 7, 8))}, {})
+    rewritten(program, RULES)
+    assert "reshape" not in names(program)
+
+
 def test_what_differs_along_a_part_of_an_axis_keeps_it_joined():
     def model(b, x, y):
         return b.add(b.reshape(x, shape=(2, 3, T, 4)), y)

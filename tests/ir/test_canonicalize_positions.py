@@ -127,6 +127,13 @@ def test_stored_tables(tensor, expected):
     assert from_tensor(tensor) == expected
 
 
+def test_a_part_of_a_stored_table_is_affine_where_the_whole_is_not():
+    pairs = torch.stack((torch.zeros(5, dtype=torch.int64), torch.arange(5)), -1)
+    assert from_tensor(pairs) is None
+    affine, _ = read(lambda b: b.slice(b.parameter("pairs", pairs), dim=1, start=1, end=2))
+    assert affine == Affine((5, 1), 0, {0: 1})
+
+
 # -- look-ups
 
 
