@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tvm
+import tvm_ffi
 
 import tersor
 from benchmarks.models import MODELS, Model
@@ -48,7 +49,7 @@ def kernels(program: tersor.Program) -> Counter[int]:
     target = targets.resolve("native")
     module = lowering.lower(lowering.legalize(program), target).module
     bodies = (f for f in module.functions.values() if isinstance(f, tvm.tirx.PrimFunc))
-    return Counter(tvm.ir.structural_hash(f.without_attr("global_symbol")) for f in bodies)
+    return Counter(tvm_ffi.structural_hash(f.without_attr("global_symbol")) for f in bodies)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     tersor bench minilm.tersor --size length=128 --threads 1
     tersor bench minilm.tersor --against onnxruntime,openvino,torch --model ./all-MiniLM-L6-v2
+    tersor bench model.tersor --against onnxruntime --model model.onnx
 
 Engines run in processes of their own, bound to as many CPUs as threads, and take turns.
 """
@@ -24,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder written by `tersor compile`")
     parser.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="ENGINE,...")
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="what OUT was compiled from, for --against"
+        "--model", type=Path, metavar="MODEL", help="what OUT was compiled from, for --against"
     )
     parser.add_argument(
         "--size",
@@ -55,7 +56,8 @@ def execute(options: argparse.Namespace) -> int:
 
 def check_engines(options: argparse.Namespace) -> None:
     """InputError for an unknown engine, or when there is nothing to give to the engines."""
-    from tersor.peers import ENGINES
+    from tersor.frontends import is_onnx
+    from tersor.peers import ENGINES, ON_FILES
 
     unknown = [name for name in options.against if name not in ENGINES]
     if unknown:
@@ -64,11 +66,20 @@ def check_engines(options: argparse.Namespace) -> None:
         raise InputError(
             "--against needs the model that the artifact was compiled from",
             why="an artifact holds compiled code, which other engines cannot read",
-            fix="add --model FOLDER",
+            fix="add --model FOLDER, or --model FILE.onnx",
         )
-    if options.against and not options.model.is_dir():
+    if not options.against:
+        return
+    if is_onnx(options.model):
+        if not options.model.is_file():
+            raise InputError(f"there is no file {str(options.model)!r}")
+        if unable := [name for name in options.against if name not in ON_FILES]:
+            raise InputError(
+                f"{', '.join(unable)} cannot read an ONNX file", fix=f"choose from {', '.join(ON_FILES)}"
+            )
+    elif not options.model.is_dir():
         raise InputError(
-            f"{options.model} is not a folder", fix="give the folder that the artifact was compiled from"
+            f"{options.model} is not a folder", fix="give the model that the artifact was compiled from"
         )
 
 
@@ -88,16 +99,21 @@ def beside(compiled: CompiledModel, inputs: dict | None, options: argparse.Names
     from contextlib import ExitStack
 
     from tersor.codegen.runtime.benchmark import make_inputs
-    from tersor.peers import ENGINES, OURS, US, Folder, Worker, race
+    from tersor.frontends import is_onnx
+    from tersor.peers import ENGINES, OURS, US, Folder, OnnxFile, Worker, race
 
     inputs = inputs or make_inputs(_comparable(compiled), dict(options.size))
-    source = Folder(options.model, tuple(inputs), artifact=options.artifact.resolve())
+    artifact = options.artifact.resolve()
+    if is_onnx(options.model):
+        source, reference = OnnxFile(options.model.resolve(), artifact), options.against[0]
+    else:
+        source, reference = Folder(options.model, tuple(inputs), artifact), "torch"
     engines = {US: OURS} | {name: ENGINES[name] for name in options.against}
     with ExitStack() as stack, Steps() as steps:
         steps(f"timing {', '.join(engines)} on {compiled.threads} thread{'s' * (compiled.threads > 1)}")
         workers = {
             name: stack.enter_context(Worker(engine, compiled.threads)) for name, engine in engines.items()
         }
-        measurements = race(workers, source, inputs, calls=options.calls or 21)
+        measurements = race(workers, source, inputs, reference=reference, calls=options.calls or 21)
     table(LATENCY_COLUMNS, latencies(measurements), right=LATENCY_COLUMNS[1:])
     return 0

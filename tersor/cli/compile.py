@@ -1,9 +1,10 @@
-"""Compile a model folder to an artifact.
+"""Compile a model to an artifact.
 
-The folder holds a transformers model: config.json and safetensors. The artifact is a folder that
-`tersor run`, `tersor bench` and `tersor.load` take.
+The model is a folder of transformers (config.json and safetensors) or an ONNX file. The artifact is a folder
+that `tersor run`, `tersor bench` and `tersor.load` take.
 
     tersor compile ./all-MiniLM-L6-v2 -o minilm.tersor
+    tersor compile model.onnx -o model.tersor
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tersor.cli.output import Steps, folder_bytes, human
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="FOLDER", help="a local transformers folder")
+    shared.add_model(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact to write"
     )
@@ -42,8 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     import tersor
 
-    dynamic = shared.dynamic(options.dynamic, options.static)
     example = shared.read_npz(options.input) if options.input else None
+    dynamic = shared.dynamic_of(options, options.model, example)
     with Steps() as steps:
         compiled = tersor.compile(
             options.model,

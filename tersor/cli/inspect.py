@@ -1,7 +1,8 @@
-"""Show what is in an artifact, or the program that a model folder becomes.
+"""Show what is in an artifact, or the program that a model becomes.
 
 tersor inspect minilm.tersor
 tersor inspect ./all-MiniLM-L6-v2
+tersor inspect model.onnx
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from tersor.cli.output import human, table
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", type=Path, metavar="OUT|FOLDER", help="an artifact, or a local transformers folder"
+        "path",
+        type=Path,
+        metavar="OUT|MODEL",
+        help="an artifact, a local transformers folder, or an ONNX file",
     )
     shared.add_dynamic(parser)
 
@@ -27,7 +31,7 @@ def execute(options: argparse.Namespace) -> int:
 
     if (options.path / MANIFEST).is_file():
         return artifact(options.path)
-    return program(options.path, shared.dynamic(options.dynamic, options.static))
+    return program(options.path, shared.dynamic_of(options, options.path))
 
 
 def artifact(path: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 Axis = tuple[str, int, tuple[str, int, int]]
 Dynamic = dict[str, dict[int, tuple[str, int, int]]]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="a local transformers folder, or an ONNX file"
+    )
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +98,30 @@ def dynamic(axes: Iterable[Axis], static: bool = False) -> Dynamic | str | None:
     if static and collected:
         raise InputError("--dynamic and --static were both given", fix="give one of them")
     return None if static else collected or "auto"
+
+
+def dynamic_of(
+    options: argparse.Namespace, model: Path, example: Mapping[str, np.ndarray] | None = None
+) -> Dynamic | str | None:
+    """--dynamic and --static for this model and example inputs, as `tersor.capture` takes them.
+
+    An ONNX file says which of its sizes vary, so --static names all of them. InputError when it lacks the sizes.
+    """
+    from tersor.frontends import is_onnx
+
+    chosen = dynamic(options.dynamic, options.static)
+    if chosen is not None or not is_onnx(model):
+        return chosen
+    if example is None:
+        raise InputError(
+            "--static needs the sizes",
+            why="no example inputs are made up for ONNX files",
+            fix="add --input X.npz, or give each size: --dynamic input_ids:1=length:128..128",
+        )
+    return {
+        name: {axis: (f"size_{size}", size, size) for axis, size in enumerate(array.shape)}
+        for name, array in example.items()
+    }
 
 
 def sizes(text: str) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 Engines run in processes of their own (`worker`) and take turns (`race`). None is a dependency of Tersor.
 """
 
-from tersor.peers.source import Folder, Source
+from tersor.peers.source import Folder, OnnxFile, Source
 from tersor.peers.turns import Measurement, race
 from tersor.peers.worker import EngineError, Worker
 
@@ -15,7 +15,22 @@ ENGINES = {
 }
 """Name of a peer -> where its class is; a worker process imports it, the asking process does not."""
 
+ON_FILES = ("onnxruntime", "openvino")
+"""Those that can be given an ONNX file."""
+
 US = "tersor"
 OURS = "tersor.peers.engines:Tersor"
 
-__all__ = ["ENGINES", "OURS", "US", "EngineError", "Folder", "Measurement", "Source", "Worker", "race"]
+__all__ = [
+    "ENGINES",
+    "OURS",
+    "US",
+    "ON_FILES",
+    "EngineError",
+    "Folder",
+    "Measurement",
+    "OnnxFile",
+    "Source",
+    "Worker",
+    "race",
+]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from tersor.peers.source import Inputs, Source
+from tersor.peers.source import Inputs, OnnxFile, Source
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +161,9 @@ def cache_folder() -> Path:
 
 
 def onnx_file(source: Source, inputs: Inputs) -> Path:
-    """The model as ONNX with named dynamic dimensions, exported once per model and exporter version."""
+    """The model as ONNX with named dynamic dimensions: its file, or exported once per model and exporter version."""
+    if isinstance(source, OnnxFile):
+        return source.path
     import torch
     import transformers
 

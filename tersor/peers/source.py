@@ -70,3 +70,36 @@ class Folder:
         from tersor.frontends import transformers
 
         return transformers.load(self.path)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file, which the engines in `tersor.peers.ON_FILES` read as it is."""
+
+    path: Path
+    artifact: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def content(self) -> str:
+        state = self.path.stat()
+        return repr((str(self.path), state.st_size, state.st_mtime_ns))
+
+    @property
+    def dynamic_axes(self) -> DynamicAxes:
+        """The sizes that the file names."""
+        import onnx
+
+        graph = onnx.load(self.path, load_external_data=False).graph
+        stored = {tensor.name for tensor in graph.initializer}
+        return {
+            i.name: {a: d.dim_param for a, d in enumerate(i.type.tensor_type.shape.dim) if d.dim_param}
+            for i in graph.input
+            if i.name not in stored
+        }
+
+    def build(self) -> torch.nn.Module:
+        raise TypeError(f"{self.path.name} is an ONNX file, not a torch module")

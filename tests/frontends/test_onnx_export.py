@@ -213,6 +213,7 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         (_attention(causal=True), [f32(B, 5, 32), f32(B, 2, 32), f32(B, 2, 32)]),
         (_attention(causal=True, window=3), [Q, Q, Q]),
         (_attention(window=2), [Q, Q, Q]),
+        (_attention(softcap=2.0, causal=True), [Q, Q, Q]),
         (_attention(softcap=0.5, causal=True), [Q, Q, Q]),
         (_attention(), [Q, Q, Q, bits(B, 1, 1, T)]),
         (_attention(causal=True), [Q, Q, Q, bits(B, 4, T, T)]),
@@ -504,6 +505,21 @@ def test_operations_of_third_parties(mine: None) -> None:
     close(program, to_onnx(program), {"x": torch.randn(2, 3)})
     with pytest.raises(ProgramError, match="has an exporter"):
         exports("test_export.capped")(lambda e: "")
+
+
+def test_what_an_exporter_overlooks_is_refused(mine: None) -> None:
+    program = program_of(lambda b, x: b.emit("test_export.twice", x), {"x": f32(B, 3)})
+    exports("test_export.twice")(lambda e: e.emit("Add", e.operand(0), e.operand(0)))
+    try:
+        close(program, to_onnx(program), {"x": torch.randn(2, 3)})
+        capped = program_of(lambda b, x: b.emit("test_export.capped", x, most=0.5), {"x": f32(B, 3)})
+        EXPORTERS["test_export.capped"] = [
+            (18, lambda e: e.emit("Min", e.operand(0), e.constant(1.0, "float32")))
+        ]
+        with pytest.raises(UnsupportedOpError, match="does not know most"):
+            to_onnx(capped)
+    finally:
+        del EXPORTERS["test_export.twice"]
 
 
 def test_everything_unsupported_is_reported_at_once(mine: None) -> None:

@@ -333,6 +333,65 @@ def test_inspect_shows_an_artifact_and_a_folder(
     assert "attention" in shown and "MAC" in shown
 
 
+@pytest.fixture(scope="module")
+def onnx_file(folder: Path) -> Path:
+    """The same model as an ONNX file that `tersor export` wrote."""
+    pytest.importorskip("onnx")
+    path = folder.parent / "bert.onnx"
+    assert main(["export", str(folder), "-o", str(path), "--opset", "18"]) == 0
+    return path
+
+
+def test_an_onnx_file_is_a_model_like_a_folder(
+    onnx_file: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["inspect", str(onnx_file)]) == 0
+    shown = capsys.readouterr().out
+    assert "attention" in shown and "MAC" in shown and "length 1..32" in shown
+    again = tmp_path / "again.tersor"
+    axes = [f"--dynamic={name}:{axis}" for name in ("input_ids", "attention_mask") for axis in
+            ("0=batch:1..8", "1=length:1..32")]  # fmt: skip
+    assert main(["compile", str(onnx_file), "-o", str(again), "--threads", "1", *axes]) == 0
+    import tersor
+
+    ids = np.array([[3, 14, 15, 92, 6]])
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    ours, theirs = (tersor.load(path, threads=1)(**inputs)[0] for path in (again, artifact))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_static_sizes_of_an_onnx_file_come_from_the_inputs(
+    onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["inspect", str(onnx_file), "--static"]) == FAILED
+    assert "--input" in capsys.readouterr().err
+    inputs, path = tmp_path / "x.npz", tmp_path / "fixed.onnx"
+    np.savez(
+        inputs, input_ids=np.ones((2, 7), dtype=np.int64), attention_mask=np.ones((2, 7), dtype=np.int64)
+    )
+    options = ["--static", "--input", str(inputs), "--external-data", "--recipe", "none"]
+    assert main(["export", str(onnx_file), "-o", str(path), *options]) == 0
+    assert (tmp_path / "fixed.onnx.data").is_file()
+    assert main(["inspect", str(path)]) == 0
+    assert "input_ids: int64[2, 7]" in capsys.readouterr().out
+
+
+def test_bench_beside_an_engine_on_the_onnx_file(
+    onnx_file: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("onnxruntime")
+    options = ["--model", str(onnx_file), "--size", "length=8", "--calls", "3", "--threads", "1"]
+    assert main(["bench", str(artifact), "--against", "onnxruntime", *options]) == 0
+    shown = capsys.readouterr().out
+    (row,) = (line.split() for line in shown.splitlines() if line.strip().startswith("tersor"))
+    assert float(row[-1]) < 1e-5
+    assert main(["bench", str(artifact), "--against", "torch", *options]) == FAILED
+    assert "torch cannot read an ONNX file" in capsys.readouterr().err
+    missing = ["--against", "onnxruntime", "--model", str(tmp_path / "none.onnx")]
+    assert main(["bench", str(artifact), *missing]) == FAILED
+    assert "there is no file" in capsys.readouterr().err
+
+
 def test_bench_times_an_artifact(artifact: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["bench", str(artifact), "--size", "length=8", "--calls", "3", "--threads", "1"]) == 0
     assert "3 calls, 1 thread" in capsys.readouterr().out

@@ -107,5 +107,12 @@ def _write(function: Function, opset: int) -> Writer:
     writer = Writer(function, opset)
     for node in function.calls():
         exporter = find_exporter(node.target.name, opset)
-        writer.names[node] = exporter(Export(writer, node))
+        export = Export(writer, node)
+        writer.names[node] = exporter(export)
+        if export.overlooked:
+            raise UnsupportedOpError(
+                f"the exporter of operation {node.target.name!r} does not know {', '.join(export.overlooked)}",
+                where=describe(node),
+                fix="teach it (tersor.frontends.onnx.export), or take that out of the program",
+            )
     return writer

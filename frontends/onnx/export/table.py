@@ -6,6 +6,7 @@ An exporter is called with an `Export` and returns the name of the value that it
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Export:
         self.writer, self.node = writer, node
         self._bound = node.target.bind(node.args, node.kwargs)
         self._operands = [self._bound[name] for name in node.target.operands]
+        self._looked_at: set[str] = set()
 
     # -- reading
 
@@ -74,7 +76,18 @@ class Export:
 
     def attribute(self, name: str) -> Any:
         """An attribute, or its default."""
+        self._looked_at.add(name)
         return self._bound[name]
+
+    @property
+    def overlooked(self) -> list[str]:
+        """Attributes that are not at their default and that the exporter has not asked for."""
+        known = self.node.target.attributes.items()
+        return [
+            name
+            for name, default in known
+            if name not in self._looked_at and default is not Parameter.empty and self._bound[name] != default
+        ]
 
     def given(self, i: int) -> bool:
         return i < len(self._operands) and self._operands[i] is not None
