@@ -213,7 +213,6 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         (_attention(causal=True), [f32(B, 5, 32), f32(B, 2, 32), f32(B, 2, 32)]),
         (_attention(causal=True, window=3), [Q, Q, Q]),
         (_attention(window=2), [Q, Q, Q]),
-        (_attention(softcap=2.0, causal=True), [Q, Q, Q]),
         (_attention(softcap=0.5, causal=True), [Q, Q, Q]),
         (_attention(), [Q, Q, Q, bits(B, 1, 1, T)]),
         (_attention(causal=True), [Q, Q, Q, bits(B, 4, T, T)]),

@@ -91,9 +91,6 @@ def _attention(e: Export) -> str:
     if (softcap := e.attribute("softcap")) is not None:
         cap = e.constant(softcap, dtype)
         scores = e.emit("Mul", e.emit("Tanh", e.emit("Div", scores, cap)), cap)
-    if e.attribute("softcap") is not None:
-        cap = e.constant(e.attribute("softcap"), dtype)
-        scores = e.emit("Mul", e.emit("Tanh", e.emit("Div", scores, cap)), cap)
     mask, may_hide_all = _mask(e, tq, tk)
     chances = e.emit("Softmax", e.emit("Add", scores, mask) if mask else scores, axis=-1)
     if may_hide_all:  # a row that hides every key gives 0, here 0 / 0
