@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from tersor.errors import CaptureError
-from tersor.ir import Builder, Dim, Value
+from tersor.ir import Builder, Dim, Value, is_state
 from tersor.ir.dims import product
 from tersor.ir.value import DTYPE_NAMES
 
@@ -502,10 +502,20 @@ def _select_scatter(c: Context, x: fx.Node, source: fx.Node, dim: int, index: in
 
 
 def _replaced(c: Context, x: fx.Node, source: fx.Node, dim: int, start: int | Dim) -> fx.Node:
+    if isinstance(start, int) and is_state(_written(x)):
+        at = c.build.full(shape=(), value=start, dtype="int64")
+        return c.build.cache_update(x, c.cast(source, c.dtype), at, dim=dim)
     end = start + size(source)[dim]
     parts = [c.slice(x, dim, 0, start), source, c.slice(x, dim, end, size(x)[dim])]
     kept = tuple(p for p in parts if size(p)[dim] != 0)
     return kept[0] if len(kept) == 1 else c.build.concat(kept, dim=dim)
+
+
+def _written(x: fx.Node) -> fx.Node:
+    """What a value was before anything was written into it."""
+    while x.op == "call_function" and x.target.name == "cache_update":
+        x = x.args[0]
+    return x
 
 
 @converts(aten.roll.default)

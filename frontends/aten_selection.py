@@ -102,6 +102,14 @@ def _scattered(c: Context, x: fx.Node, dim: int, index: fx.Node, source: fx.Node
     return c.build.scatter(x, c.cast(index, "int64"), source, dim=_axis(x, dim), reduce=reduce)
 
 
+@converts(aten.index_copy.default)
+def _index_copy(c: Context, x: fx.Node, dim: int, index: fx.Node, source: fx.Node) -> fx.Node:
+    dim = _axis(x, dim)
+    shape = (*size(x)[:dim], product(size(index)), *size(x)[dim + 1 :])
+    positions = c.reshape(c.cast(index, "int64"), (shape[dim],))
+    return c.build.cache_update(x, c.reshape(source, shape), positions, dim=dim)
+
+
 @converts(aten.index_put.default)
 def _index_put(
     c: Context, x: fx.Node, indices: Sequence[fx.Node | None], values: fx.Node, accumulate: bool = False
@@ -123,12 +131,14 @@ def _index_put(
     flat = flat_index(c, x, indices, axes)
     count = product(size(flat))
     rows = c.reshape(x, (*lead, product(shape[first:last]), *tail))
-    written = c.build.expand(values, shape=(*lead, *size(flat), *tail))
-    written = c.reshape(written, (*lead, count, *tail))
+    region = (*lead, *size(flat), *tail)
+    ranked = c.reshape(c.cast(values, c.dtype), (*(1,) * (len(region) - len(size(values))), *size(values)))
+    written = c.reshape(c.build.expand(ranked, shape=region), (*lead, count, *tail))
+    if not accumulate:
+        return c.reshape(c.build.cache_update(rows, written, c.reshape(flat, (count,)), dim=first), shape)
     place = c.reshape(flat, (*(1,) * len(lead), count, *(1,) * len(tail)))
     place = c.build.expand(place, shape=(*lead, count, *tail))
-    made = c.build.scatter(rows, place, written, dim=first, reduce="add" if accumulate else "none")
-    return c.reshape(made, shape)
+    return c.reshape(c.build.scatter(rows, place, written, dim=first, reduce="add"), shape)
 
 
 def _put_where(

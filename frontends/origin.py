@@ -63,6 +63,15 @@ def translate_export_error(error: Exception, dims: DynamicDims) -> CaptureError:
             why="a program is one fixed graph for all inputs",
             fix="replace the branch by torch.where, or compute the value outside the model and pass it as a constant",
         )
+    if (
+        "expected compiled_fn to be GraphModule" in text
+    ):  # one tensor under two names, of which one is written to
+        return CaptureError(
+            "the model writes to a tensor that it also has under another name, or that is no buffer",
+            where=where,
+            why="what is kept from call to call is found by the name of a buffer",
+            fix="register_buffer every tensor that is written to, and write through self.<buffer> in forward",
+        )
     fix = "check that model(**example_inputs) runs in evaluation mode; if it does, simplify the place named above"
     if len(dims.ranges) > 1 and re.search(
         r"\bs\d+\b", text

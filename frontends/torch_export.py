@@ -10,7 +10,7 @@ import inspect
 import logging
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -44,8 +44,11 @@ def capture(
     *,
     name: str = "main",
     allow_nonfinite: bool = False,
+    states: Collection[str] = (),
 ) -> Program:
     """A program that computes what ``model`` computes in evaluation mode.
+
+    Buffers that the model writes to become states of the program.
 
     Args:
         model: any module; its training flags and attributes are the same afterwards.
@@ -55,6 +58,7 @@ def capture(
             have equal sizes. Example sizes of 1 are enlarged, since torch.export cannot trace them.
         name: of the program's function.
         allow_nonfinite: accept NaN and infinity in parameters.
+        states: buffers that are states even if this model only reads them.
 
     Raises:
         InputError: example inputs, dynamic dimensions or weights are unusable.
@@ -74,7 +78,7 @@ def capture(
     _check_weights(model, allow_nonfinite)
     traced = _Traced(model, constants)
     exported = _export(traced, dims.enlarge(tensors), dims)
-    program = _convert(exported, traced.outputs.names, dims, name)
+    program = _convert(exported, traced.outputs.names, dims, name, states)
     for note in canonicalize(program):
         log.info(note)
     verify(program)
@@ -345,11 +349,17 @@ def _unsupported(exported: ExportedProgram) -> list[fx.Node]:
     ]
 
 
-def _convert(exported: ExportedProgram, output_names: Sequence[str], dims: DynamicDims, name: str) -> Program:
-    _refuse_mutation(exported)
+def _convert(
+    exported: ExportedProgram,
+    output_names: Sequence[str],
+    dims: DynamicDims,
+    name: str,
+    states: Collection[str],
+) -> Program:
+    written = _written_buffers(exported)
     if unsupported := _unsupported(exported):
         raise _unsupported_error(unsupported)
-    conversion = _Conversion(exported, dims, name)
+    conversion = _Conversion(exported, dims, name, written, states)
     return conversion.run(output_names)
 
 
@@ -360,6 +370,8 @@ class _Conversion:
     exported: ExportedProgram
     dims: DynamicDims
     name: str
+    written: Mapping[str, str]  # buffer -> the result that is its next value
+    states: Collection[str]
 
     def run(self, output_names: Sequence[str]) -> Program:
         program = Program()
@@ -374,13 +386,16 @@ class _Conversion:
                 self.environment[node] = self._placeholder(node, inputs[node.name])
             elif node.op == "call_function":
                 self.environment[node] = self._call(node)
-        results = self.exported.graph.output_node().args[0]
+        ends = {node.name: node for node in self.exported.graph.output_node().args[0]}
+        outputs = self.exported.graph_signature.output_specs
+        results = [ends[spec.arg.name] for spec in outputs if spec.kind is OutputKind.USER_OUTPUT]
         if not results:
             raise CaptureError("the model returns no tensor", fix="return what is to be computed")
         if len(set(output_names)) != len(output_names):
             raise CaptureError(f"output names collide: {', '.join(output_names)}", fix="rename the outputs")
         self.function.set_outputs(
-            {n: self.environment[r] for n, r in zip(output_names, results, strict=True)}
+            {n: self.environment[r] for n, r in zip(output_names, results, strict=True)},
+            {_buffer(target): self.environment[ends[new]] for target, new in self.written.items()},
         )
         program.drop_unused_parameters()
         return program
@@ -414,12 +429,24 @@ class _Conversion:
             self.exported.constants if spec.kind is InputKind.CONSTANT_TENSOR else self.exported.state_dict
         )
         tensor = store[spec.target] if spec.target in store else self.exported.constants[spec.target]
-        tensor = tensor.detach().cpu()
+        tensor, name = tensor.detach().cpu(), _buffer(spec.target)
+        if spec.target in self.written or (spec.kind is InputKind.BUFFER and name in self.states):
+            return self._state(name, tensor)
         # Tied weights are one tensor under several names: one parameter, called by the first of them.
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self.parameters or not tensor.numel():
-            self.parameters[key] = self.function.parameters.add(spec.target.removeprefix(f"{ROOT}."), tensor)
+            self.parameters[key] = self.function.parameters.add(name, tensor)
         return self.function.builder().read(self.parameters[key])
+
+    def _state(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        if tensor.any():
+            raise CaptureError(
+                f"the model writes to the buffer {name!r} while it runs, and it does not begin as zeros",
+                why="it would be a state of the program, and states begin as zeros",
+                fix="set it to zeros before capture, return the new value as an output, or turn the update off in "
+                "evaluation mode",
+            )
+        return self.function.add_state(name, Value.of(tensor))
 
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
@@ -476,18 +503,24 @@ class _Conversion:
         return result if actual.dtype == expected.dtype else build.cast(result, dtype=expected.dtype)
 
 
-def _refuse_mutation(exported: ExportedProgram) -> None:
-    written = [
-        spec.target.removeprefix(f"{ROOT}.")
-        for spec in exported.graph_signature.output_specs
-        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
-    ]
-    if written:
+def _written_buffers(exported: ExportedProgram) -> dict[str, str]:
+    """The buffers that the model writes to, and what in the graph is their next value.
+
+    Raises:
+        CaptureError: it writes to its inputs.
+    """
+    specs = exported.graph_signature.output_specs
+    if inputs := [s.target for s in specs if s.kind is OutputKind.USER_INPUT_MUTATION]:
         raise CaptureError(
-            f"the model writes to {', '.join(written)} while it runs",
-            why="a program has no hidden state",
-            fix="return the new value as an output, or turn the update off in evaluation mode",
+            f"the model writes to its inputs: {', '.join(n.removeprefix('inputs_') for n in inputs)}",
+            why="a program's inputs belong to its caller",
+            fix="keep what is written in a buffer (register_buffer), which becomes a state; or return the new value",
         )
+    return {s.target: s.arg.name for s in specs if s.kind is OutputKind.BUFFER_MUTATION}
+
+
+def _buffer(target: str) -> str:
+    return target.removeprefix(f"{ROOT}.")
 
 
 def _unsupported_error(nodes: Sequence[fx.Node]) -> UnsupportedOpError:

@@ -366,6 +366,43 @@ class Program:
             other.functions[name] = function.copy(other.parameters, other.states)
         return other
 
+    def merge(self, other: Program) -> None:
+        """Adds the functions of another program, which lose themselves there: they share this one's states by name, and
+        its parameters where name and contents are equal; other parameters of that name get one of their own.
+
+        Raises:
+            ProgramError: a function's name is taken, or a state is declared differently; nothing has changed then.
+        """
+        problems = [f"both have a function {name!r}" for name in other.functions if name in self.functions]
+        problems += [
+            f"state {name!r} is {self.states[name]} here and {value} there"
+            for name, value in other.states.items()
+            if self.states.get(name, value) != value
+        ]
+        if problems:
+            raise ProgramError(
+                "two programs do not go together",
+                why="; ".join(problems),
+                fix="give functions different names; states of one name are one state",
+            )
+        renamed = {name: self._adopt(name, parameter) for name, parameter in other.parameters.items()}
+        self.states.update(other.states)
+        for name, function in other.functions.items():
+            for node in function.graph.find_nodes(op="get_attr"):
+                node.target = renamed[node.target]
+            function.parameters, function.declared = self.parameters, self.states
+            self.functions[name] = function
+        other.functions = {}
+
+    def _adopt(self, name: str, parameter: Parameter) -> str:
+        known = self.parameters.get(name)
+        if known is not None and (
+            known.storage == parameter.storage
+            or (known.value == parameter.value and known.digest == parameter.digest)
+        ):
+            return name
+        return self.parameters.add(name, parameter)
+
     def zero_states(self) -> dict[str, torch.Tensor]:
         """Every state as it starts, for `tersor.ir.run`."""
         return {name: torch.zeros(v.shape, dtype=v.torch_dtype) for name, v in self.states.items()}

@@ -30,8 +30,11 @@ def capture(
     model: nn.Module | str | Path,
     example_inputs: Mapping[str, Any] | tuple | None = None,
     dynamic: Dynamic | None = None,
+    *,
+    name: str = "main",
+    into: Program | None = None,
 ) -> Program:
-    """Turns a model into a program.
+    """Turns a model into a program; buffers that it writes to (caches of keys and values) become states.
 
     Args:
         model: a torch module, a transformers model, a local folder with config.json and safetensors, or an ONNX
@@ -41,15 +44,19 @@ def capture(
         dynamic: ``{"input_ids": {0: ("batch", 1, 8), 1: ("length", 1, 512)}}``: axes whose size may vary, with a
             name (equal names are equal sizes), the smallest and the largest size. In models of transformers, masks
             and ids of the same text follow. ``"auto"`` gives those a batch of 1 to 8 and every length they can take.
+        name: of the program's function.
+        into: a program to add this function to (and returned), instead of a new one: prefill and decode, encoder and
+            decoder. Functions share states by name, and parameters where name and contents are equal.
 
     Raises:
         CaptureError: the model cannot be exported; UnsupportedOpError lists every unsupported operation at once.
+        ProgramError: ``into`` has a state of this name and another shape.
         InputError: the inputs do not fit, or a weight holds NaN or infinity.
     """
     from tersor import frontends
 
     load_plugins()  # their operations may occur in the model
-    return frontends.capture(model, example_inputs, dynamic)
+    return frontends.capture(model, example_inputs, dynamic, name=name, into=into)
 
 
 def compile(

@@ -12,6 +12,7 @@ One module per theme; each rule says what it does above its definition:
     attention    attention that is spelt out; scales; key heads shared by groups
     indices      look-ups and comparisons by position
     masks        causal, window and boolean masks
+    states       caches in the layout that attention reads
     constants    what depends on no input
     sites        stable names of places
 
@@ -36,6 +37,7 @@ from tersor.ir.canonicalize import (
 )
 from tersor.ir.canonicalize.constants import fold_constants
 from tersor.ir.canonicalize.sites import assign_sites
+from tersor.ir.canonicalize.states import merge_heads_of_states
 from tersor.ir.matching import Rule, RuleReport, apply_rules
 from tersor.ir.program import Function, Program
 
@@ -65,6 +67,7 @@ def canonicalize(program: Program) -> list[str]:
         for function in functions:
             _settle(function, rules)
         _restore_names(program, known)
+    merge_heads_of_states(program, _settle_shapes)
     notes: list[str] = []
     for function in functions:
         notes += fold_constants(function)
@@ -83,6 +86,11 @@ def _settle(function: Function, rules: tuple[Rule, ...]) -> RuleReport:
     cleanup.remove_dead(function)
     cleanup.merge_duplicates(function)
     return report
+
+
+def _settle_shapes(program: Program) -> None:
+    for function in program.functions.values():
+        _settle(function, _SHAPED)
 
 
 def _restore_names(program: Program, known: set[str]) -> None:

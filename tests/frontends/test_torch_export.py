@@ -201,16 +201,6 @@ class Branches(nn.Module):
         return x + 1 if x.sum() > 0 else x - 1
 
 
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(8))
-
-    def forward(self, x):
-        self.count.add_(1)
-        return x + self.count
-
-
 class Positions(nn.Module):
     def __init__(self):
         super().__init__()
@@ -233,10 +223,6 @@ def test_control_flow_on_values_names_the_line():
         and "if x.sum() > 0" in message
         and "torch.where" in message
     )
-
-
-def test_hidden_state_is_refused():
-    assert "writes to count" in refuse(CaptureError, Counts(), (X,))
 
 
 def test_a_range_beyond_what_the_model_takes_says_the_limit():

@@ -14,7 +14,7 @@ def test_the_page_runs(root, monkeypatch, capsys):
     monkeypatch.setattr(ops, "_ops", dict(ops._ops))  # the page's operation does not stay
     page = (root / "docs/program.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(code) == 4
+    assert len(code) == 5
     names: dict = {}
     for number, block in enumerate(code):
         exec(compile(block, f"program.md, block {number + 1}", "exec"), names)

@@ -24,6 +24,7 @@ from tersor.ir import (
 from tersor.ir.block import finish, start
 from tersor.ir.canonicalize import canonicalize
 from tersor.ir.canonicalize.cleanup import merge_duplicates, remove_dead
+from tersor.ir.canonicalize.states import merge_heads_of_state
 from tersor.ir.samples import sample_inputs, sample_states
 from tersor.ir.state import in_place
 from tersor.ir.structure import attention_layers
@@ -325,3 +326,98 @@ def test_canonical_form_keeps_states():
     canonicalize(program)
     verify(program)
     torch.testing.assert_close(decode(program, x, 5), before)
+
+
+# -- programs put together, caches laid out
+
+
+def test_merged_programs_share_states_and_equal_parameters():
+    program, other = decoder(functions=("prefill",)), decoder(functions=("decode",))
+    x = torch.randn(1, 9, WIDTH)
+    expected = decode(decoder(), x, 4)
+    other.parameters["0.output"] = other.parameters["0.output"].tensor * 1.0  # equal contents, other memory
+    program.merge(other)
+    verify(program)
+    assert not other.functions and program.parameters.keys() == decoder().parameters.keys()
+    torch.testing.assert_close(decode(program, x, 4), expected)
+
+
+def test_merged_programs_keep_parameters_apart_that_differ():
+    program, other = decoder(functions=("prefill",)), decoder(functions=("decode",))
+    other.parameters["0.output"] = other.parameters["0.output"].tensor * 2.0
+    program.merge(other)
+    verify(program)
+    assert "0.output_1" in program.parameters
+    assert program.functions["decode"].graph.find_nodes(op="get_attr")
+
+
+def test_programs_that_do_not_go_together():
+    program, other = decoder(), counter()
+    function = other.add_function("decode")
+    k = function.add_state("0.key", f32(3))
+    function.set_outputs({"y": k})
+    before = program.digest()
+    said = r"function 'decode'; state '0.key' is float32\[1, 12, 16\] here and float32\[3\]"
+    with pytest.raises(ProgramError, match=said):
+        program.merge(other)
+    assert program.digest() == before and list(other.functions) == ["main", "decode"]
+
+
+def split_cache(read: str) -> Program:
+    """A cache [1, heads, room, size], as models keep it; ``read`` says how it is used."""
+    program = Program()
+    function = program.add_function("main")
+    x, at = function.add_input("x", f32(1, 2, 16)), function.add_input("at", Value("int64", ()))
+    k, b = function.add_state("k", f32(1, 2, 9, 8)), function.builder()
+    new = b.permute(b.reshape(x, shape=(1, 2, 2, 8)), dims=(0, 2, 1, 3))
+    seen = b.cache_update(k, new, at, dim=2)
+    if read == "merged":
+        y = b.reshape(b.permute(seen, dims=(0, 2, 1, 3)), shape=(1, 9, 16))
+        y = b.attention(x, y, y, heads=2, kv_heads=2, scale=0.3)
+    elif read == "split":
+        y = b.matmul(b.matmul(new, b.permute(k, dims=(0, 1, 3, 2))), seen)
+    else:
+        y = b.neg(x)
+    function.set_outputs({"y": y}, {"k": seen})
+    verify(program)
+    return program
+
+
+@pytest.mark.parametrize(("read", "merged"), [("merged", True), ("never", True), ("split", False)])
+def test_caches_lie_as_they_are_read(read, merged):
+    program = split_cache(read)
+    before = program.copy()
+    canonicalize(program)
+    verify(program)
+    assert program.states["k"] == (f32(1, 9, 16) if merged else f32(1, 2, 9, 8))
+    assert bool(program.main.calls("permute")) is not merged
+    states = [before.zero_states(), program.zero_states()]
+    for at in (0, 7, 3):
+        inputs = {"x": torch.randn(1, 2, 16), "at": torch.tensor(at)}
+        results = [run(p.main, inputs, s)["y"] for p, s in zip((before, program), states, strict=True)]
+        torch.testing.assert_close(*results)
+    kept = states[1]["k"]
+    if merged:
+        kept = kept.reshape(1, 9, 2, 8).transpose(1, 2)
+    torch.testing.assert_close(kept, states[0]["k"])
+
+
+@pytest.mark.parametrize("handed", ["result", "update"])
+def test_a_relaid_state_is_handed_out_as_it_was(handed):
+    program = split_cache("merged")
+    function = program.main
+    seen, other = function.updates["k"], function.add_state("other", f32(1, 2, 9, 8))
+    results = {"y": function.results[0]} | ({"kept": seen} if handed == "result" else {})
+    build = function.builder()
+    next_other = seen if handed == "update" else build.mul(other, 2.0)
+    function.set_outputs(results, {"k": seen, "other": next_other})
+    before = program.copy()
+    merge_heads_of_state(program, "k")
+    verify(program)
+    inputs = {"x": torch.randn(1, 2, 16), "at": torch.tensor(4)}
+    kept = [before.zero_states(), program.zero_states()]
+    for _ in range(2):
+        results = [run(p.main, inputs, states) for p, states in zip((before, program), kept, strict=True)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(kept[0]["other"], kept[1]["other"])
+    assert kept[1]["k"].shape == (1, 9, 16)

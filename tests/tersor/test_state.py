@@ -6,10 +6,17 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import tersor
 from tersor.cli import main
-from tersor.ir import Program, Value
+from tersor.errors import InputError
+from tersor.frontends.static_cache import WithStaticCache
+from tersor.ir import Program, Value, run
+from tersor.passes.recipes import get as get_recipe
+from tests.frontends.decoders import Decoder
+
+ROOM = 16
 
 
 def program() -> Program:
@@ -84,3 +91,67 @@ def test_states_are_not_compared_with_other_engines(tmp_path, capsys):
     command = ["bench", str(tmp_path / "sum.tersor"), "--against", "torch", "--model", str(tmp_path)]
     assert main(command) != 0
     assert "keeps state" in capsys.readouterr().err
+
+
+# -- decoders, captured and compiled
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    return WithStaticCache(model, ROOM), "input_ids", lambda ids: model(ids).logits
+
+
+def by_hand():
+    model = Decoder().eval()
+    return model, "ids", lambda ids: model.clear()(ids, torch.tensor(0))
+
+
+@pytest.mark.parametrize("make", [by_hand, llama])
+def test_prefill_and_decode_equal_the_whole(make, tmp_path):
+    model, name, whole = make()
+    ids = torch.randint(0, 50, (1, 12))
+    with torch.no_grad():
+        expected = whole(ids)
+    if make is by_hand:
+        model.clear()
+    start = torch.tensor(0)
+    captured = tersor.capture(
+        model, {name: ids[:, :7], "position": start}, {name: {1: ("length", 1, ROOM)}}, name="prefill"
+    )
+    tersor.capture(model, {name: ids[:, :1], "position": start}, name="decode", into=captured)
+    compiled = tersor.compile(captured, recipe="fp32", threads=1)
+    assert compiled.manifest.verified
+    compiled.save(tmp_path / "decoder.tersor")
+    for artifact in (compiled, tersor.load(tmp_path / "decoder.tersor", threads=1)):
+        session = artifact.session()
+        for _ in range(2):
+            parts = [session.prefill(**{name: ids[:, :7]}, position=0)[0]]
+            parts += [session.decode(**{name: ids[:, at : at + 1]}, position=at)[0] for at in range(7, 12)]
+            error = (torch.cat(parts, 1) - expected).abs().max() / expected.abs().max()
+            assert error < 1e-4
+            session.reset()
+    with pytest.raises(InputError, match="no room"):
+        session.prefill(**{name: ids}, position=ROOM - 3)
+
+
+def test_the_recipe_leaves_what_is_stored_alone():
+    model, name, _ = by_hand()
+    model.clear()
+    before = tersor.capture(model, {name: torch.ones(1, 4, dtype=torch.int64), "position": torch.tensor(0)})
+    after, report = get_recipe("fp32").run(before)
+    assert after.states == before.states
+    ids, start = torch.randint(0, 50, (1, 4)), torch.tensor(3)
+    kept = [before.zero_states(), after.zero_states()]
+    for _ in range(2):
+        results = [
+            run(p.main, {name: ids, "position": start}, s)["output"]
+            for p, s in zip((before, after), kept, strict=True)
+        ]
+        torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+        torch.testing.assert_close(*kept, atol=1e-5, rtol=0)
