@@ -37,6 +37,30 @@ NAMES = (
     "not a name",
     "-1",
 )
+METADATA = (
+    "pkg.torch.onnx.name_scopes",
+    "pkg.torch.onnx.stack_trace",
+    "pkg.torch.onnx.class_hierarchy",
+    "namespace",
+    "tersor.dims",
+    "tersor.op",
+    "tersor.site",
+    "tersor.module",
+)
+"""Notes of exporters, ours among them."""
+TOLD = (
+    "['",
+    "[1, [2]]",
+    "[" * 5000,
+    "x" * 100_000,
+    "['a', 'b']",
+    "{}",
+    '{"batch": [1, 1e99]}',
+    '{"batch": [3, 2], "length": 5}',
+    '{"batch": [1, 1000000000000000000000000000]}',
+    '{"batch": [7, 7], "../x": [1, 2]}',
+    "linear",
+)
 KINDS = (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 23, 99, -1)
 """Codes of element types, known and unknown ones."""
 
@@ -563,17 +587,8 @@ def unusual_fields(rng, model, folder):
     if kind == "sparse":
         model.graph.sparse_initializer.add().dims.extend([1 << 40])
     elif kind == "metadata":
-        _node(rng, model).metadata_props.add(
-            key=rng.choice(
-                (
-                    "pkg.torch.onnx.name_scopes",
-                    "pkg.torch.onnx.stack_trace",
-                    "namespace",
-                    "pkg.torch.onnx.class_hierarchy",
-                )
-            ),
-            value=rng.choice(("['", "[1, [2]]", "[" * 5000, "x" * 100_000, "['a', 'b']", "{}")),
-        )
+        holder = rng.choice((model, _node(rng, model)))
+        holder.metadata_props.add(key=rng.choice(METADATA), value=rng.choice(TOLD))
     elif kind == "annotation":
         model.graph.quantization_annotation.add(tensor_name="w")
     elif kind == "training":

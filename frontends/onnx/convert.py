@@ -90,7 +90,7 @@ class Conversion:
         self.model, self.inputs, self.allow_nonfinite = model, inputs, allow_nonfinite
         self.program = Program()
         self.function = self.program.add_function(name, dims)
-        self.stored: dict[str, str] = {}
+        self.stored: dict[str, list[tuple[torch.Tensor, str]]] = defaultdict(list)
 
     def run(self) -> Program:
         """The program, not yet in canonical form.
@@ -258,10 +258,14 @@ class Conversion:
             if x.is_number:
                 return build.full(shape=x.shape, value=x.number(), dtype=x.dtype)
             return build.parameter("constant", x.tensor)
-        if x.name not in self.stored:
-            self._check_finite(x)
-            self.stored[x.name] = self.function.parameters.add(x.name, x.tensor)
-        return build.read(self.stored[x.name])
+        # One stored tensor may be read as it is and, decoded, as something else.
+        for tensor, name in self.stored[x.name]:
+            if tensor is x.tensor or (tensor.dtype == x.tensor.dtype and torch.equal(tensor, x.tensor)):
+                return build.read(name)
+        self._check_finite(x)
+        name = self.function.parameters.add(x.name, x.tensor)
+        self.stored[x.name].append((x.tensor, name))
+        return build.read(name)
 
     def _check_finite(self, x: Known) -> None:
         """Masks may be stored with minus infinity; everything else that is not finite is damage."""

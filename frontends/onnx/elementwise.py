@@ -9,7 +9,7 @@ from torch import fx
 
 from tersor.frontends.aten import truncated
 from tersor.frontends.onnx.reader import dtype_name
-from tersor.frontends.onnx.table import Call, converts, dtype, joint_shape, size
+from tersor.frontends.onnx.table import Call, converts, dtype, joint_shape, size, value
 from tersor.frontends.onnx.values import Known
 
 # Mark of a cast from float32 that changes no value; without it a quantized model would go to and fro.
@@ -102,8 +102,11 @@ def _pow(c: Call) -> fx.Node:
     name = dtype(c.require(0))
     if isinstance(y, float) and y.is_integer():
         y = int(y)
-    if isinstance(y, fx.Node):
+    if isinstance(y, fx.Node) and not value(y).is_float:
         y = c.cast(y, name)
+    elif isinstance(y, fx.Node):  # of whole numbers a fractional power is taken in fractions
+        wide = name if name.startswith("float") or name == "bfloat16" else "float64"
+        x, y = (c.cast(v, wide) if isinstance(v, fx.Node) else v for v in (x, y))
     return c.cast(c.build.pow(x, y), name)
 
 

@@ -161,11 +161,12 @@ def _split(c: Call) -> tuple[fx.Node, ...]:
     sizes = c.sizes(1) if c.given(1) else c.attribute("split")
     if sizes is None:
         parts, total = c.attribute("num_outputs", c.results), size(x)[axis]
+        count = min(parts, c.results)  # the others are read by nobody
         if isinstance(total, Dim):
-            sizes = [total // parts] * parts
+            sizes = [total // parts] * count
         else:
             each = -(-total // parts)
-            sizes = [each] * (parts - 1) + [total - each * (parts - 1)]
+            sizes = [max(min(each, total - each * i), 0) for i in range(count)]
     found, start = [], 0
     for length in sizes:
         found.append(c.slice(x, axis, start, start + length))

@@ -37,10 +37,11 @@ def module_path(name: str, metadata: Mapping[str, str]) -> str:
     scopes = metadata.get("pkg.torch.onnx.name_scopes")
     if scopes is not None:
         try:
-            path = ast.literal_eval(scopes)[-2]
-        except (ValueError, SyntaxError, IndexError, TypeError, MemoryError, RecursionError):
+            path = ast.literal_eval(scopes)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ""
-        return path if isinstance(path, str) else ""
+        listed = isinstance(path, list) and len(path) > 1 and isinstance(path[-2], str)
+        return path[-2] if listed else ""
     if name.startswith("/"):
         return ".".join(p for p in name.split("/")[1:-1] if p)
     return ""

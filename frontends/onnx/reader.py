@@ -123,13 +123,20 @@ class StoredTensor:
             raise InputError("its data is in another file", fix="give the path of the model's file")
         location = entries.get("location", "")
         path = self.folder / location
-        if not location or not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            inside = bool(location) and path.resolve().is_relative_to(self.folder.resolve())
+            found = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
+            raise InputError(
+                f"its data is said to be in {location[:80]!r}", why=f"that is no path: {error}"
+            ) from error
+        if not inside:
             raise InputError(
                 f"its data is said to be in {location!r}",
                 why="a model's data is read only from inside its own folder",
                 fix="do not load models from people you do not trust; else move the data beside the model",
             )
-        if not path.is_file():
+        if not found:
             raise InputError(f"its data file {location!r} is missing", fix=f"put it into {self.folder}")
         try:
             offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))

@@ -16,8 +16,9 @@ def _reduces(reduce: Callable[[Call, fx.Node, tuple[int, ...], bool], fx.Node]) 
     def convert(c: Call) -> fx.Node:
         x = c.node(0)
         axes = c.axes(1, len(size(x)))
-        if not axes and c.attribute("noop_with_empty_axes", 0):
-            return x
+        if not axes and c.attribute("noop_with_empty_axes", 0) == 1:
+            # every element by itself: ReduceL1 is its magnitude then
+            return reduce(c, c.reshape(x, (*size(x), 1)), (len(size(x)),), False)
         axes = axes or tuple(range(len(size(x))))
         return reduce(c, x, axes, bool(c.attribute("keepdims", 1)))
 

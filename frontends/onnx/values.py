@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tersor.errors import InputError
 from tersor.ir import Dim, Range
 from tersor.ir.canonicalize.affine import lower_bound
 from tersor.ir.value import DTYPE_NAMES
@@ -58,7 +59,16 @@ class Known:
         return array
 
     def number(self) -> int | float | bool | Dim:
-        """The only element; of float32 the shortest decimal that means the same, as the model's author wrote it."""
+        """The only element; of float32 the shortest decimal that means the same, as the model's author wrote it.
+
+        Raises:
+            InputError: there are more, or none.
+        """
+        if not self.is_number:
+            raise InputError(
+                f"a constant of shape {list(self.shape)} stands where one number has to",
+                why="the file is damaged",
+            )
         if self.sizes is not None:
             return self.sizes.item()
         number = self.tensor.item()

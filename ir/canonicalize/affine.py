@@ -31,8 +31,9 @@ class Affine:
     coefficients: Mapping[int, Number]
 
     def mapped(self, shape: Shape, axes: Mapping[int, int]) -> Affine:
-        """The same values in another shape; ``axes`` says where each axis went."""
-        return Affine(shape, self.offset, {axes[a]: c for a, c in self.coefficients.items()})
+        """The same values in another shape; ``axes`` says where each axis went, those of size 1 may be left out."""
+        kept = {axes[a]: c for a, c in self.coefficients.items() if self.shape[a] != 1}
+        return Affine(shape, self.offset, kept)
 
     def lifted(self, shape: Shape) -> Affine:
         """Broadcast to ``shape``."""

@@ -34,7 +34,7 @@ ELEMENTWISE: dict[str, Function] = {
         torch.add(x, x, alpha=2) + torch.sub(x, x * 2, alpha=3) + torch.rsub(x, x, alpha=2)
     ),
     "powers": lambda x, i, b: (
-        x**2 + x.square() + (x.abs() + 1) ** 0.5 + (x.abs() + 1).rsqrt() + x.abs().sqrt()
+        2.5**x + x**2 + x.square() + (x.abs() + 1) ** 0.5 + (x.abs() + 1).rsqrt() + x.abs().sqrt()
     ),
     "functions": lambda x, i, b: (
         x.exp() + (x.abs() + 1).log() + x.sin() + x.cos() + x.tanh() + x.erf() + x.sigmoid()

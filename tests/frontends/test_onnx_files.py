@@ -130,6 +130,28 @@ def test_function_that_calls_itself():
         frontends.capture(made)
 
 
+@pytest.mark.parametrize("scopes", ["{}", "['", "[" * 5000, "[1, [2], 3]", "['', 'dense']"])
+def test_scopes_that_are_no_list_of_names_say_nothing(scopes):
+    made = product()
+    made.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    assert len(frontends.capture(made).main.calls("linear")) == 1
+
+
+def test_a_branch_on_no_number():
+    nodes = [node("If", "none", "y", then_branch=branch(2.0), else_branch=branch(3.0))]
+    with pytest.raises(InputError, match="one number"):
+        frontends.capture(model(nodes, {"none": np.zeros(0, bool)}))
+
+
+def test_codes_are_read_as_they_are_and_decoded():
+    """One stored tensor is two values: both outputs come from it, with different types."""
+    nodes = [node("Identity", "codes", "plain"), node("DequantizeLinear", "codes scale", "decoded")]
+    tensors = {"codes": np.array([1, 2, 200], np.uint8), "scale": np.float32(0.5)}
+    results = frontends.capture(model(nodes, tensors, outputs="decoded plain"))(x=torch.ones(1, 4))
+    assert results["plain"].tolist() == [1, 2, 200] and results["plain"].dtype == torch.uint8
+    assert results["decoded"].tolist() == [0.5, 1.0, 100.0]
+
+
 def test_functions_that_multiply_are_refused_at_once():
     """Thirty functions, each of which calls the next one twice: a thousand million operators."""
     opsets = [helper.make_opsetid("mine", 1), helper.make_opsetid("", 17)]
@@ -203,12 +225,25 @@ def test_external_data(tmp_path):
         frontends.capture(path)
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "link.bin", "", "missing.bin"])
+PLACES = [
+    "../secret.bin",
+    "/etc/hostname",
+    "link.bin",
+    "",
+    "missing.bin",
+    "zero\0.bin",
+    "a" * 5000,
+    "circle.bin",
+]
+
+
+@pytest.mark.parametrize("location", PLACES)
 def test_external_data_stays_in_the_folder(tmp_path, location):
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(WEIGHT.tobytes())
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "circle.bin").symlink_to(folder / "circle.bin")
     made = product()
     tensor = made.graph.initializer[0]
     tensor.ClearField("raw_data")

@@ -130,6 +130,26 @@ def test_reductions_of_integers_give_integers(op):
     compare(*model(op, [INTEGERS.astype(np.int32)], axes=[1]))
 
 
+def test_no_axes_may_mean_every_element_by_itself():
+    for op in ("ReduceL1", "ReduceSumSquare", "ReduceMax"):
+        compare(*model(op, [X], opset=20, noop_with_empty_axes=1))
+
+
+def test_fractional_powers_of_whole_numbers():
+    compare(*model("Pow", [np.array([1, 2, 3])], {1: np.array([0.5, 2.5, 2.2], np.float32)}))
+
+
+def test_indices_of_several_axes_count_from_the_end():
+    compare(*model("GatherND", [X], {1: ints([[-1, 0], [1, -3]])}, opset=13))
+
+
+def test_a_split_into_more_parts_than_are_read():
+    made, inputs = model("Split", [X], opset=18, axis=3, num_outputs=3, outputs=3)
+    compare(made, inputs)
+    made.graph.node[0].attribute[1].i = 1 << 40
+    frontends.capture(made)
+
+
 CASES = {
     "Clip": model("Clip", [X], {1: np.float32(-0.5), 2: np.float32(0.7)}),
     "Clip, no lower end": model("Clip", [X], {1: None, 2: np.float32(0.7)}),

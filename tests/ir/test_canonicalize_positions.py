@@ -232,6 +232,20 @@ def test_negative_indices_are_wrapped_only_where_they_may_occur():
 # -- constants
 
 
+def test_positions_along_an_axis_of_one_are_no_positions():
+    """A slice of one element of 0, 1, 2, ...: the axis that goes has a stride of its own."""
+
+    def model(b, x):
+        steps = b.reshape(b.arange(end=6), shape=(2, 3))
+        index = b.reshape(b.slice(steps, dim=0, start=1, end=2), shape=(3,))
+        return b.index_select(x, b.expand(index, shape=(3,)), dim=1)
+
+    program = program_of(model, {"x": Value("float32", (2, 8))})
+    canonical(program)
+    x = torch.arange(16.0).reshape(2, 8)
+    assert torch.equal(next(iter(program(x=x).values())), x[:, 3:6])
+
+
 def test_constants_fold_and_dead_parameters_go():
     def model(b, x):
         scale = b.sqrt(b.add(b.mul(b.parameter("w", torch.rand(8)), 2.0), 1.0))

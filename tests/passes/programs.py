@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +156,22 @@ class Transformer:
         else:
             hidden = build.gelu(make.linear(x, f"{site}.up", self.neurons, self.width, bias=self.bias))
         return make.linear(hidden, f"{site}.down", self.width, self.neurons, bias=self.bias)
+
+
+def random_transformer(rng: random.Random) -> Transformer:
+    """A small one of any style, with some heads and neurons planted dead."""
+    heads, groups = rng.choice([(1, 1), (4, 4), (4, 2), (4, 1), (6, 3), (6, 2)])
+    layers, neurons = rng.randint(1, 2), rng.randint(1, 9)
+    planted = {
+        name: tuple(tuple(rng.sample(range(count), rng.randint(0, count))) for _ in range(layers))
+        for name, count in (("dead_heads", heads), ("dead_rows", neurons), ("dead_columns", neurons))
+    }
+    flags = ("post_norm", "rms", "gated", "bias", "rotary", "head_norm", "causal")
+    style = {name: rng.random() < 0.5 for name in flags}
+    mask = rng.choice([None, "padding", "queries"])
+    width = heads * rng.choice([2, 4])
+    seed = rng.randint(0, 9)
+    return Transformer(layers, width, heads, groups, neurons, mask=mask, seed=seed, **style, **planted)
 
 
 def _of(planted: tuple[tuple[int, ...], ...], layer: int) -> tuple[int, ...]:
