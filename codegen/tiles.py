@@ -79,9 +79,9 @@ def choose(target: Target, panels: int, parts: int = 1) -> GemmTile:
     return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
 
 
-def neighbours(tile: GemmTile, target: Target) -> tuple[GemmTile, ...]:
-    """Tiles that differ from this one in one respect; what tuning tries."""
-    heights = {h for h in (4, 6, 8, 10, 12) if h <= most_rows(target)} - {tile.rows}
+def neighbours(tile: GemmTile, target: Target, parts: int = 1) -> tuple[GemmTile, ...]:
+    """Tiles that differ from this one in one respect; what tuning tries. ``parts``: as in ``most_rows``."""
+    heights = {h for h in (4, 6, 8, 10, 12) if h <= most_rows(target, parts)} - {tile.rows}
     blocks = {1, 2, MOST_BLOCKS} - {tile.blocks}
     return (
         *(replace(tile, rows=height) for height in sorted(heights)),

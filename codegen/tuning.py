@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tersor.codegen import timing
+from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.tiles import GemmTile, choose, neighbours
 from tersor.errors import CompileError, TargetError
 from tersor.ir.dims import evaluate_shape, shape_symbols
@@ -185,8 +186,9 @@ def tune(
 
 def _search(kernel: Gemm, target: Target, deadline: float) -> Record | None:
     """The best of the analytic tile and its neighbours; None when there was no time to see them all."""
-    analytic = choose(target, kernel.panels)
-    tiles = _distinct(kernel, target, (analytic, *neighbours(analytic, target)))
+    parts = len(inner_product(kernel.dtype, target).parts)
+    analytic = choose(target, kernel.panels, parts)
+    tiles = _distinct(kernel, target, (analytic, *neighbours(analytic, target, parts)))
     times: list[float] = []
     for tile in tiles:
         if time.monotonic() > deadline:

@@ -9,7 +9,9 @@ import pytest
 from kernel_harness import run_kernel
 
 from tersor.codegen import tuning
+from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.kernels.inner_product import ACCUMULATORS
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import GemmTile, choose, most_rows, neighbours, panel_width, partition
 from tersor.codegen.tuning import Database, Record, recorded_tile, tune, using
@@ -42,13 +44,17 @@ def timings(monkeypatch):
 def test_analytic_tiles():
     assert (panel_width(AVX2), choose(AVX2, 24).rows, most_rows(AVX2)) == (16, 6, 6)
     assert (panel_width(AVX512), choose(AVX512, 24).rows, most_rows(AVX512)) == (32, 8, 12)
+    # words that are taken apart before they are multiplied need registers
+    assert [choose(target, 24, parts=2).rows for target in (AVX2, AVX512)] == [5, 6]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("target", [AVX2, AVX512])
-def test_every_candidate_fits_the_registers(target):
-    for tile in (choose(target, 3), *neighbours(choose(target, 3), target)):
+def test_every_candidate_fits_the_registers(target, parts):
+    analytic = choose(target, 3, parts)
+    for tile in (analytic, *neighbours(analytic, target, parts)):
         tallest = max(tile.rows, *tile.streams)
-        assert tallest * 2 + 2 + 1 <= target.vector_registers
+        assert tallest * 2 + 2 * parts + 1 <= target.vector_registers
         assert tile.streams == tuple(sorted(tile.streams))
 
 
@@ -174,11 +180,14 @@ def test_no_time_records_nothing(tmp_path, timings):
     assert len(database) == 0 and not database.path.exists() and "analytic" in texts[0]
 
 
-def test_search_on_this_machine(tmp_path, target, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_search_on_this_machine(dtype, tmp_path, target, monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     monkeypatch.setattr(tuning, "COLD_BYTES", 1e5)
-    monkeypatch.setattr(tuning, "neighbours", lambda tile, target: (replace(tile, rows=4),))
-    kernel = Gemm((Dim.symbol("batch"), Dim.symbol("length")), 64, 64, panel=panel_width(target))
+    monkeypatch.setattr(tuning, "neighbours", lambda tile, target, parts: (replace(tile, rows=4),))
+    sums = Chain((ChainInput("accumulator", ACCUMULATORS[dtype]),), (), (0,))
+    lead, panel = (Dim.symbol("batch"), Dim.symbol("length")), panel_width(target)
+    kernel = Gemm(lead, 64, 64, sums, panel, dtype=dtype)
     (found,) = tune([kernel], target, Database(tmp_path / "t.jsonl"), minutes=1)
     assert found.kernel == kernel.name() and 0 < found.seconds <= found.analytic_seconds
 
