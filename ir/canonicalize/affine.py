@@ -212,7 +212,8 @@ class Positions:
     def _slice(self, node: fx.Node, shape: Shape) -> Affine | Predicate | None:
         inner, dim = self.read(node.args[0]), node.kwargs["dim"] % len(shape)
         stored = self.function.parameter(node.args[0])
-        if inner is None and stored is not None:  # a part may be affine where the whole is not
+        fixed = not any(isinstance(a, Dim) for a in node.kwargs.values())
+        if inner is None and stored is not None and fixed:  # a part may be affine where the whole is not
             return from_tensor(node.target(stored, **node.kwargs))
         affine = inner.difference if isinstance(inner, Predicate) else inner
         if affine is None:

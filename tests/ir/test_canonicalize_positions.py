@@ -132,6 +132,8 @@ def test_a_part_of_a_stored_table_is_affine_where_the_whole_is_not():
     assert from_tensor(pairs) is None
     affine, _ = read(lambda b: b.slice(b.parameter("pairs", pairs), dim=1, start=1, end=2))
     assert affine == Affine((5, 1), 0, {0: 1})
+    affine, _ = read(lambda b: b.slice(b.parameter("primes", torch.tensor([2, 3, 5, 7] * 10)), dim=0, end=T))
+    assert affine is None
 
 
 # -- look-ups
