@@ -242,13 +242,17 @@ def clamp(x: Expr, bound: float) -> Expr:
 
 def maximum(a: Expr, b: Expr) -> Expr:
     """The larger one; NaN if either is, like torch.maximum."""
-    a, b = bind(a), bind(b)
+    a, b = (bind(b), bind(a)) if _is_constant(a) else (bind(a), bind(b))
+    if _is_number(b):
+        return tirx.Select(a < b, b, a)  # one instruction, and a NaN stays
     return tirx.Select(a > b, a, _unordered(b >= a, a, b))
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
     """The smaller one; NaN if either is, like torch.minimum."""
-    a, b = bind(a), bind(b)
+    a, b = (bind(b), bind(a)) if _is_constant(a) else (bind(a), bind(b))
+    if _is_number(b):
+        return tirx.Select(a > b, b, a)
     return tirx.Select(a < b, a, _unordered(b <= a, a, b))
 
 
@@ -415,8 +419,8 @@ def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
 
 
 def _unordered(either: Expr, a: Expr, b: Expr) -> Expr:
-    """``b``, or NaN where ``either`` is false because one of a and b is NaN (a constant or an integer never is)."""
-    if not _is_float(a) or _is_constant(a):
+    """``b``, or NaN where ``either`` is false because one of a and b is NaN (an integer never is)."""
+    if not _is_float(a):
         return b
     return tirx.Select(either, b, a + b)
 
@@ -451,6 +455,12 @@ def _materialize(operand: Operand, dtype: str, lanes: int) -> Expr:
 
 def _is_constant(x: Expr) -> bool:
     return isinstance(x.value if isinstance(x, tirx.Broadcast) else x, tirx.IntImm | tirx.FloatImm)
+
+
+def _is_number(x: Expr) -> bool:
+    """A constant, but not NaN."""
+    value = x.value if isinstance(x, tirx.Broadcast) else x
+    return _is_constant(x) and value.value == value.value
 
 
 def lanes_of(x: Expr) -> int:

@@ -168,6 +168,20 @@ def test_nan_wins_on_either_side(op, target):
     np.testing.assert_array_equal(got, [NAN, NAN, {"max": 3, "min": 2}[op]])
 
 
+@pytest.mark.parametrize("op", ["max", "min"])
+@pytest.mark.parametrize("bound", [-1.5, 0.0, INF, NAN])
+def test_limits(op, bound, target):
+    """A constant on either side: NaN stays, in the value or as the constant."""
+    x = np.array([-INF, -2, -1.5, -0.5, 0, 3, INF, NAN], np.float32)
+    function = {"max": torch.maximum, "min": torch.minimum}[op]
+    expected = function(torch.from_numpy(x), torch.tensor(bound)).numpy()
+    for operands in ((0, Const(bound)), (Const(bound), 0)):
+        np.testing.assert_array_equal(apply(target, [Step(op, operands)], x, lanes=8), expected)
+    whole = np.arange(-8, 8)
+    got = apply(target, [Step(op, (0, Const(3)))], whole, out=("int64",), lanes=8)
+    np.testing.assert_array_equal(got, {"max": np.maximum, "min": np.minimum}[op](whole, 3))
+
+
 def test_bool_and_where(target):
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 2, 64).astype(bool), rng.integers(0, 2, 64).astype(bool)
