@@ -16,7 +16,7 @@ from tersor.ir import Function, Program
 from tersor.passes.base import Equivalent, Pass, PassResult
 from tersor.passes.calibration import MinMax, Request, Samples, Statistics
 from tersor.passes.context import Context
-from tersor.passes.smooth.error import Activations, Observed, Rounding, rounding_error
+from tersor.passes.smooth.error import Activations, Observed, Rounding, Trial
 from tersor.passes.smooth.places import Place, hidden_place, norm_place, value_place
 from tersor.passes.weights import WeightChange, apply_changes, is_plain_linear
 
@@ -145,13 +145,13 @@ class Smoothing(Pass):
         if not candidates:
             result.skip(place.anchor, "it is balanced already")
             return None
-        fitted = [rounding_error(observed, observed.fit, rounding, c.s, c.z) for c in candidates]
+        fit, held_out = (Trial(observed, rows, rounding) for rows in (observed.fit, observed.held_out))
+        fitted = [fit.error(c.s, c.z) for c in candidates]
         best = candidates[fitted.index(min(fitted))]
-        before = rounding_error(observed, observed.held_out, rounding)
-        after = rounding_error(observed, observed.held_out, rounding, best.s, best.z)
+        before, after = held_out.error(), held_out.error(best.s, best.z)
         figures = {"error_before": before, "error_after": after}
         # better on both: what is best already stays, however held-out data falls
-        if not (min(fitted) <= rounding_error(observed, observed.fit, rounding) and after <= GAIN * before):
+        if not (min(fitted) <= fit.error() and after <= GAIN * before):
             result.skip(place.anchor, f"{best.words} would not lower its error", **figures)
             return None
         s, z = best.s.double(), None if best.z is None else best.z.double()

@@ -50,39 +50,37 @@ class Observed:
         return torch.stack([w.abs().amax(0) for w in self.weights]).amax(0)
 
 
-def rounding_error(
-    observed: Observed,
-    rows: torch.Tensor,
-    rounding: Rounding,
-    s: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-) -> float:
-    """||Q((x - z) / s) Q(W s)^T + W z - x W^T||^2 / ||x W^T||^2, the mean over the weights W.
+class Trial:
+    """Rounding errors at one place, always on the same rows [n, channels]."""
 
-    The range of activations is that of ``observed``, also for rows beyond it.
-    """
-    low, high, x = observed.low, observed.high, rows
-    if z is not None:
-        low, high, x = low - z, high - z, x - z
-    if s is not None:
-        low, high, x = low / s, high / s, x / s
-    weight_grid = Grid(rounding.bits)
-    if rounding.activations == "tensor":
-        grid = Grid(rounding.bits, symmetric=False)
-        scale, zero = grid.fit(low.min(), high.max())
-    else:
-        grid = Grid(rounding.bits)
-        scale, zero = grid.fit_rows(x)
-        scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
-    rounded = grid.round_trip(x, scale, zero)
-    errors = []
-    for weight in observed.weights:
-        columns = weight if s is None else weight * s
-        steps, _ = weight_grid.fit_rows(columns)
-        exact = rows @ weight.T
-        result = rounded @ weight_grid.round_trip(columns, steps.unsqueeze(1)).T
+    def __init__(self, observed: Observed, rows: torch.Tensor, rounding: Rounding):
+        self._observed, self._rows, self._rounding = observed, rows, rounding
+        self._exact = [rows @ weight.T for weight in observed.weights]
+        self._power = [exact.square().sum().item() for exact in self._exact]
+
+    def error(self, s: torch.Tensor | None = None, z: torch.Tensor | None = None) -> float:
+        """||Q((x - z) / s) Q(W s)^T + W z - x W^T||^2 / ||x W^T||^2, the mean over the weights W.
+
+        The range of activations is the observed one, also for rows beyond it.
+        """
+        rounded, grid, errors = self._activations(s, z), Grid(self._rounding.bits), []
+        for weight, exact, power in zip(self._observed.weights, self._exact, self._power, strict=True):
+            columns = weight if s is None else weight * s
+            steps, _ = grid.fit_rows(columns)
+            result = rounded @ grid.round_trip(columns, steps.unsqueeze(1)).T
+            if z is not None:
+                result += weight @ z
+            errors.append(result.sub_(exact).square_().sum().item() / power if power else 0.0)
+        return sum(errors) / len(errors)
+
+    def _activations(self, s: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
+        low, high, x = self._observed.low, self._observed.high, self._rows
         if z is not None:
-            result = result + weight @ z
-        power = exact.square().sum().item()
-        errors.append((result - exact).square().sum().item() / power if power else 0.0)
-    return sum(errors) / len(errors)
+            low, high, x = low - z, high - z, x - z
+        if s is not None:
+            low, high, x = low / s, high / s, x / s
+        if self._rounding.activations == "tensor":
+            grid = Grid(self._rounding.bits, symmetric=False)
+            return grid.round_trip(x, *grid.fit(low.min(), high.max()))
+        grid = Grid(self._rounding.bits)
+        return grid.round_trip(x, grid.fit_rows(x)[0].unsqueeze(1))

@@ -33,7 +33,7 @@ class OutlierSuppressionPlus(Smoothing):
     Options: steps (thresholds to try), bits, activations, kinds, samples.
     """
 
-    steps: int = 20
+    steps: int = 12
 
     def problem(self) -> str | None:
         return f"steps = {self.steps} should be positive" if self.steps < 1 else super().problem()

@@ -11,7 +11,7 @@ from tersor.passes import Context, Pipeline
 from tersor.passes.calibration import Calibration, Dataset, MinMax, Request, Samples, calibrate
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.smooth.engine import Candidate, Smoothing
-from tersor.passes.smooth.error import Observed, Rounding, rounding_error
+from tersor.passes.smooth.error import Observed, Rounding, Trial
 from tersor.passes.smooth.outlier_suppression_plus import OutlierSuppressionPlus
 from tersor.passes.smooth.places import norm_place
 from tersor.passes.smooth.repq import RepQ
@@ -244,7 +244,7 @@ class Given(Smoothing):
 
 def test_the_residual_stream_gets_back_what_it_read(monkeypatch):
     """Also a second time, by way of the multiplication and addition that are there."""
-    monkeypatch.setattr("tersor.passes.smooth.engine.rounding_error", lambda *_: 0.0)
+    monkeypatch.setattr(Trial, "error", lambda *_: 0.0)
     passes = [Given(), Given(times=2)]
     given = [(c.s, c.z) for p in passes for c in p.candidates(None, None)]
     made = with_residual()
@@ -399,5 +399,5 @@ def test_rounding_error_of_exact_codes_is_nothing():
         grid_points,
         [torch.tensor([[127.0], [64.0]])],
     )
-    assert rounding_error(observed, grid_points, Rounding()) < 1e-12
-    assert rounding_error(observed, grid_points + 0.5, Rounding()) > 1e-6
+    assert Trial(observed, grid_points, Rounding()).error() < 1e-12
+    assert Trial(observed, grid_points + 0.5, Rounding()).error() > 1e-6
