@@ -16,6 +16,8 @@ import torch
 from tersor.errors import PipelineError
 from tersor.ir import Program, run
 from tersor.passes.base import Pass
+from tersor.passes.calibration import Batch
+from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.config import conform_fields
 from tersor.passes.registry import make
 
@@ -119,29 +121,44 @@ class Stage:
 class Fidelity:
     """The `Evaluate` that runs programs in torch: how near their outputs are to a reference program's.
 
+    Outputs at padding are left out (see `tersor.passes.calibration.padding`).
+
     Args:
         reference: the captured program.
-        batches: held-out inputs of ``main``, by name, torch or numpy; spooled, so that an iterator serves
-            every evaluation.
+        batches: held-out inputs of ``main``, by name, torch or numpy, or as calibration keeps them; spooled, so that an
+            iterator serves every evaluation.
         metric: the user's measure of a program's quality, larger is better.
     """
 
     def __init__(
-        self, reference: Program, batches: Iterable[Mapping[str, torch.Tensor]], metric: Measure | None = None
+        self,
+        reference: Program,
+        batches: Iterable[Mapping[str, torch.Tensor] | Batch],
+        metric: Measure | None = None,
     ):
-        self.batches = [{name: torch.as_tensor(x) for name, x in batch.items()} for batch in batches]
+        self.batches = [
+            batch
+            if isinstance(batch, Batch)
+            else Batch({name: torch.as_tensor(x) for name, x in batch.items()})
+            for batch in batches
+        ]
         self.metric = metric
         if not self.batches:
             raise PipelineError(
                 "there are no held-out batches to evaluate with", fix="give inputs by name, in a list"
             )
-        self._expected = [self._floats(reference, batch) for batch in self.batches]
+        padding = Padding(reference.main)
+        self._results = dict(zip(reference.main.outputs, reference.main.results, strict=True))
+        self._tokens = [padding.of(batch.inputs, batch.mask) for batch in self.batches]
+        self._expected = [
+            self._floats(reference, *pair) for pair in zip(self.batches, self._tokens, strict=True)
+        ]
 
     def __call__(self, program: Program) -> dict[str, float]:
         signal = noise = dot = norm = divergence = 0.0
         rows = 0
-        for batch, expected in zip(self.batches, self._expected, strict=True):
-            for wanted, actual in zip(expected, self._floats(program, batch), strict=True):
+        for batch, tokens, expected in zip(self.batches, self._tokens, self._expected, strict=True):
+            for wanted, actual in zip(expected, self._floats(program, batch, tokens), strict=True):
                 signal += wanted.square().sum().item()
                 noise += (actual - wanted).square().sum().item()
                 dot += (actual * wanted).sum().item()
@@ -152,15 +169,19 @@ class Fidelity:
         figures = {
             "sqnr_db": 10 * _log10(signal / noise) if noise else float("inf"),
             "cosine": dot / ((signal * norm) ** 0.5) if signal and norm else 0.0,
-            "kl": divergence / rows,
+            "kl": divergence / max(rows, 1),
         }
         return figures | ({"metric": float(self.metric(program))} if self.metric else {})
 
-    @staticmethod
-    def _floats(program: Program, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def _floats(self, program: Program, batch: Batch, tokens: Tokens) -> list[torch.Tensor]:
+        """The float outputs as rows without padding, which is where the reference has it."""
         with torch.no_grad():
-            results = run(program.main, batch)
-        return [t.double() for t in results.values() if t.is_floating_point() and t.ndim]
+            results = run(program.main, batch.inputs)
+        return [
+            tokens.rows(self._results[name], t).double()
+            for name, t in results.items()
+            if t.is_floating_point() and t.ndim
+        ]
 
 
 def _log10(x: float) -> float:

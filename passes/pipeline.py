@@ -194,8 +194,7 @@ class Pipeline:
         self.check(program, context)
         judged = any(isinstance(step, Stage) for step in self.steps)
         if judged and context.evaluate is None and context.calibration is not None:
-            batches = [batch.inputs for batch in context.calibration.held_out]
-            context = replace(context, evaluate=Fidelity(program, batches))
+            context = replace(context, evaluate=Fidelity(program, context.calibration.held_out))
         return Manager(context, self.name).run(self.steps, program)
 
     def check_data(self, given: bool) -> None:

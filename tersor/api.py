@@ -71,6 +71,7 @@ def compile(
     calibration: Any = None,
     evaluation: Iterable[Mapping[str, Any]] | None = None,
     verify: bool = True,
+    cache: str | Path | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -88,6 +89,8 @@ def compile(
         evaluation: held-out inputs by name; stages with a budget are judged on them, against the captured model.
             Without them on what is held out of the calibration data.
         verify: compares the compiled code with the program on random inputs, and refuses when it disagrees.
+        cache: folder in which results of passes and statistics are kept, so that a run that was killed goes on where
+            it stopped; None keeps nothing.
         output: folder to save the artifact to (as ``compiled.save`` does).
         progress: called with the name of each step as it starts.
 
@@ -122,6 +125,7 @@ def compile(
         target=resolved,
         evaluate=None if evaluation is None else Fidelity(program, evaluation),
         measure=None if missing_on_host(resolved) else Latency(resolved),
+        cache=cache,
         progress=report_step,
     )
     program, report = pipeline.run(program, context, calibration=calibration)

@@ -59,6 +59,7 @@ class Smoothing(Pass):
     stage = "smooth"
     acts_on = ("layer_norm", "rms_norm", "attention", "linear")
     forbids = {"quantized"}
+    invalidates = {"factorized"}  # a shift gives the thin first layer a bias
     calibrated = True
 
     def problem(self) -> str | None:

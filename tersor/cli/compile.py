@@ -35,6 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="data for recipes that need some: a folder of .npz files, one batch of inputs by name in each",
     )
     parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep results of passes here, so that a killed run goes on"
+    )
+    parser.add_argument(
         "--tune-minutes", type=float, default=0, metavar="M", help="search for better kernels for so long"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the model")
@@ -54,6 +57,7 @@ def execute(options: argparse.Namespace) -> int:
             dynamic=dynamic,
             threads=options.threads,
             calibration=options.calibration,
+            cache=options.cache,
             tune_minutes=options.tune_minutes,
             verify=not options.no_verify,
             output=options.output,

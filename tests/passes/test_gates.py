@@ -79,6 +79,21 @@ def test_fidelity_falls_with_the_error(made, evaluate):
     assert runs[0]["cosine"] > runs[1]["cosine"]
 
 
+def test_outputs_at_padding_do_not_count():
+    made = Transformer(layers=1).build()
+    batch = sample_inputs(made.main, {"batch": 2, "length": 6})
+    batch["mask"] = torch.arange(6).expand(2, 1, 1, 6) < 4
+    other = made.copy()
+    x = other.main.graph.find_nodes(op="placeholder")[0]
+    build = other.main.builder(before=other.main.output_node)
+    late = build.cast(build.ge(build.arange(end=x.meta["value"].shape[1]), 4), dtype="float32")
+    wrong = build.add(other.main.results[0], build.reshape(late, shape=(1, x.meta["value"].shape[1], 1)))
+    other.main.set_outputs({"hidden": wrong})
+    assert Fidelity(made, [batch])(other)["sqnr_db"] == float("inf")
+    batch["mask"] = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    assert Fidelity(made, [batch])(other)["sqnr_db"] < 30
+
+
 def test_sqnr_is_the_ratio_of_powers_in_decibels(made):
     made.main.set_outputs({"x": made.main.graph.find_nodes(op="placeholder")[0]})
     double = made.copy()

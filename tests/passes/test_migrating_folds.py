@@ -215,6 +215,27 @@ def test_functions_that_share_a_layer_merge_together():
     assert len(after.parameters) == 4
 
 
+class Adapted(torch.nn.Module):
+    """A layer as adapter libraries wrap it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(WIDTH, 8)
+        self.dropout = torch.nn.Dropout(0.1)
+        self.lora_a, self.lora_b = torch.nn.Linear(WIDTH, 2, bias=False), torch.nn.Linear(2, 8, bias=False)
+        self.scaling = 4.0
+
+    def forward(self, x):
+        return self.base(x) + self.lora_b(self.lora_a(self.dropout(x))) * self.scaling
+
+
+def test_a_captured_module_with_an_adapter_becomes_one_layer():
+    import tersor
+
+    after = apply(FoldLora(), tersor.capture(Adapted().eval(), {"x": torch.randn(2, WIDTH)}))
+    assert [n.target.name for n in after.main.calls()] == ["linear"]
+
+
 def unmergeable(obstacle: str) -> Program:
     def emit(build, x, mask):
         make = Weights(build)

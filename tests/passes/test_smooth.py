@@ -383,6 +383,23 @@ def test_wrong_options_are_refused(options):
         OutlierSuppressionPlus(steps=0)
 
 
+def test_a_shift_into_two_thin_layers_is_no_broken_promise():
+    """The first of them gets a bias, so the two are not a factorized layer to the table of facts any more."""
+
+    def emit(build, x, mask):
+        make = Weights(build)
+        gamma, beta = (
+            build.parameter("norm.weight", torch.ones(256)),
+            build.parameter("norm.bias", one_sided()),
+        )
+        low = make.linear(build.layer_norm(x, gamma, beta, site="norm"), "first", 4, 256, bias=False)
+        return {"y": make.linear(low, "second", 256, 4)}
+
+    made = program(emit, width=256)
+    after = apply(OutlierSuppressionPlus(), made, data(256, count=4))
+    assert after is not made
+
+
 def test_the_table_of_places_is_in_the_report():
     _, report = Pipeline([SmoothQuant()]).run(transformer(layers=1), calibration=data(32))
     found = report.to_dict()["steps"][0]["changes"]

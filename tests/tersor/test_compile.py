@@ -363,3 +363,18 @@ def test_a_stage_that_costs_too_much_is_taken_back(bert):
         expected = bert(**held_out[0]).last_hidden_state
     assert (compiled(**held_out[0]).last_hidden_state - expected).abs().max() < 1e-4
     assert "revert" in str(compiled.report)
+
+
+def test_calibration_data_reaches_the_passes_and_a_second_run_resumes(bert, tmp_path):
+    arguments = {"dynamic": TEXT, "threads": 1, "verify": False, "cache": tmp_path}
+    torch.manual_seed(1)
+    batches = [text(4, 12) for _ in range(4)]
+    for cached in (False, True):
+        made = tersor.compile(bert, text(), recipe=["smooth.smoothquant"], calibration=batches, **arguments)
+        (step,) = made.report["steps"]
+        assert step["cached"] is cached and (step["changes"] or step["skips"])
+    given = text()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            made(**given).last_hidden_state, bert(**given).last_hidden_state, atol=1e-4, rtol=0
+        )
