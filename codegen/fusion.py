@@ -41,6 +41,9 @@ class Plan:
     groups: dict[fx.Node, Group] = field(default_factory=dict)
     inner: set[fx.Node] = field(default_factory=set)
     joined: dict[fx.Node, Joined] = field(default_factory=dict)  # attention -> its q, k and v projections
+    tails: dict[fx.Node, Tail] = field(
+        default_factory=dict
+    )  # norm or `dynamic_scale` -> what its kernel adds
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,32 @@ class Joined:
     feeds: tuple[tuple[fx.Node | None, ...], ...]
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What a kernel that goes through whole rows computes behind its own value, for as long as the row is at hand.
+
+    Attributes:
+        group: element-wise work that becomes its epilogue, behind a norm; before a scale per token, what is scaled.
+        scale: a scale per token of the norm's value (`dynamic_scale`).
+        codes: the codes with that scale, equal nodes.
+        kept: the norm's (or the group's) own value is read by others too.
+    """
+
+    group: Group | None = None
+    scale: fx.Node | None = None
+    codes: tuple[fx.Node, ...] = ()
+    kept: bool = True
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Every node that gets its value from the kernel, beside the norm or the scale itself."""
+        return [
+            *(self.group.members if self.group else ()),
+            *([self.scale] if self.scale else ()),
+            *self.codes,
+        ]
+
+
 def plan(function: Function) -> Plan:
     """Groups the nodes of a function; nodes in no group are lowered one by one."""
     result = Plan()
@@ -72,6 +101,7 @@ def plan(function: Function) -> Plan:
         result.groups[node] = group
     result.inner = claimed - result.groups.keys()
     _join_projections(function, result)
+    _follow_rows(function, result)
     return result
 
 
@@ -138,6 +168,80 @@ def _join_projections(function: Function, result: Plan) -> None:
             result.inner.update(roots)
 
 
+def _biased(chain: Chain) -> Chain:
+    """The chain with a bias added to its f32 result."""
+    inputs = len(chain.inputs)
+
+    def moved(arg: int | Const) -> int | Const:
+        return arg if isinstance(arg, Const) or arg < inputs else arg + 1
+
+    steps = [Step(s.op, tuple(map(moved, s.args)), s.dtype) for s in chain.steps]
+    steps.append(Step("add", (moved(chain.outputs[0]), inputs)))
+    return Chain((*chain.inputs, ChainInput("column")), tuple(steps), (inputs + len(steps),))
+
+
+def _is_stored_vector(operand: fx.Node | None) -> bool:
+    """One number per column in a parameter; an absent operand is as good as zeros."""
+    return operand is None or operand.op == "get_attr" and operand.meta["value"].rank == 1
+
+
+def is_token_codes(node: fx.Node) -> bool:
+    """uint8 codes of a value with a symmetric scale for each of its rows, as one kernel makes them."""
+    if not is_call(node, "quantize"):
+        return False
+    x, scale, zero = (*node.args, None)[:3]
+    return (
+        is_call(scale, "dynamic_scale")
+        and scale.args[0] is x
+        and zero == 128
+        and node.kwargs["dtype"] == "uint8"
+    )
+
+
+def is_token_scale(node: fx.Node) -> bool:
+    """A scale per row whose codes are made too."""
+    return is_call(node, "dynamic_scale") and any(map(is_token_codes, node.users))
+
+
+def _follow_rows(function: Function, result: Plan) -> None:
+    """What norms, and kernels that find a scale per token, take along."""
+    order = {node: i for i, node in enumerate(function.nodes)}
+    group_of = {member: group for group in result.groups.values() for member in group.members}
+    for scale in filter(is_token_scale, function.calls("dynamic_scale")):
+        x, codes = scale.args[0], tuple(filter(is_token_codes, scale.users))
+        others = set(x.users) - {scale, *codes}
+        if is_call(x, "layer_norm", "rms_norm"):
+            result.tails[x] = Tail(None, scale, codes, bool(others))
+            result.inner.update((scale, *codes))
+            continue
+        group = result.groups.get(x)
+        if group and not group.anchors and not others and _fits_epilogue(group):
+            del result.groups[x]
+        else:
+            group = None
+        result.tails[scale] = Tail(group, None, codes, False)
+        result.inner.update((*codes, *(group.members if group else ())))
+    for norm in function.calls("layer_norm", "rms_norm"):
+        groups = {id(g): g for u in norm.users if (g := group_of.get(u)) and not g.anchors}
+        if norm in result.tails or len(groups) != 1:
+            continue
+        (group,) = groups.values()
+        if result.groups.get(group.root) is group and _is_epilogue_of(norm, group, order):
+            result.tails[norm] = Tail(group, kept=bool(set(norm.users) - {*group.members}))
+            del result.groups[group.root]
+            result.inner.update(group.members)
+
+
+def _is_epilogue_of(norm: fx.Node, group: Group, order: dict[fx.Node, int]) -> bool:
+    """Whether element-wise work can be done where the norm is computed."""
+    feeds = {o for m in group.members for o in m.all_input_nodes} - {*group.members}
+    return (
+        group.root.meta["value"].shape == norm.meta["value"].shape
+        and all(f.op == "get_attr" or order[f] <= order[norm] for f in feeds)
+        and _fits_epilogue(group)
+    )
+
+
 def _joined(anchors: tuple[fx.Node, ...], groups: list[Group]) -> Joined | None:
     """The groups as one; None when their epilogues are not the same work on operands that lie side by side."""
     if not any(g.members for g in groups):
@@ -147,33 +251,42 @@ def _joined(anchors: tuple[fx.Node, ...], groups: list[Group]) -> Joined | None:
             return Joined(anchors, (), Chain((accumulator,), (), (0,)), ())
         chain = Chain((accumulator, ChainInput("column", accumulator.dtype)), (Step("add", (0, 1)),), (2,))
         return Joined(anchors, (), chain, (biases,))
-    chains, feeds = zip(*(build_chain(g) for g in groups), strict=True)
+    built = [build_chain(g) for g in groups]
+    longest = max((chain for chain, _ in built), key=lambda chain: len(chain.steps))
+    # a layer without a bias adds zeros beside those that have one
+    built = [
+        (longest, [*feeds, None]) if chain != longest and _biased(chain) == longest else (chain, feeds)
+        for chain, feeds in built
+    ]
+    chains, feeds = zip(*built, strict=True)
     if len({*chains}) > 1:
         return None
     for kind, operands in zip((i.kind for i in chains[0].inputs[1:]), zip(*feeds, strict=True), strict=True):
         shared = kind in ("row", "scalar") and len({*operands}) == 1
-        beside = kind == "column" and all(o.op == "get_attr" and o.meta["value"].rank == 1 for o in operands)
+        beside = kind == "column" and all(map(_is_stored_vector, operands))
         if not (shared or beside):
             return None
     members = tuple(m for g in groups for m in g.members)
     return Joined(anchors, members, chains[0], tuple(zip(*feeds, strict=True)))
 
 
-def build_chain(group: Group) -> tuple[Chain, list[fx.Node]]:
+def build_chain(group: Group, start: fx.Node | None = None) -> tuple[Chain, list[fx.Node]]:
     """The group's element-wise program and the nodes that feed it, in the order of the chain's inputs.
 
-    The anchors' accumulators are the first inputs (not among the returned nodes); their biases are added first.
+    The anchors' accumulators, or the value of ``start``, are the first inputs (not among the returned nodes); the
+    anchors' biases are added first.
     """
     shape, anchors = group.root.meta["value"].shape, group.anchors
-    inside = {*anchors, *group.members}
+    starts = [start] if start is not None else anchors
+    inside = {*starts, *group.members}
     feeds: list[fx.Node] = []
     for node in [*anchors, *group.members]:
         for operand in node.args[2:3] if node in anchors else node.args:
             if isinstance(operand, fx.Node) and operand not in inside and operand not in feeds:
                 feeds.append(operand)
-    inputs = [ChainInput("accumulator", a.meta["value"].dtype) for a in anchors]
+    inputs = [ChainInput("accumulator", a.meta["value"].dtype) for a in starts]
     inputs += [ChainInput(input_kind(f.meta["value"].shape, shape), f.meta["value"].dtype) for f in feeds]
-    index: dict[fx.Node, int] = {node: i for i, node in enumerate([*anchors, *feeds])}
+    index: dict[fx.Node, int] = {node: i for i, node in enumerate([*starts, *feeds])}
     steps: list[Step] = []
 
     def push(step: Step) -> int:

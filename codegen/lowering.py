@@ -33,10 +33,15 @@ from tersor.targets import Target
 Lower = Callable[["Lowering", fx.Node], relax.Expr]
 
 _rules: dict[str, Lower] = {}
+_conditions: dict[str, Callable[[fx.Node], bool]] = {}
 
 
-def register_lowering(op: Op | str) -> Callable[[Lower], Lower]:
+def register_lowering(
+    op: Op | str, *, when: Callable[[fx.Node], bool] | None = None
+) -> Callable[[Lower], Lower]:
     """Decorates ``rule(lowering, node) -> relax.Expr``: how code is made of one operation.
+
+    ``when``: the nodes that the rule is for; others are decomposed.
 
     Raises:
         CompileError: the operation has a lowering already.
@@ -47,9 +52,19 @@ def register_lowering(op: Op | str) -> Callable[[Lower], Lower]:
         if name in _rules:
             raise CompileError(f"operation {name!r} has a lowering already")
         _rules[name] = rule
+        if when is not None:
+            _conditions[name] = when
         return rule
 
     return register
+
+
+def has_lowering(node: fx.Node) -> bool:
+    """Whether code can be made of an operation as it is."""
+    name = node.target.name
+    if node.target.elementwise is not None:
+        return True
+    return name in _rules and (name not in _conditions or _conditions[name](node))
 
 
 @dataclass
@@ -86,7 +101,7 @@ def legalize(program: Program) -> Program:
     """
     program = program.copy()
     for function in program.functions.values():
-        made = set(decompose(function, lambda op: op.name in _rules or op.elementwise is not None))
+        made = set(decompose(function, has_lowering))
         if made:
             others = [n for n in function.calls() if not _depends(n, made)]
             fold_constants(function, others, may_grow=True)
@@ -111,7 +126,7 @@ def check_supported(program: Program) -> None:
         if node.op == "output":
             continue
         value = node.meta["value"]
-        if node.op == "call_function" and node.target.name not in _rules and node.target.elementwise is None:
+        if node.op == "call_function" and not has_lowering(node):
             operations.setdefault(f"operation {node.target.name!r} has no lowering", []).append(
                 describe(node)
             )
@@ -158,8 +173,7 @@ class Lowering:
             with self._builder.dataflow():
                 for node in self.function.nodes:
                     if node.op == "call_function" and node not in self.plan.inner:
-                        self._values[node] = self._lower(node)
-                        self.memory.made(node)
+                        self.define(node, self._lower(node))
                 results = self._distinct([self.value(node) for node in self.function.results])
                 # what nobody reads would be dropped, so the states are results too
                 output = self._builder.emit_output(relax.Tuple([*results, *self._updates()]))
@@ -225,6 +239,11 @@ class Lowering:
         return written
 
     # -- what rules use
+
+    def define(self, node: fx.Node, value: relax.Expr) -> None:
+        """The value of a node: that being lowered, or one of its tail (`fusion.Tail`) that its kernel computes too."""
+        self._values[node] = value
+        self.memory.made(node)
 
     def value(self, node: fx.Node) -> relax.Expr:
         """The Relax value of a node; a parameter is read in its plain layout."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 from tvm import relax
 
-from tersor.codegen import tiles
-from tersor.codegen.fusion import Joined
+from tersor.codegen import fusion, tiles
 from tersor.codegen.kernels import layout
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
@@ -17,7 +17,8 @@ from tersor.codegen.kernels.chain import Chain, ChainInput, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Embedding
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.norm import LayerNorm, Reduce, RMSNorm
+from tersor.codegen.kernels.norm import PLAIN, LayerNorm, Reduce, RMSNorm
+from tersor.codegen.kernels.quantize import DynamicQuantize
 from tersor.codegen.kernels.scan import ArgMax, ArgSort, CumSum, Scatter
 from tersor.codegen.kernels.softmax import Softmax
 from tersor.codegen.kernels.window import DepthwiseConv, Pool, Window
@@ -54,11 +55,57 @@ def _rms_norm(lowering: Lowering, node: fx.Node) -> relax.Expr:
 
 
 def _norm(lowering: Lowering, node: fx.Node, kernel: type[LayerNorm] | type[RMSNorm]) -> relax.Expr:
+    """The norm, and its tail in the same kernel."""
     x, weight, bias = (*node.args, None, None)[:3]
-    shape = node.meta["value"].shape
+    shape, tail = node.meta["value"].shape, lowering.plan.tails.get(node, fusion.Tail())
+    chain, feeds = PLAIN, []
+    if tail.group:
+        chain, feeds = fusion.build_chain(tail.group, node)
+        chain = replace(chain, outputs=(0, *chain.outputs) if tail.kept else chain.outputs)
+    elif tail.scale:
+        chain = replace(chain, outputs=(0, 0) if tail.kept else (0,))
     norm = kernel(opaque(shape[:-1]), shape[-1], node.kwargs.get("eps", node.target.attributes["eps"]),
-                  weight is not None, bias is not None)  # fmt: skip
-    return lowering.call(norm, [lowering.value(a) for a in (x, weight, bias) if a is not None], [shape])
+                  weight is not None, bias is not None, epilogue=chain, quantized=tail.scale is not None)  # fmt: skip
+    args = [lowering.value(a) for a in (x, weight, bias) if a is not None]
+    args += [lowering.view(f, s.shape) for f, s in zip(feeds, norm.inputs()[len(args) :], strict=True)]
+    rows = [(*shape[:-1], 1)] if tail.scale else []
+    results = lowering.call(norm, args, [shape, *rows, *[shape] * (len(chain.outputs) - 1)])
+    if not tail.nodes:
+        return results
+    results = results if isinstance(results, list) else [results]
+    if tail.group:
+        lowering.define(tail.group.root, results[-1])
+        return results[0]
+    _define_codes(lowering, tail.scale, tail.codes, *results[:2])
+    return results[-1]
+
+
+def _define_codes(
+    lowering: Lowering, node: fx.Node, same: tuple[fx.Node, ...], codes: relax.Expr, scale: relax.Expr
+) -> None:
+    lowering.define(node, scale)
+    for other in same:
+        lowering.define(other, codes)
+
+
+@register_lowering("dynamic_scale", when=fusion.is_token_scale)
+def _dynamic_scale(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    """The scale of every row and its codes, which one kernel makes."""
+    tail, shape = lowering.plan.tails[node], node.args[0].meta["value"].shape
+    kernel, feeds = DynamicQuantize(opaque(shape[:-1]), shape[-1]), [node.args[0]]
+    if tail.group:
+        chain, feeds = fusion.build_chain(tail.group)
+        kernel = replace(kernel, chain=chain)
+    args = [lowering.view(f, s.shape) for f, s in zip(feeds, kernel.inputs(), strict=True)]
+    codes, scale = lowering.call(kernel, args, [shape, (*shape[:-1], 1)])
+    _define_codes(lowering, node, tail.codes, codes, scale)
+    return scale
+
+
+@register_lowering("quantize", when=fusion.is_token_codes)
+def _token_codes(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    """The kernel of their scale has made them."""
+    return lowering.value(node)
 
 
 @register_lowering("embedding")
@@ -125,7 +172,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
     return lowering.call(kernel, args, [node.meta["value"].shape])
 
 
-def _joined(lowering: Lowering, joined: Joined) -> relax.Expr:
+def _joined(lowering: Lowering, joined: fusion.Joined) -> relax.Expr:
     """Linear layers of one input as one, their outputs side by side."""
     x, sizes = joined.anchors[0].args[0], [a.meta["value"].shape[-1] for a in joined.anchors]
     value, n, panel = x.meta["value"], sum(sizes), tiles.panel_width(lowering.target)

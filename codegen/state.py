@@ -28,6 +28,8 @@ class StateMemory:
             self._call |= dict.fromkeys([*group.members, *group.anchors], group.root)
         for attention, joined in plan.joined.items():
             self._call |= dict.fromkeys([*joined.members, *joined.anchors], attention)
+        for node, tail in plan.tails.items():
+            self._call |= dict.fromkeys(tail.nodes, node)
 
     def made(self, node: fx.Node) -> None:
         """The node's value has been computed; an operation other than ``cache_update`` by reading, or as a view."""

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from torch import fx
 
-from tersor.ir.dialect import Op
 from tersor.ir.program import Function
 
 
-def decompose(function: Function, keep: Callable[[Op], bool]) -> list[fx.Node]:
+def decompose(function: Function, keep: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """Decomposes every operation that ``keep`` does not accept, as far as decompositions reach.
 
     Returns the operations that this made.
@@ -18,9 +17,9 @@ def decompose(function: Function, keep: Callable[[Op], bool]) -> list[fx.Node]:
     return [made for node in function.calls() for made in _decompose(function, node, keep)]
 
 
-def _decompose(function: Function, node: fx.Node, keep: Callable[[Op], bool]) -> list[fx.Node]:
+def _decompose(function: Function, node: fx.Node, keep: Callable[[fx.Node], bool]) -> list[fx.Node]:
     op = node.target
-    if op.decompose is None or keep(op):
+    if op.decompose is None or keep(node):
         return []
     before = set(function.graph.nodes)
     result = op.decompose(function.builder(before=node), *node.args, **node.kwargs)

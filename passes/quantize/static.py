@@ -19,7 +19,7 @@ class StaticActivations(Pass):
     """linear(x, W)  ->  linear(decode(encode(x)), W) with one scale and zero point for all of x.
 
     Before:  %y = linear(%x, %w, @b)                              %w = dequantize(@w.codes, @w.scale, axis=0)
-    After:   %c = quantize(%x, @x.scale, 117, dtype='uint8');  %d = dequantize(%c, @x.scale, 117)
+    After:   %c = quantize(%x, @x.scale, @x.zero_point, dtype='uint8');  %d = dequantize(%c, @x.scale, @x.zero_point)
              %y = linear(%d, %w, @b)
 
     Legal when the layer's weights are in codes and calibration data reaches its input. Layers of one input share its
@@ -65,10 +65,11 @@ class StaticActivations(Pass):
                 build = function.builder(before=linear, made_by=self.name)
                 name = linear.meta.get("site") or linear.name
                 stored = build.parameter(f"{name}.input.scale", scale.reshape(()))
-                codes = build.quantize(x, stored, int(zero), dtype=grid.dtype)
+                point = build.parameter(f"{name}.input.zero_point", zero.reshape(()))
+                codes = build.quantize(x, stored, point, dtype=grid.dtype)
                 low, high = -float(zero * scale), float((grid.high - zero) * scale)
                 encoded[x] = (
-                    build.dequantize(codes, stored, int(zero)),
+                    build.dequantize(codes, stored, point),
                     f"input in 8 bits from {low:.4g} to {high:.4g}",
                 )
             new, words = encoded[x]

@@ -146,7 +146,7 @@ def test_what_follows_an_integer_product_is_its_epilogue():
 
 
 @pytest.mark.parametrize("biases", [(True, True, True), (True, False, True)])
-def test_integer_projections_are_joined_when_their_epilogues_are_the_same_work(biases):
+def test_integer_projections_are_joined(biases):
     function, x = block()
     b = function.builder()
     scale = b.dynamic_scale(x)
@@ -154,11 +154,68 @@ def test_integer_projections_are_joined_when_their_epilogues_are_the_same_work(b
     q, k, v = (integer_layer(function, codes, scale, 16, bias) for bias in biases)
     y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
     function.set_outputs({"y": y})
-    joined = plan(function).joined
-    assert (y in joined) == all(biases)
-    if joined:
-        start, multiplier, row, bias = joined[y].feeds
-        assert set(row) == {scale} and len({*start}) == len({*multiplier}) == len({*bias}) == 3
+    start, multiplier, row, bias = plan(function).joined[y].feeds
+    assert set(row) == {scale} and len({*start}) == len({*multiplier}) == 3
+    # zeros are added where a layer has no bias
+    assert [b is None for b in bias] == [not given for given in biases]
+
+
+def test_projections_with_other_work_behind_them_stay_apart():
+    function, x = block()
+    b = function.builder()
+    scale = b.dynamic_scale(x)
+    codes = b.quantize(x, scale, 128, dtype="uint8")
+    q, k, v = (integer_layer(function, codes, scale, 16) for _ in range(3))
+    y = b.attention(b.relu(q), k, v, None, heads=2, kv_heads=2, scale=0.5)
+    function.set_outputs({"y": y})
+    assert plan(function).joined == {}
+
+
+def fixed_codes(function: Function, x):
+    """What quantize with one scale is made of."""
+    b = function.builder()
+    inverse, zero = b.parameter("s", torch.tensor(20.0)), b.parameter("z", torch.tensor(9.0))
+    return b.saturate(b.add(b.round(b.mul(x, inverse)), zero), dtype="uint8")
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_codes_of_a_norm_are_made_by_its_kernel(residual):
+    function, x = block()
+    b = function.builder()
+    norm = b.layer_norm(x)
+    codes = fixed_codes(function, norm)
+    results = {"codes": codes} | ({"norm": norm} if residual else {})
+    function.set_outputs(results)
+    made = plan(function)
+    assert not made.groups and made.tails[norm].kept is residual
+    assert made.tails[norm].group.root is codes and codes in made.inner
+    chain, feeds = build_chain(made.tails[norm].group, norm)
+    assert [i.kind for i in chain.inputs] == ["accumulator", "scalar", "scalar"] and len(feeds) == 2
+
+
+def test_an_epilogue_waits_for_no_value():
+    """What is computed after the norm cannot be read by its kernel."""
+    function, x = block()
+    b = function.builder()
+    norm = b.layer_norm(x)
+    later = b.softmax(norm, dim=-1)
+    function.set_outputs({"y": b.add(norm, later)})
+    assert plan(function).tails == {}
+
+
+def test_codes_per_token_are_made_with_their_scale():
+    function, x = block()
+    b = function.builder()
+    norm, hidden = b.rms_norm(x), b.mul(b.silu(x), x)
+    made = []
+    for value in (norm, hidden, b.permute(x, dims=(0, 2, 1))):
+        scale = b.dynamic_scale(value)
+        made += [(scale, b.quantize(value, scale, 128, dtype="uint8"))]
+    function.set_outputs({f"y{i}": n for i, pair in enumerate(made) for n in pair} | {"norm": norm})
+    tails = plan(function).tails
+    assert tails[norm].scale is made[0][0] and tails[norm].codes == (made[0][1],) and tails[norm].kept
+    assert tails[made[1][0]].group.root is hidden and tails[made[2][0]].group is None
+    assert {pair[1] for pair in made} <= plan(function).inner
 
 
 def test_promotion_becomes_explicit_casts():

@@ -49,6 +49,12 @@ def coded(b, x, zero: float):
     return b.quantize(x, scale, point, dtype="uint8"), scale, point
 
 
+def tokens(b, x, keep: bool = False):
+    """Codes of x with a scale per token, and the scales."""
+    scale = b.dynamic_scale(x)
+    return (b.quantize(x, scale, 128, dtype="uint8"), scale, *([x] if keep else []))
+
+
 CASES = {
     "linear": ((X,), lambda b, x: b.linear(x, weight(b, 40, 24), weight(b, 40))),
     "linear without bias": ((X,), lambda b, x: b.linear(x, weight(b, 33, 24))),
@@ -236,6 +242,14 @@ CASES = {
             b.dynamic_scale(x),
         ),
     ),
+    "a norm, its codes and itself": ((X,), lambda b, x: (n := b.layer_norm(x), *coded(b, n, zero=7.0)[:1])),
+    "a norm that only codes read": (
+        (X,),
+        lambda b, x: coded(b, b.rms_norm(x, b.parameter("g", torch.linspace(-1, 1, 24))), zero=99.0)[0],
+    ),
+    "a norm, its codes per token and itself": ((X,), lambda b, x: tokens(b, b.layer_norm(x), keep=True)),
+    "a norm that only codes per token read": ((X,), lambda b, x: tokens(b, b.rms_norm(x))),
+    "codes per token of a product": ((X,), lambda b, x: tokens(b, b.mul(b.silu(x), x))),
     "an input twice": ((X,), lambda b, x: (x, x)),
     "a weight": ((X,), lambda b, x: (b.add(x, 1.0), weight(b, 3, 4))),
     "a scalar weight": ((X,), lambda b, x: b.mul(x, b.parameter("s", torch.tensor(0.25)))),

@@ -168,7 +168,7 @@ def static_scale(made: Program, calibration, **options) -> tuple[float, float]:
     """Scale and zero point that the pass gives the first layer's input."""
     after, _ = Pipeline([StaticActivations(**options)]).run(made, calibration=calibration)
     _, scale, zero = after.main.calls("quantize")[0].args
-    return float(after.main.parameter(scale)), zero
+    return float(after.main.parameter(scale)), float(after.main.parameter(zero))
 
 
 def test_activations_get_one_scale_from_data():

@@ -60,7 +60,7 @@ def to_onnx(
     target = None if path is None else check_path(path)
     verify(program)
     written = _function(program, function).copy(program.parameters.copy())
-    decompose(written, lambda op: find_exporter(op.name, opset) is not None)
+    decompose(written, lambda node: find_exporter(node.target.name, opset) is not None)
     _check_supported(written, opset)
     graph = _write(written, opset)
     if target is None:
