@@ -40,7 +40,7 @@ class Part(Protocol):
     """One kind of cases. Made once in each worker process."""
 
     limit: float
-    """Seconds after which a case hangs."""
+    """Seconds of work after which a case hangs."""
     memory: int
     """Bytes that a case may take on top of what the process had."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -14,18 +14,11 @@ import tersor
 from benchmarks.fuzz.case import Outcome, Stage
 from benchmarks.fuzz.mutations import mutate
 from benchmarks.fuzz.originals import originals
-from benchmarks.fuzz.soups import compare_with_onnxruntime, random_model
+from benchmarks.fuzz.soups import compare_with_onnxruntime, random_model, sample_inputs_of
 from benchmarks.fuzz.watch import Watch
-from tersor.ir import Program
-from tersor.ir.samples import sample_inputs
 
 SECRET = bytes(range(1, 256)) * 64
 """What lies outside the folder; no byte of it may be read."""
-
-
-def _inputs(program: Program, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Ids that are rows of their tables, masks of ones and zeros."""
-    return sample_inputs(program.main, sizes, seed)
 
 
 class Files:
@@ -60,5 +53,5 @@ class Files:
                 return Outcome("outside read", watch.seen[0], "\n".join(watch.seen))
             if outcome is None:
                 stage("comparing")
-                outcome = compare_with_onnxruntime(str(path), program, stage, _inputs)
+                outcome = compare_with_onnxruntime(str(path), program, stage, sample_inputs_of)
             return outcome

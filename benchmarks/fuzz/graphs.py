@@ -12,6 +12,7 @@ from benchmarks.fuzz.case import Outcome, Stage
 from benchmarks.fuzz.compare import IllConditioned, Tensors, disagreement, spread
 from benchmarks.fuzz.modules import Replayed, axes_of, random_module
 from benchmarks.fuzz.programs import random_program
+from benchmarks.fuzz.soups import compare_with_onnxruntime, sample_inputs_of
 from tersor.codegen.compare import probe_sizes
 from tersor.ir import Program, verify
 from tersor.ir.canonicalize import canonicalize
@@ -19,7 +20,7 @@ from tersor.ir.samples import sample_inputs
 from tersor.passes.numerics import small_sizes
 from tests.passes.programs import random_transformer
 
-SHARES = {"program": 42, "canonical": 26, "exported": 30, "transformer": 1, "module": 1}
+SHARES = {"program": 36, "canonical": 24, "exported": 24, "written": 14, "transformer": 1, "module": 1}
 """Kinds of cases, per cent; the last two have many matrix products and take ten times as long to compile."""
 
 Reference = Callable[[Tensors, int], tuple[Tensors, Tensors]]
@@ -58,6 +59,17 @@ class Graphs:
         example = sample_inputs(function, small_sizes(function))
         captured = tersor.capture(Replayed(program), example, axes_of(function) or None)
         return self._check(program, captured, stage)
+
+    def written(self, rng: random.Random, stage: Stage) -> Outcome:
+        """A random program that goes out as an ONNX file and comes back; onnxruntime runs the file."""
+        program = random_program(rng)
+        stage("writing")
+        model = tersor.to_onnx(program)
+        outcome = compare_with_onnxruntime(model.SerializeToString(), program, stage, sample_inputs_of)
+        if outcome.kind != "right":
+            return outcome
+        stage("capturing")
+        return self._check(program, tersor.capture(model), stage)
 
     def transformer(self, rng: random.Random, stage: Stage) -> Outcome:
         """A whole Transformer as a program."""

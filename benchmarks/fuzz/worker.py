@@ -25,6 +25,8 @@ from benchmarks.fuzz.case import GOOD, Outcome, judged
 
 PEER = "onnxruntime"
 """A stage of this name runs code that is not ours: what dies there is no defect of ours."""
+PATIENCE = 5
+"""A worker that sleeps hangs after this many times the limit."""
 FRESH = 500
 """Cases after which a worker is replaced."""
 
@@ -59,13 +61,16 @@ class Worker:
     def run(self, seed: int) -> Result:
         """One case, whatever happens to the process."""
         self._ready()
-        start, stage = time.monotonic(), "starting"
+        start, stage, used = time.monotonic(), "starting", self._processor_time()
         self._pipe.send(seed)
         while True:
-            left = start + self._limit - time.monotonic()
-            if not self._pipe.poll(max(left, 0)):
-                self.stop()
-                return self._ended(seed, Outcome("hung", stage, f"for {self._limit:.0f} s"), start)
+            if not self._pipe.poll(0.5):
+                worked, passed = self._processor_time() - used, time.monotonic() - start
+                if worked > self._limit or passed > PATIENCE * self._limit:
+                    self.stop()
+                    how = f"after {worked:.0f} s of work, {passed:.0f} s in all"
+                    return self._ended(seed, Outcome("hung", stage, how), start)
+                continue
             try:
                 kind, content = self._pipe.recv()
             except (EOFError, OSError):
@@ -79,6 +84,12 @@ class Worker:
                     self.stop()
                 return Result.from_dict(content)
             stage = content
+
+    def _processor_time(self) -> float:
+        """Seconds of work that the process has done: on a busy machine less than have passed."""
+        with open(f"/proc/{self._process.pid}/stat", encoding="utf-8") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """Ends the process, if there is one."""

@@ -9,7 +9,7 @@ from tersor.errors import InputError
 
 
 class Broken:
-    limit, memory = 2.0, 64 << 20
+    limit, memory = 0.5, 64 << 20
 
     def run(self, rng, stage):
         seed = self.kinds[rng.random()]

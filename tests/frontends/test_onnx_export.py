@@ -351,6 +351,16 @@ def test_what_the_file_tells_of_dimensions_may_be_overruled_or_damaged() -> None
         assert frontends.capture(model).main.dims["batch"] == Range(1, 8)
 
 
+def test_parameters_that_nothing_reads_are_no_weights() -> None:
+    program = Program()
+    function = program.add_function("main", {})
+    x = function.add_input("x", Value("float32", (2, 3)))
+    build = function.builder()
+    build.parameter("left", torch.ones(2, 3, 4))
+    function.set_outputs({"y": build.neg(x)})
+    assert run_there(to_onnx(program), {"x": torch.ones(2, 3)})["y"].tolist() == [[-1.0] * 3] * 2
+
+
 def test_tied_parameters_are_stored_once() -> None:
     program = _layer()
     shared = program.parameters["wte.weight"].tensor

@@ -227,7 +227,8 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 def _only_multiplies(parameter: fx.Node) -> bool:
     """Whether products read it as their weight, and nothing else does."""
     products = ("linear", "integer_linear")
-    return all(is_call(user, *products) and user.args.index(parameter) == 1 for user in parameter.users)
+    reads = [is_call(user, *products) and user.args.index(parameter) == 1 for user in parameter.users]
+    return bool(reads) and all(reads)
 
 
 def _unique(name: str, used: set[str]) -> str:
