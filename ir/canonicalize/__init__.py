@@ -49,7 +49,7 @@ STAGES: tuple[tuple[Rule, ...], ...] = (
     _SPELT_OUT,
     _ATTENTION,
     (*_ATTENTION, *linear.SPLIT_RULES),
-    (*_SHAPED, *indices.RULES, *linear.SPLIT_RULES),
+    (*_SHAPED, *cleanup.PRODUCT_RULES, *indices.RULES, *linear.SPLIT_RULES),
     masks.RULES,
     (*_SHAPED, *indices.RULES),
 )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from tersor.ir.canonicalize.layout import Layout, arrange, trace
-from tersor.ir.canonicalize.masks import LEAST_FACTOR, hides
+from tersor.ir.canonicalize.masks import LEAST_FACTOR, constant, hides
 from tersor.ir.dims import Dim
 from tersor.ir.matching import Match, P, Rule, is_call, is_number
 from tersor.ir.opset.rules import broadcast
@@ -29,15 +29,18 @@ class _Scores:
     softcap: float | None
     added: list[tuple[fx.Node, float]]  # additive masks, and what they are multiplied by
     hidden: list[tuple[fx.Node, bool]]  # boolean values, and which of their values hides a key
+    lowest: float  # the number with which it does
 
 
 def _peel(scores: Any) -> _Scores | str:
     """Takes scale, soft cap and masks off the scores; a reason when they are something else."""
-    scale, softcap, added, hidden = 1.0, None, [], []
+    scale, softcap, added, hidden, lowest = 1.0, None, [], [], float("-inf")
     node = scores
     for _ in range(_MOST_MASKS + 4):
         if is_call(node, "matmul"):
-            return _Scores(node.args[0], node.args[1], scale * (softcap or 1.0), softcap, added, hidden)
+            return _Scores(
+                node.args[0], node.args[1], scale * (softcap or 1.0), softcap, added, hidden, lowest
+            )
         if is_call(node, "mul", "div") and any(is_number(a) for a in node.args):
             x, number = (
                 (node.args[0], node.args[1]) if is_number(node.args[1]) else (node.args[1], node.args[0])
@@ -64,6 +67,8 @@ def _peel(scores: Any) -> _Scores | str:
             condition, x, y = node.args
             if scale < LEAST_FACTOR:
                 return "what hides keys is multiplied by a number that is too small"
+            if hides(x) or hides(y):
+                lowest = max(lowest, constant(x if hides(x) else y))
             if hides(x):
                 hidden.append((condition, True))
                 node = y
@@ -160,7 +165,7 @@ def _mask(build: Builder, scores: _Scores, rank: int) -> fx.Node | None:
         additive = a if additive is None else build.add(additive, a)
     if additive is None or boolean is None:
         return additive if boolean is None else boolean
-    return build.add(additive, build.where(boolean, 0.0, float("-inf")))
+    return build.add(additive, build.where(boolean, 0.0, scores.lowest))
 
 
 # -- operands

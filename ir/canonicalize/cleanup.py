@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import fx
 
 from tersor.ir.dims import Dim
@@ -140,6 +142,22 @@ def _drop_expansion(build: Builder, m: Match) -> fx.Node:
     return build.emit(m.root.target, *_without_expansion(m), **m.root.kwargs)
 
 
+def _narrow_factors(m: Match) -> list[fx.Node] | None:
+    """The operands of a product of matrices without expansions of the axes before those; None if no different."""
+    operands: list[fx.Node] = list(m.root.args)
+    for i, operand in enumerate(operands):
+        if not is_call(operand, "expand"):
+            continue
+        plain = operand.args[0]
+        tried = [*operands[:i], plain, *operands[i + 1 :]]
+        shapes = [o.meta["value"].shape for o in tried]
+        lead = broadcast(*(s[:-2] for s in shapes))
+        same = plain.meta["value"].shape[-2:] == operand.meta["value"].shape[-2:]
+        if same and len(shapes[i]) >= 2 and lead == m.root.meta["value"].shape[:-2]:
+            operands = tried
+    return operands if operands != list(m.root.args) else None
+
+
 def _filled(m: Match) -> tuple[fx.Node, ...]:
     axis = _axis(m.root)
     return tuple(t for t in m.root.args[0] if t.meta["value"].shape[axis] != 0)
@@ -177,6 +195,28 @@ def _with_numbers(m: Match) -> list[Any] | None:
         if any(isinstance(o, Value) for o in known) and m.root.target.infer(*known) == m.root.meta["value"]:
             operands = tried
     return operands if operands != list(m.root.args) else None
+
+
+def _result(m: Match) -> int | float | None:
+    """What an operation on numbers alone gives; None where a value is not known, or the result no number."""
+    operands = []
+    for operand in m.root.args:
+        number = _written_out(operand, m)
+        if not is_number(number):
+            return None
+        if isinstance(operand, fx.Node):
+            value: Value = operand.meta["value"]
+            if not all(d == 1 for d in value.shape):
+                return None
+            number = torch.full(value.shape, number, dtype=value.torch_dtype)
+        operands.append(number)
+    result = m.root.target(*operands, **m.root.kwargs).item()
+    return result if is_number(result) and math.isfinite(result) else None
+
+
+def _as_number(build: Builder, m: Match) -> fx.Node:
+    value: Value = m.root.meta["value"]
+    return build.full(shape=value.shape, value=_result(m), dtype=value.dtype)
 
 
 def _promoted(m: Match) -> tuple[int, list[fx.Node], fx.Node] | None:
@@ -302,6 +342,27 @@ RULES = (
         lambda b, m: b.emit(m.root.target, *_with_numbers(m)),
         lambda m: None if _with_numbers(m) else "no operand is a number",
     ),
+    # sqrt(full(16))  ->  full(4)
+    Rule(
+        "cleanup.arithmetic",
+        P.op(
+            ("add", "sub", "mul", "div", "pow", "neg", "sqrt", "rsqrt", "reciprocal", "exp", "log", "cast"),
+            ...,
+        ),
+        _as_number,
+        lambda m: "it is not computed from numbers alone" if _result(m) is None else None,
+    ),
     # x + expand(y)  ->  x + y where the sum has the same shape
     Rule("cleanup.broadcast", P.op(ELEMENTWISE_BINARY, ...), _drop_expansion, _broadcasts_alone),
+)
+
+# Only behind the rules for attention, which tell heads from their number.
+PRODUCT_RULES = (
+    # matmul(x, expand(y))  ->  matmul(x, y) where the leading axes broadcast
+    Rule(
+        "cleanup.broadcast_product",
+        P.matmul(P.any(), P.any()),
+        lambda build, m: build.matmul(*_narrow_factors(m)),
+        lambda m: None if _narrow_factors(m) else "no factor is expanded, or the product needs it",
+    ),
 )

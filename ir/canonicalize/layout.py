@@ -332,6 +332,57 @@ def _part_batch(build: Builder, m: Match) -> fx.Node:
     return build.reshape(build.matmul(x, y), shape=m.root.meta["value"].shape)
 
 
+def _sum_of_parts(m: Match) -> str | None:
+    if m.value("x").shape != m.value("y").shape:
+        return "an operand broadcasts"
+    if _same_move(m) is None:
+        return "the operands are arranged alike"
+    return None if _joined_batch(m) else "the operands' batches are not joined from the same axes"
+
+
+def _part_sum(build: Builder, m: Match) -> fx.Node:
+    lead = _joined_batch(m)
+    x, y = (build.reshape(a, shape=(*lead, *a.meta["value"].shape[1:])) for a in m.root.args)
+    return build.reshape(build.emit(m.root.target, x, y), shape=m.root.meta["value"].shape)
+
+
+def _gathered_parts(m: Match) -> Shape | None:
+    """The axes that were joined into the first one of what a gather takes from, along another axis."""
+    x = m.value("x")
+    if m.root.kwargs["dim"] % x.rank == 0 or m.value("index").shape[0] != x.shape[0]:
+        return None
+    _, layout = trace(m["x"])
+    lead = tuple(layout.sizes[a] for a in layout.result[0])
+    return lead if len(lead) > 1 else None
+
+
+def _part_gather(build: Builder, m: Match) -> fx.Node:
+    lead, dim = _gathered_parts(m), m.root.kwargs["dim"] % m.value("x").rank
+    x, index = (build.reshape(m[n], shape=(*lead, *m.value(n).shape[1:])) for n in ("x", "index"))
+    return build.reshape(build.gather(x, index, dim=dim + len(lead) - 1), shape=m.root.meta["value"].shape)
+
+
+def _expanded(m: Match) -> tuple[fx.Node, Layout] | None:
+    """What is expanded, with as many axes as the result of that, and how it lies in the moved value."""
+    wide, layout = trace(m.root)
+    if not is_call(wide, "expand"):
+        return None
+    narrow, after = wide.args[0].meta["value"].shape, wide.meta["value"].shape
+    narrow = (1,) * (len(after) - len(narrow)) + narrow
+    new = {a for d, w, axis in zip(narrow, after, layout.source, strict=True) if d != w for a in axis}
+    if not new or any(not new.isdisjoint(axis) and not new.issuperset(axis) for axis in layout.result):
+        return None
+    for atom in new:
+        layout = layout.resized(atom, 1)
+    return wide.args[0], layout
+
+
+def _expand_last(build: Builder, m: Match) -> fx.Node:
+    narrow, layout = _expanded(m)
+    moved = arrange(build, build.reshape(narrow, shape=layout.shape(layout.source)), layout)
+    return build.expand(moved, shape=m.root.meta["value"].shape)
+
+
 def _wider(layout: Layout, width: int | Dim) -> Layout:
     """The layout when the last axis, which stays whole, gets another size."""
     atoms = layout.source[-1]
@@ -417,6 +468,27 @@ RULES = (
         P.matmul(P.op(MOVES, P.any()).named("x"), P.op(MOVES, P.any()).named("y")),
         _part_batch,
         lambda m: None if _joined_batch(m) else "the operands' batches are not joined from the same axes",
+    ),
+    # reshape(x, [B*H, T, S]) + permute(reshape(y, [B*H, S, T]))  ->  reshape(x + permute(y), [B*H, T, S])
+    Rule(
+        "layout.batch_of_sum",
+        P.op(("add", "sub", "mul", "div"), P.op(MOVES, P.any()).named("x"), P.op(MOVES, P.any()).named("y")),
+        _part_sum,
+        _sum_of_parts,
+    ),
+    # gather(reshape(x, [B*H, T, S]), index, dim=2)  ->  reshape(gather(x, reshape(index, [B, H, T, U]), dim=3))
+    Rule(
+        "layout.batch_of_gather",
+        P.gather(P.op(MOVES, P.any()).named("x"), P.any("index")),
+        _part_gather,
+        lambda m: None if _gathered_parts(m) else "the first axis is not joined from others",
+    ),
+    # reshape(permute(expand(x)))  ->  expand(reshape(permute(x))), where the new axes stay by themselves
+    Rule(
+        "layout.expand_last",
+        P.op(MOVES, P.any()),
+        _expand_last,
+        lambda m: None if _expanded(m) else "no expanded axis stays by itself",
     ),
     # slice(permute(reshape(x)))  ->  permute(reshape(slice(x)))
     Rule("layout.lift_slice", P.slice(_MOVED), _lift_slice, _slice_lifts),

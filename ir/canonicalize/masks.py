@@ -3,7 +3,8 @@
 Models build masks from towers of broadcast comparisons, and often turn them into numbers to add to the scores: 0
 where a key is seen, -inf or the smallest float where it is hidden. Here a mask is taken apart into boolean factors;
 those that are always true go, the triangle becomes ``causal``, a band becomes ``window``, the rest is one boolean mask.
-Numbers that are added besides (ALiBi, relative positions) stay, and the mask is ``where(boolean, numbers, -inf)``.
+Numbers that are added besides (ALiBi, relative positions) stay, and the mask is ``where(boolean, numbers, lowest)``
+with the number that hid keys before.
 
 A row in which every key is hidden is where the forms differ: with -inf torch gives NaN, with the smallest float the
 mean of all values, with booleans 0. Such rows belong to queries that are padding themselves; turning an additive mask
@@ -36,11 +37,11 @@ _MOVES = ("expand", "reshape", "permute", "slice")
 def hides(value: Any) -> bool:
     """Whether a number added to a score, or put in its place, hides the key."""
     if is_call(value, "full", "expand"):
-        value = _constant(value)
+        value = constant(value)
     return is_number(value) and value <= HIDDEN
 
 
-def _constant(value: Any) -> Any:
+def constant(value: Any) -> Any:
     """The number that a value is everywhere, when that is written in the graph."""
     while is_call(value, "expand", "reshape", "cast"):
         value = value.args[0]
@@ -56,6 +57,7 @@ class _Factors:
     booleans: list[fx.Node] = field(default_factory=list)
     added: list[fx.Node] = field(default_factory=list)  # numbers to add where no factor hides the key
     was_additive: bool = False
+    lowest: float = float("-inf")  # the number that hides
 
     def boolean(self, node: fx.Node) -> None:
         if is_call(node, "logical_and"):
@@ -74,7 +76,7 @@ class _Factors:
         if is_call(node, "add") and all(isinstance(a, fx.Node) for a in node.args):
             reasons = [self.additive(self.widened(a, node)) for a in node.args]
             return reasons[0] and reasons[1]
-        if _constant(node) == 0:
+        if constant(node) == 0:
             return None
         if is_call(node, *_MOVES):
             return self._inner(node, lambda part: self._moved(part, node))
@@ -99,6 +101,7 @@ class _Factors:
         if reason:
             self.added.append(node)
             return reason
+        self.lowest = max(self.lowest, inner.lowest)
         moves = is_call(node, *_MOVES)
         self.booleans += [self._moved(factor, node) if moves else factor for factor in inner.booleans]
         self.added += [change(part) for part in inner.added]
@@ -106,14 +109,16 @@ class _Factors:
 
     def _choice(self, node: fx.Node) -> str | None:
         condition, x, y = node.args
+        if hides(x) != hides(y):
+            self.lowest = max(self.lowest, constant(x if hides(x) else y))
         if hides(y) and not hides(x):
             self.boolean(self.widened(condition, node))
-            if _constant(x) != 0:
+            if constant(x) != 0:
                 self.additive(self.widened(x, node))
             return None
         if hides(x) and not hides(y):
             self.boolean(self.build.logical_not(self.widened(condition, node)))
-            if _constant(y) != 0 and not _is_inverse(condition, y):
+            if constant(y) != 0 and not _is_inverse(condition, y):
                 self.additive(self.widened(y, node))
             return None
         return "it does not choose between seen and hidden"
@@ -129,6 +134,7 @@ class _Factors:
                 m = m.args[0]
             if m.meta["value"].is_float:
                 return "it comes from a mask of fractions"
+            self.lowest = max(self.lowest, number)
             self.boolean(m if m.meta["value"].dtype == "bool" else self.build.ne(m, 0))
             return None
         if number < LEAST_FACTOR:
@@ -136,6 +142,7 @@ class _Factors:
         inner = _Factors(self.build, self.function)
         if reason := inner.additive(x):
             return reason
+        self.lowest = max(self.lowest, inner.lowest)
         self.booleans += inner.booleans
         self.added += [self.build.mul(part, number) for part in inner.added]
         return None
@@ -145,6 +152,7 @@ class _Factors:
         hidden = table <= HIDDEN
         if not bool(hidden.any()):
             return "it is a stored table of numbers that hide nothing"
+        self.lowest = max(self.lowest, float(table[hidden].max()))
         seen = ~hidden
         for axis in range(seen.ndim):  # one for all heads, where they see the same
             first = seen.narrow(axis, 0, 1)
@@ -264,7 +272,7 @@ def _as_it_stands(mask: fx.Node) -> tuple[list[Any], list[Any]]:
     """Factors and addends of a mask in the form that `_simplify` gives it."""
     if mask.meta["value"].dtype == "bool":
         return _conjunction(mask), []
-    if is_call(mask, "where") and mask.args[2] == float("-inf"):
+    if is_call(mask, "where") and is_number(mask.args[2]) and hides(mask.args[2]):
         return _conjunction(mask.args[0]), _addends(mask.args[1])
     return [], _addends(mask)
 
@@ -295,7 +303,7 @@ def _simplify(build: Builder, m: Match) -> fx.Node:
     mask = reduce(build.logical_and, meaning.left) if meaning.left else None
     if factors.added:
         added = reduce(build.add, factors.added)
-        mask = added if mask is None else build.where(mask, added, float("-inf"))
+        mask = added if mask is None else build.where(mask, added, factors.lowest)
     attributes = {k: v for k, v in m.root.kwargs.items() if k not in ("causal", "window")}
     if meaning.causal:
         attributes["causal"] = True
@@ -303,15 +311,16 @@ def _simplify(build: Builder, m: Match) -> fx.Node:
         attributes["window"] = meaning.window
     result = build.attention(*m.root.args[:3], mask, **attributes)
     if factors.was_additive and meaning.left:
+        zero = not factors.added or factors.lowest == float("-inf")
         result.meta["note"] = (
             "what hides keys in its additive mask became boolean: integers other than 0 count as 1, rows that hide "
-            "every key give 0"
+            f"every key give {'0' if zero else 'the mean of the values they could see'}"
         )
     return result
 
 
 RULES = (
     # attention(q, k, v, expand(and(full(true), j <= i, reshape(m))))  ->  attention(q, k, v, reshape(m), causal)
-    # attention(q, k, v, alibi + where(j <= i and m, 0, -1e9))  ->  attention(q, k, v, where(m, alibi, -inf), causal)
+    # attention(q, k, v, alibi + where(j <= i and m, 0, -1e9))  ->  attention(q, k, v, where(m, alibi, -1e9), causal)
     Rule("masks.simplify", P.attention(P.any(), P.any(), P.any(), P.any("mask")), _simplify, _can_simplify),
 )

@@ -347,6 +347,25 @@ def test_a_learned_bias_is_no_mask():
     assert only_attention(program).args[3].op == "get_attr"
 
 
+def test_scaled_scores_with_masks_of_both_kinds():
+    """What hides keys in one mask keeps its number, whatever the scores are multiplied by."""
+    inputs = {
+        **{n: Value("float32", (B, 2, T, 4)) for n in "qkv"},
+        "m": Value("int64", (B, T)),
+        "n": Value("float32", (B, T)),
+    }
+
+    def model(b, q, k, v, m, n):
+        scores = b.mul(b.matmul(q, b.permute(k, dims=(0, 1, 3, 2))), 0.5)
+        seen = b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T))
+        scores = b.add(b.where(seen, scores, LOWEST), b.reshape(n, shape=(B, 1, T, 1)))
+        return b.matmul(b.softmax(scores, dim=-1), v)
+
+    program = program_of(model, inputs)
+    canonical(program)
+    assert only_attention(program).args[3].args[2] == LOWEST
+
+
 def test_trying_a_mask_leaves_nothing_behind():
     inputs = {
         "x": Value("float32", (B, 3, 8)),
@@ -372,8 +391,8 @@ def test_numbers_beside_what_hides_stay_numbers():
     notes = canonical(program)
     node = only_attention(program)
     assert node.kwargs["causal"] and str(node.args[3].meta["value"]) == "float32[batch, 2, 1, length]"
-    assert node.args[3].target.name == "where" and node.args[3].args[2] == float("-inf")
-    assert any("rows that hide every key" in n for n in notes)
+    assert node.args[3].target.name == "where" and node.args[3].args[2] == LOWEST
+    assert any("rows that hide every key give the mean" in n for n in notes)
     once = program.digest()
     canonicalize(program)
     assert program.digest() == once

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewriting import B, T, names, program_of, rewritten
 
-from tersor.ir import Value
+from tersor.ir import Range, Value
 from tersor.ir.canonicalize.layout import RULES, Layout, trace
 
 X = {"x": Value("float32", (B, T, 12))}
@@ -122,6 +122,53 @@ def test_products_part_a_batch_that_both_operands_joined():
     program = program_of(model, inputs)
     rewritten(program, RULES)
     assert names(program) == ["permute", "matmul"]
+
+
+def test_sums_part_a_batch_that_both_operands_joined():
+    """The operands are arranged differently behind the batch, so one move cannot stand for both."""
+    square = {"x": Value("float32", (B, 3, T, T))}
+
+    def model(b, x):
+        joined = b.reshape(x, shape=(B * 3, T, T))
+        return b.reshape(b.add(joined, b.permute(joined, dims=(0, 2, 1))), shape=(B, 3, T, T))
+
+    program = program_of(model, square)
+    rewritten(program, RULES)
+    assert names(program) == ["permute", "add"]
+
+
+def test_a_gather_parts_a_batch_that_was_joined():
+    inputs = {"x": Value("float32", (B, 3, T, 12)), "i": Value("int64", (B, 3, T, 5))}
+
+    def model(dim):
+        def gather(b, x, i):
+            x, i = b.reshape(x, shape=(B * 3, T, 12)), b.reshape(i, shape=(B * 3, T, 5))
+            return b.gather(x, i, dim=dim)
+
+        return gather
+
+    program = program_of(model(2), inputs)
+    rewritten(program, RULES)
+    assert names(program) == ["gather", "reshape"] and program.main.calls("gather")[0].kwargs["dim"] == 3
+
+
+def test_what_was_expanded_is_moved_first():
+    program = program_of(
+        lambda b, x: b.permute(b.expand(x, shape=(B, 5, 12)), dims=(1, 0, 2)),
+        {"x": Value("float32", (B, 1, 12))},
+        {"batch": Range(1, 4)},
+    )
+    rewritten(program, RULES)
+    assert names(program) == ["reshape", "expand"]
+
+
+def test_an_expanded_axis_that_is_joined_with_another_stays():
+    def model(b, x):
+        return b.reshape(b.expand(x, shape=(B, 2, 12)), shape=(B, 24))
+
+    program = program_of(model, {"x": Value("float32", (B, 1, 12))}, {"batch": Range(1, 4)})
+    rewritten(program, RULES)
+    assert names(program) == ["expand", "reshape"]
 
 
 def test_a_linear_does_not_let_a_move_of_its_own_axis_through():

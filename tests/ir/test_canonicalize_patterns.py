@@ -156,6 +156,41 @@ def test_products_with_parameters_become_linear_with_their_bias():
     assert tuple(program.parameters["up"].value.shape) == (5, 8), "transposed, under its own name"
 
 
+def test_arithmetic_on_numbers_is_done():
+    def model(b, x):
+        return b.div(x, b.sqrt(b.mul(b.parameter("size", torch.tensor(8.0)), 2)))
+
+    program = program_of(model, X)
+    canonical(program)
+    assert names(program) == ["div"] and program.main.calls("div")[0].args[1] == 4.0
+
+
+def test_arithmetic_that_gives_no_number_stays():
+    program = program_of(lambda b, x: b.add(x, b.log(b.parameter("zero", torch.tensor(0.0)))), X)
+    report = rewritten(program, cleanup.RULES)
+    assert names(program) == ["log", "add"]
+    assert any("numbers alone" in e.reason for e in report.skipped)
+
+
+def test_a_product_broadcasts_by_itself():
+    def model(b, x):
+        table = b.parameter("table", torch.randn(3, 8, 5))
+        return b.matmul(x, b.expand(table, shape=(B, 3, 8, 5)))
+
+    program = program_of(model, {"x": Value("float32", (B, 3, T, 8))})
+    canonical(program)
+    assert names(program) == ["matmul"]
+
+
+def test_a_product_keeps_an_expansion_that_gives_it_its_shape():
+    def model(b, x, y):
+        return b.matmul(b.expand(x, shape=(B, 3, T, 8)), b.parameter("table", torch.randn(3, 8, 5)))
+
+    program = program_of(model, {"x": Value("float32", (B, 3, 1, 8)), "y": Value("float32", (T,))})
+    canonical(program)
+    assert "expand" in names(program)
+
+
 def test_a_weight_that_two_products_read_stays_one():
     def model(b, x):
         w = b.parameter("w", torch.randn(8, 8))

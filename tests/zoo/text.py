@@ -94,12 +94,7 @@ MODELS = (
     text_model("ALBERT", "text", _albert),
     text_model("ELECTRA", "text", _electra),
     text_model("MPNet", "text", _mpnet),
-    text_model(
-        "DeBERTa-v2",
-        "text",
-        _deberta_v2,
-        attention="its disentangled attention adds products of content and position that are gathered by distance",
-    ),
+    text_model("DeBERTa-v2", "text", _deberta_v2),
     text_model("T5 encoder", "text", lambda: transformers.T5EncoderModel(_t5())),
     ZooModel(
         "T5 decoder step",
