@@ -158,6 +158,24 @@ def _narrow_factors(m: Match) -> list[fx.Node] | None:
     return operands if operands != list(m.root.args) else None
 
 
+def _narrow_parts(m: Match) -> list[fx.Node] | None:
+    """The operands of a concat without expansions of the same other axes; None if they do not have those."""
+    axis, narrow = _axis(m.root), []
+    for part in m.root.args[0]:
+        if not is_call(part, "expand") or part.args[0].meta["value"].rank != part.meta["value"].rank:
+            return None
+        narrow.append(part.args[0])
+    shapes = [n.meta["value"].shape for n in narrow]
+    kept = {(*s[:axis], *s[axis + 1 :]) for s in shapes}
+    whole = all(s[axis] == p.meta["value"].shape[axis] for s, p in zip(shapes, m.root.args[0], strict=True))
+    return narrow if whole and len(kept) == 1 else None
+
+
+def _expand_concat(build: Builder, m: Match) -> fx.Node:
+    joined = build.concat(tuple(_narrow_parts(m)), dim=_axis(m.root))
+    return build.expand(joined, shape=m.root.meta["value"].shape)
+
+
 def _filled(m: Match) -> tuple[fx.Node, ...]:
     axis = _axis(m.root)
     return tuple(t for t in m.root.args[0] if t.meta["value"].shape[axis] != 0)
@@ -332,6 +350,13 @@ RULES = (
         "cleanup.expand_of_expand",
         P.expand(P.expand(_X)),
         lambda b, m: b.expand(m["x"], shape=m.root.kwargs["shape"]),
+    ),
+    # concat(expand(x), expand(y))  ->  expand(concat(x, y))
+    Rule(
+        "cleanup.concat_of_expand",
+        P.concat(...),
+        _expand_concat,
+        lambda m: None if _narrow_parts(m) else "the operands are not expanded alike",
     ),
     # concat(x, empty)  ->  x
     Rule("cleanup.concat_of_one", P.concat(...), _drop_empty, _has_empty),

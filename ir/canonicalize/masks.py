@@ -13,6 +13,7 @@ into a boolean one is noted for that reason.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -32,6 +33,10 @@ HIDDEN = -1e4
 LEAST_FACTOR = 2**-6
 
 _MOVES = ("expand", "reshape", "permute", "slice")
+_STEP: dict[str, Callable[..., float]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
+}  # fmt: skip
+_LINEAR = tuple(_STEP)
 
 
 def hides(value: Any) -> bool:
@@ -84,8 +89,8 @@ class _Factors:
             return self._inner(node, lambda part: self.build.cast(part, dtype=node.kwargs["dtype"]))
         if is_call(node, "where"):
             reason = self._choice(node)
-        elif is_call(node, "mul"):
-            reason = self._product(node)
+        elif is_call(node, *_LINEAR):
+            reason = self._arithmetic(node)
         elif node.op == "get_attr":
             reason = self._stored(node)
         else:
@@ -123,28 +128,34 @@ class _Factors:
             return None
         return "it does not choose between seen and hidden"
 
-    def _product(self, node: fx.Node) -> str | None:
-        """(1 - m) * lowest, or a mask of any kind times a number."""
+    def _arithmetic(self, node: fx.Node) -> str | None:
+        """(1 - m) * lowest and its like, or a mask of any kind times a number."""
+        line = _line(node)
+        if line is not None:
+            m, at_zero, at_one = line
+            hidden_at = [at_zero <= HIDDEN, at_one <= HIDDEN]
+            if sorted(hidden_at) == [False, True] and (at_one if hidden_at[0] else at_zero) == 0:
+                if m.meta["value"].is_float:
+                    return "it comes from a mask of fractions"
+                self.lowest = max(self.lowest, min(at_zero, at_one))
+                is_bool = m.meta["value"].dtype == "bool"
+                if hidden_at[0]:
+                    self.boolean(m if is_bool else self.build.ne(m, 0))
+                else:
+                    self.boolean(self.build.logical_not(m) if is_bool else self.build.eq(m, 0))
+                return None
+        if not is_call(node, "mul", "div") or not any(map(is_number, node.args)):
+            return f"it is computed by {node.target.name}"
         x, number = node.args if is_number(node.args[1]) else node.args[::-1]
-        if not is_number(number):
-            return "it is a product of two values"
-        if hides(number) and is_call(x, "sub") and x.args[0] == 1 and isinstance(x.args[1], fx.Node):
-            m = x.args[1]
-            while is_call(m, "cast"):
-                m = m.args[0]
-            if m.meta["value"].is_float:
-                return "it comes from a mask of fractions"
-            self.lowest = max(self.lowest, number)
-            self.boolean(m if m.meta["value"].dtype == "bool" else self.build.ne(m, 0))
-            return None
-        if number < LEAST_FACTOR:
+        factor = number if is_call(node, "mul") else 1 / number
+        if is_call(node, "div") and not is_number(node.args[1]) or factor < LEAST_FACTOR:
             return "it is a product of other things than (1 - mask) and a very negative number"
         inner = _Factors(self.build, self.function)
         if reason := inner.additive(x):
             return reason
         self.lowest = max(self.lowest, inner.lowest)
         self.booleans += inner.booleans
-        self.added += [self.build.mul(part, number) for part in inner.added]
+        self.added += [self.build.mul(part, factor) for part in inner.added]
         return None
 
     def _stored(self, node: fx.Node) -> str | None:
@@ -191,6 +202,24 @@ def _leads_to_conjunction(node: fx.Node) -> bool:
     while is_call(node, "expand", "reshape", "permute"):
         node = node.args[0]
     return is_call(node, "logical_and")
+
+
+def _line(node: fx.Node) -> tuple[fx.Node, float, float] | None:
+    """The value m behind sums and products with numbers, and what these make of m = 0 and of m = 1."""
+    steps = []
+    while is_call(node, "cast", *_LINEAR):
+        values = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(values) != 1 or (is_call(node, "div") and values[0] is not node.args[0]):
+            break
+        if not is_call(node, "cast"):
+            steps.append(node)
+        node = values[0]
+    ends = [0.0, 1.0]
+    for step in reversed(steps):
+        ends = [
+            _STEP[step.target.name](*(e if isinstance(a, fx.Node) else a for a in step.args)) for e in ends
+        ]
+    return (node, *ends) if steps else None
 
 
 def _is_inverse(condition: fx.Node, y: Any) -> bool:

@@ -52,6 +52,15 @@ def _normalised(x):
     )
 
 
+def _folded(x):
+    """TensorFlow's way, x * s + (bias - mean * s) with s = weight / sqrt(var + eps)."""
+    mean = P.mean(x).named("mean")
+    variance = P.add(P.mean(_squares(P.sub(x, mean))), P.number("eps"))
+    inverse = P.one_of(P.rsqrt(variance), P.reciprocal(P.sqrt(variance)), P.div(1, P.sqrt(variance)))
+    scale = P.mul(inverse, P.any("weight")).named("scale")
+    return P.add(P.mul(x, scale), P.sub(P.any("bias"), P.mul(P.any("mean"), P.any("scale"))))
+
+
 def _weighted(build: Builder, m: Match) -> fx.Node:
     norm = m["norm"]
     return build.emit(norm.target, m["x"], m["weight"], **norm.kwargs)
@@ -74,6 +83,13 @@ RULES = (
         _normalised(_CENTRED),
         lambda b, m: b.layer_norm(m["x"], eps=m["eps"]),
         _over_last_axis,
+    ),
+    # s = w * rsqrt(mean((x - mean(x))^2) + eps); x * s + (b - mean(x) * s)  ->  layer_norm(x, w, b)
+    Rule(
+        "norms.folded",
+        _folded(_X),
+        lambda b, m: b.layer_norm(m["x"], m["weight"], m["bias"], eps=m["eps"]),
+        lambda m: _over_last_axis(m) or _same_type(m, "weight") or _same_type(m, "bias"),
     ),
     # x * rsqrt(mean(x^2) + eps)  ->  rms_norm(x)
     Rule("norms.rms_norm", _normalised(_X), lambda b, m: b.rms_norm(m["x"], eps=m["eps"]), _over_last_axis),

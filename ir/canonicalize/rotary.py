@@ -130,6 +130,19 @@ def _turning(x: Pattern) -> Pattern:
 _LOW, _HIGH = P.slice(P.any("base")).named("low"), P.slice(P.any("base")).named("high")
 _PART, _REST = P.slice(P.any("whole")).named("turned"), P.slice(P.any("whole")).named("rest")
 
+
+def _one_for_all(table: fx.Node) -> fx.Node | None:
+    """The table [1, T, R] that is the same for every text of a batch."""
+    if is_call(table, "expand") and table.args[0].meta["value"].shape == (1, *table.meta["value"].shape[1:]):
+        return table.args[0]
+    return None
+
+
+def _share_tables(build: Builder, m: Match) -> fx.Node:
+    cos, sin = (_one_for_all(m[name]) for name in ("cos", "sin"))
+    return build.rotary_embedding(m["x"], cos, sin, **m.root.kwargs)
+
+
 RULES = (
     # x * cos + concat(-x[R/2:], x[:R/2]) * sin  ->  rotary_embedding(x, cos, sin)
     Rule(
@@ -147,6 +160,15 @@ RULES = (
         ),
         lambda b, m: _rotate(b, m, interleaved=True),
         _is_interleaved,
+    ),
+    # rotary(x, expand(cos), expand(sin))  ->  rotary(x, cos, sin), where they are the same for the whole batch
+    Rule(
+        "rotary.shared_tables",
+        P.rotary_embedding(_X, _COS, _SIN),
+        _share_tables,
+        lambda m: (
+            None if _one_for_all(m["cos"]) and _one_for_all(m["sin"]) else "each text has its own angles"
+        ),
     ),
     # concat(rotary(x[..., :R]), x[..., R:])  ->  rotary(x), which leaves the rest of each head as it is
     Rule(

@@ -81,6 +81,37 @@ def test_an_added_mask_becomes_boolean_and_is_noted():
     assert any("rows that hide every key" in n for n in notes)
 
 
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        lambda b, m: b.add(b.mul(m, 1e4), -1e4),
+        lambda b, m: b.mul(b.sub(m, 1.0), 1e9),
+        lambda b, m: b.mul(b.add(b.neg(m), 1.0), -1e4),
+        lambda b, m: b.div(b.sub(1.0, m), -1e-9),
+        lambda b, m: b.mul(b.cast(b.eq(b.cast(m, dtype="int64"), 0), dtype="float32"), -1e9),
+    ],
+)
+def test_arithmetic_that_hides_keys(hidden):
+    def model(b, x, m):
+        m = b.reshape(b.cast(m, dtype="float32"), shape=(B, 1, 1, T))
+        return spelt_out(b, x, lambda b, s: b.add(s, hidden(b, m)))
+
+    program = program_of(model, MASKED)
+    canonical(program)
+    assert str(only_attention(program).args[3].meta["value"]) == "bool[batch, 1, 1, length]"
+
+
+@pytest.mark.parametrize("number", [-5.0, 1e4])
+def test_arithmetic_that_hides_nothing_stays_additive(number):
+    def model(b, x, m):
+        m = b.reshape(b.cast(m, dtype="float32"), shape=(B, 1, 1, T))
+        return spelt_out(b, x, lambda b, s: b.add(s, b.mul(b.sub(1.0, m), number)))
+
+    program = program_of(model, MASKED)
+    canonical(program)
+    assert only_attention(program).args[3].meta["value"].dtype == "float32"
+
+
 def test_a_mask_of_fractions_stays_additive():
     inputs = {**X, "m": Value("float32", (B, T))}
     program = program_of(lambda b, x, m: spelt_out(b, x, lambda b, s: added(b, s, m)), inputs)

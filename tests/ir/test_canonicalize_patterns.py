@@ -51,6 +51,32 @@ def test_layer_norms_in_every_form(form):
     assert node.target.name == "layer_norm" and node.kwargs["eps"] == 1e-5 and len(node.args) == 3
 
 
+def test_a_layer_norm_with_its_weight_in_the_scale():
+    """TensorFlow's way: x * s + (bias - mean * s)."""
+
+    def model(b, x):
+        average = mean(b, x)
+        variance = mean(b, b.pow(b.sub(x, average), 2))
+        scale = b.mul(b.rsqrt(b.add(variance, 1e-5)), vector(b))
+        return b.add(b.mul(x, scale), b.sub(vector(b, "c"), b.mul(average, scale)))
+
+    program = program_of(model, X)
+    canonical(program)
+    (node,) = program.main.calls()
+    assert node.target.name == "layer_norm" and len(node.args) == 3
+
+
+def test_a_mean_of_something_else_is_no_layer_norm():
+    def model(b, x):
+        variance = mean(b, b.pow(centred(b, x), 2))
+        scale = b.mul(b.rsqrt(b.add(variance, 1e-5)), vector(b))
+        return b.add(b.mul(x, scale), b.sub(vector(b, "c"), b.mul(mean(b, b.neg(x)), scale)))
+
+    program = program_of(model, X)
+    canonical(program)
+    assert "layer_norm" not in names(program)
+
+
 @pytest.mark.parametrize("form", [by_rsqrt, by_sqrt, by_power])
 def test_rms_norms_in_every_form(form):
     program = program_of(lambda b, x: b.mul(form(b, x), vector(b)), X)
@@ -336,6 +362,27 @@ def test_slices_compose_and_expansions_before_broadcasting_go():
     assert program.main.calls("slice")[0].kwargs["start"] == 3
 
 
+def test_expansions_of_joined_operands_are_one():
+    def model(b, x):
+        x = b.reshape(x, shape=(B, T, 1))
+        return b.concat((b.expand(x, shape=(B, T, 3)), b.expand(b.neg(x), shape=(B, T, 3))), dim=1)
+
+    program = program_of(model, {"x": Value("float32", (B, T))})
+    rewritten(program, cleanup.RULES)
+    assert sorted(names(program)) == ["concat", "expand", "neg", "reshape"]
+
+
+def test_expansions_along_the_joined_axis_stay():
+    def model(b, x):
+        return b.concat(
+            (b.expand(b.reshape(x, shape=(B, 1)), shape=(B, 3)), b.reshape(x, shape=(B, 1))), dim=1
+        )
+
+    program = program_of(model, {"x": Value("float32", (B,))})
+    rewritten(program, cleanup.RULES)
+    assert names(program).count("expand") == 1
+
+
 def test_an_expansion_that_gives_the_shape_stays():
     program = program_of(
         lambda b, x: b.add(b.expand(vector(b), shape=(4, 8)), 1.0), {"x": Value("float32", (1,))}
@@ -446,6 +493,22 @@ def test_rotations_of_neighbours(heads_first, part):
     canonical(program)
     assert sorted(names(program)) == ["rotary_embedding", "slice", "slice"]
     assert program.main.calls("rotary_embedding")[0].kwargs["interleaved"] is True
+
+
+def test_tables_that_are_expanded_over_the_batch_are_shared():
+    def model(b, x):
+        angles = b.mul(b.reshape(b.cast(b.arange(end=T), dtype="float32"), shape=(1, T, 1)), 0.1)
+        angles = b.mul(angles, b.parameter("frequencies", torch.tensor([1.0, 0.5])))
+
+        def table(half):
+            half = b.expand(half, shape=(B, T, 2))
+            return b.concat((half, half), dim=2)
+
+        return b.rotary_embedding(x, table(b.cos(angles)), table(b.sin(angles)), heads=2)
+
+    program = program_of(model, X)
+    canonical(program)
+    assert sorted(names(program)) == ["rotary_embedding", "slice", "slice"]
 
 
 def test_neighbours_in_the_wrong_order_are_no_rotation():
