@@ -6,6 +6,7 @@ import random
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from tersor.errors import TersorError
@@ -13,6 +14,9 @@ from tersor.errors import TersorError
 GOOD = ("right", "refused", "unchecked")
 BAD = ("wrong", "untyped error", "outside read", "crashed", "hung", "memory")
 """Kinds of outcomes; one of the second list is a defect of ours."""
+
+ROOT = f"{Path(__file__).resolve().parents[2]}/"
+"""Left out of reports: they are read on other machines."""
 
 Stage = Callable[[str], None]
 """Told what comes next, so that a crash or a hang can be attributed."""
@@ -57,11 +61,15 @@ def judged(part: Part, rng: random.Random, stage: Stage = lambda name: None) -> 
         return Outcome("refused", type(error).__name__, str(error))
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            return Outcome("memory", type(error).__name__, "".join(traceback.format_exception(error))[-4000:])
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+            return Outcome(
+                "memory",
+                type(error).__name__,
+                "".join(traceback.format_exception(error)).replace(ROOT, "")[-4000:],
+            )
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename.removeprefix(ROOT)}:{last.lineno}"
         return Outcome(
             "untyped error",
             f"{type(error).__name__} at {place}",
-            "".join(traceback.format_exception(error))[-4000:],
+            "".join(traceback.format_exception(error)).replace(ROOT, "")[-4000:],
         )
