@@ -13,7 +13,7 @@ from tersor.codegen.kernels import layout
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.cache import CacheUpdate
-from tersor.codegen.kernels.chain import Chain, ChainInput, Step
+from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Embedding
 from tersor.codegen.kernels.gemm import Gemm
@@ -508,10 +508,17 @@ def _arange(lowering: Lowering, node: fx.Node) -> relax.Expr:
 def _full(lowering: Lowering, node: fx.Node) -> relax.Expr:
     value, number = node.meta["value"], node.kwargs["value"]
     if isinstance(number, Dim):
-        raise CompileError(
-            f"a tensor is filled with the size {number}",
-            where=describe(node),
-            why="kernels see sizes only as extents of their arguments",
-            fix="make the dimension static",
-        )
+        return _size(lowering, number, value)
     return lowering.call(layout.Fill(opaque(value.shape), number, value.dtype), [], [value.shape])
+
+
+def _size(lowering: Lowering, number: Dim, value: Value) -> relax.Expr:
+    """A tensor filled with a size: kernels see sizes as extents only, so it is the last of that many, and one more."""
+    (count,) = opaque((number,))
+    counted = lowering.call(layout.Arange(count), [], [(number,)])
+    last = lowering.call(layout.Slice((count,), 0, count - 1, 1, 1, "int64"), [counted], [(1,)])
+    steps = (Step("add", (0, Const(1))), Step("cast", (1,), value.dtype))
+    chain = Chain((ChainInput("scalar", "int64"),), steps, (2,))
+    shape = value.shape or (1,)
+    filled = lowering.call(Elementwise(chain, ((1,),), opaque(shape)), [last], [shape])
+    return lowering.reshape(filled, value.shape)

@@ -14,7 +14,7 @@ from torch import fx
 from tersor.ir.program import Function
 
 NORMS = frozenset({"layer_norm", "rms_norm"})
-ACTIVATIONS = frozenset({"gelu", "gelu_tanh", "relu", "silu", "sigmoid", "tanh", "erf"})
+ACTIVATIONS = frozenset({"gelu", "gelu_tanh", "gelu_sigmoid", "relu", "silu", "sigmoid", "tanh", "erf"})
 _LAYOUT = frozenset({"reshape", "permute", "expand", "slice", "concat", "pad", "cast", "cache_update"})
 _JOINS = frozenset({"add", "sub"})
 

@@ -13,7 +13,7 @@ InputKind = Literal["accumulator", "full", "column", "row", "scalar"]
 OPS: dict[str, int] = {  # name -> number of operands
     "add": 2, "sub": 2, "mul": 2, "div": 2, "max": 2, "min": 2, "pow": 2,
     "neg": 1, "abs": 1, "square": 1, "sqrt": 1, "rsqrt": 1, "reciprocal": 1, "exp": 1, "log": 1, "floor": 1,
-    "round": 1,
+    "round": 1, "gelu_sigmoid": 1,
     "cos": 1, "sin": 1, "tanh": 1, "erf": 1, "sigmoid": 1, "gelu_erf": 1, "gelu_tanh": 1, "silu": 1, "relu": 1,
     "where": 3, "cast": 1, "saturate": 1, "eq": 2, "ne": 2, "lt": 2, "le": 2, "gt": 2, "ge": 2,
     "logical_and": 2, "logical_or": 2, "logical_not": 1,

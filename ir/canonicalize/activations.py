@@ -33,6 +33,12 @@ RULES = (
     Rule("activations.gelu", _half(_X, _ERF), lambda b, m: b.gelu(m["x"])),
     # x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))  ->  gelu_tanh(x)
     Rule("activations.gelu_tanh", _half(_X, _TANH), lambda b, m: b.gelu_tanh(m["x"])),
+    # x * sigmoid(1.702 x)  ->  gelu_sigmoid(x)
+    Rule(
+        "activations.gelu_sigmoid",
+        P.mul(_X, P.sigmoid(P.mul(_X, 1.702))),
+        lambda b, m: b.gelu_sigmoid(m["x"]),
+    ),
     # x * sigmoid(x)  ->  silu(x)
     Rule("activations.silu", P.mul(_X, P.sigmoid(_X)), lambda b, m: b.silu(m["x"])),
 )

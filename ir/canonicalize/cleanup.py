@@ -296,6 +296,12 @@ def _cast_once(build: Builder, m: Match) -> fx.Node:
     return build.cast(m["x"], dtype=m.root.kwargs["dtype"])
 
 
+def _broadcast_mask(build: Builder, m: Match) -> fx.Node:
+    defaults = m.root.target.attributes
+    attributes = {name: a for name, a in m.root.kwargs.items() if a != defaults[name]}
+    return build.attention(m["q"], m["k"], m["v"], m["mask"], **attributes)
+
+
 _X = P.any("x")
 
 RULES = (
@@ -376,6 +382,13 @@ RULES = (
         ),
         _as_number,
         lambda m: "it is not computed from numbers alone" if _result(m) is None else None,
+    ),
+    # attention(q, k, v, expand(mask))  ->  attention(q, k, v, mask), which broadcasts it by itself
+    Rule(
+        "cleanup.expanded_mask",
+        P.attention(P.any("q"), P.any("k"), P.any("v"), P.expand(P.any("mask"))),
+        _broadcast_mask,
+        lambda m: None if m.value("mask").rank == 4 else "the mask gains axes",
     ),
     # x + expand(y)  ->  x + y where the sum has the same shape
     Rule("cleanup.broadcast", P.op(ELEMENTWISE_BINARY, ...), _drop_expansion, _broadcasts_alone),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 import torch
@@ -26,6 +27,10 @@ _CHEAP = ("full", "expand", "arange")
 _RENDITIONS = ("permute", "reshape", "slice", "cast", "add", "sub", "mul", "div", "neg")
 
 
+# torch's name of the module that computes a parameter of its owner: conv.parametrizations.weight.0
+_PARAMETRIZED = re.compile(r"(.*)\.parametrizations\.(\w+)\.\d+")
+
+
 def fold_constants(
     function: Function, spare: Collection[fx.Node] = (), *, may_grow: bool = False
 ) -> list[str]:
@@ -39,7 +44,10 @@ def fold_constants(
     notes: list[str] = []
     made: dict[str, str] = {}
     free = _input_free(function)
-    for node in _frontier(function, free):
+    pending = list(_frontier(function, free))
+    seen = set(pending)
+    while pending:
+        node = pending.pop(0)
         if node.op != "call_function" or node in spare or is_stored(node):
             continue
         cone = _cone(node)
@@ -54,6 +62,10 @@ def fold_constants(
             reason = f"it depends on several dimensions: {', '.join(symbols)}"
         if reason:
             notes.append(f"%{node.name} is computed at run time: {reason}")
+        if reason and symbols:  # what it is made from may be constant
+            below = dict.fromkeys(n for operand in node.all_input_nodes for n in _made_from(operand))
+            pending += [n for n in below if n not in seen]
+            seen.update(below)
     return notes
 
 
@@ -67,15 +79,15 @@ def _input_free(function: Function) -> set[fx.Node]:
 
 def _frontier(function: Function, free: set[fx.Node]) -> list[fx.Node]:
     """Input-free values that something else reads; below a cheap one, what it is made from."""
-    found: dict[fx.Node, None] = {}
-    stack = [n for n in function.nodes if n in free and any(u not in free for u in n.users)]
-    while stack:
-        node = stack.pop(0)
-        if is_call(node, *_CHEAP):
-            stack = [n for n in node.all_input_nodes] + stack
-        else:
-            found.setdefault(node)
-    return list(found)
+    read = (n for n in function.nodes if n in free and any(u not in free for u in n.users))
+    return list(dict.fromkeys(made for n in read for made in _made_from(n)))
+
+
+def _made_from(node: fx.Node) -> list[fx.Node]:
+    """The node, or below cheap ones what they are made from."""
+    if not is_call(node, *_CHEAP):
+        return [node]
+    return [made for operand in node.all_input_nodes for made in _made_from(operand)]
 
 
 def _cone(node: fx.Node) -> list[fx.Node]:
@@ -138,7 +150,10 @@ def _store(
     new = Parameter(tensor)
     if new.digest in made:
         return build.read(made[new.digest])
-    read = build.parameter(".".join(filter(None, (node.meta.get("module"), node.name))), new)
+    module = node.meta.get("module")
+    made_by = _PARAMETRIZED.fullmatch(module or "")
+    name = ".".join(made_by.groups()) if made_by else ".".join(filter(None, (module, node.name)))
+    read = build.parameter(name, new)
     made[new.digest] = read.target
     return read
 
@@ -175,6 +190,12 @@ def _tabulate(
         if not _equal(_evaluate(function, cone, {symbol: size}), part):
             return f"its values depend on the size of {symbol}"
     build = function.builder(before=node)
+    if all(_equal(table, table.narrow(axis, 0, 1).expand_as(table)) for axis in axes):
+        for axis in axes:  # repeated only
+            table = table.narrow(axis, 0, 1)
+        new = _store(build, node, cone, table.clone(), made)
+        function.replace(node, build.expand(new, shape=value.shape))
+        return None
     new = _store(build, node, cone, table, made)
     for axis in axes:
         new = build.slice(new, dim=axis, start=0, end=Dim.symbol(symbol))

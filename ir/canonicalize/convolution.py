@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _shifted(build: Builder, m: Match) -> fx.Node:
     _, weight, bias = _operands(m["conv"])
     vector = m.parameter("vector").reshape(-1)
     if bias is None:
-        stem = weight.target.removesuffix("weight").rstrip("._")
+        stem = re.sub(r"[._]?weight(_\d+)?$", "", weight.target)
         return _with(build, m["conv"], weight, build.parameter(f"{stem}.bias", vector.clone()))
     return _with(build, m["conv"], weight, build.parameter(bias.target, m.function.parameter(bias) + vector))
 

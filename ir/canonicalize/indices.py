@@ -185,6 +185,12 @@ RULES = (
     Rule("indices.gather", P.gather(P.any("x"), P.any("index")), _gather_slice, _gathers_run),
     # arange(T) >= 0  ->  full(true)
     Rule("indices.compare", P.op(("le", "lt", "ge", "gt"), P.any(), P.optional("other")), _decide, _decided),
+    # argmax(x) < 0  ->  full(false)
+    Rule(
+        "indices.not_negative",
+        P.lt(P.op(("argmax", "argsort"), ...), 0),
+        lambda build, m: build.full(shape=m.root.meta["value"].shape, value=False, dtype="bool"),
+    ),
     # where(full(true), x, y)  ->  x
     Rule(
         "indices.where",

@@ -22,8 +22,8 @@ MOVES = ("reshape", "permute")
 # Element-wise operations on one value (their other operand, if any, is a number).
 POINTWISE = (
     "add", "sub", "mul", "div", "pow", "maximum", "minimum", "neg", "abs", "sqrt", "rsqrt", "reciprocal", "exp", "log",
-    "floor", "round", "cos", "sin", "tanh", "erf", "sigmoid", "silu", "relu", "gelu", "gelu_tanh", "cast", "eq", "ne",
-    "lt", "le", "gt", "ge", "logical_not",
+    "floor", "round", "cos", "sin", "tanh", "erf", "sigmoid", "silu", "relu", "gelu", "gelu_tanh", "gelu_sigmoid",
+    "cast", "eq", "ne", "lt", "le", "gt", "ge", "logical_not",
 )  # fmt: skip
 # Operations on the last axis only: leading axes may be arranged in any way.
 ROWWISE = ("linear", "layer_norm", "rms_norm")
@@ -421,6 +421,29 @@ def _lift_slice(build: Builder, m: Match) -> fx.Node:
     return arrange(build, taken, layout.resized(atom, size))
 
 
+def _inserted(m: Match) -> str | None:
+    """A reshape that inserts or removes axes of size 1 and does nothing else."""
+    before, after = m.value("x").shape, m["moved"].kwargs["shape"]
+    same = [d for d in before if d != 1] == [d for d in after if d != 1]
+    if not same:
+        return "the reshape cuts or joins axes"
+    return None if _reduced_axes(m) else "only axes of size 1 are reduced"
+
+
+def _reduced_axes(m: Match) -> tuple[int, ...]:
+    """The reduced axes, in the shape before the reshape."""
+    before, after = m.value("x").shape, m["moved"].kwargs["shape"]
+    origin = iter([i for i, d in enumerate(before) if d != 1])
+    homes = [None if d == 1 else next(origin) for d in after]
+    reduced = {d % len(after) for d in m.root.kwargs["dims"]}
+    return tuple(sorted(homes[d] for d in reduced if homes[d] is not None))
+
+
+def _reduce_first(build: Builder, m: Match) -> fx.Node:
+    made = build.emit(m.root.target, m["x"], dims=_reduced_axes(m), keepdim=True)
+    return build.reshape(made, shape=m.root.meta["value"].shape)
+
+
 _MOVED = P.op(MOVES, P.any()).named("moved")
 
 RULES = (
@@ -489,6 +512,13 @@ RULES = (
         P.op(MOVES, P.any()),
         _expand_last,
         lambda m: None if _expanded(m) else "no expanded axis stays by itself",
+    ),
+    # mean(reshape(x, [B, C, 1, T]), 2 3)  ->  reshape(mean(x, 2))
+    Rule(
+        "layout.reduce_first",
+        P.op(("mean", "sum", "amax", "amin"), P.reshape(P.any("x")).named("moved")),
+        _reduce_first,
+        _inserted,
     ),
     # slice(permute(reshape(x)))  ->  permute(reshape(slice(x)))
     Rule("layout.lift_slice", P.slice(_MOVED), _lift_slice, _slice_lifts),

@@ -79,6 +79,41 @@ def _parts(m: Match) -> tuple[fx.Node, Layout, int] | str:
     return source, layout, group[0]
 
 
+def _is_part(m: Match) -> str | None:
+    """A fixed part of a parameter of which nothing but such parts is read, and no element twice."""
+    readers = [
+        u
+        for n in m.function.graph.find_nodes(op="get_attr")
+        if n.target == m["whole"].target
+        for u in n.users
+    ]
+    parts = [_range(u) if is_call(u, "slice") else None for u in readers]
+    if any(p is None for p in parts):
+        return "the whole parameter is read too, or a part with a dynamic size"
+    if len({p[0] for p in parts}) > 1:
+        return "it is cut along several axes"
+    ends = sorted((start, end) for _, start, end in parts)
+    if any(first[1] > second[0] for first, second in zip(ends, ends[1:], strict=False)):
+        return "the parts overlap"
+    return None
+
+
+def _range(node: fx.Node) -> tuple[int, int, int] | None:
+    axis, start = node.kwargs["dim"] % node.meta["value"].rank, node.kwargs.get("start", 0)
+    length = node.meta["value"].shape[axis]
+    if node.kwargs.get("step", 1) != 1 or not isinstance(start, int) or not isinstance(length, int):
+        return None
+    return axis, start, start + length
+
+
+def _own_part(build: Builder, m: Match) -> fx.Node:
+    axis, start, end = _range(m.root)
+    taken = m.parameter("whole").narrow(axis, start, end - start).clone()
+    role = next((r for u in m.root.users if is_call(u, "linear") and (r := _role(u))), None)
+    name = m["whole"].target
+    return build.parameter(_part_name(name, role) if role else name, taken)
+
+
 def _leaves(source: fx.Node) -> list[fx.Node] | None:
     """The slices that a value ends in, after any reshapes; None when something else reads it."""
     found, stack = [], [source]
@@ -167,6 +202,8 @@ RULES = (
 )
 
 SPLIT_RULES = (
+    # W[0:n], W[n:2n], ...  ->  parameters of their own
+    Rule("linear.part", P.slice(P.parameter("whole")), _own_part, _is_part),
     # slice(linear(x, W, b), 0:n), slice(..., n:2n), ...  ->  linear(x, W[0:n], b[0:n]), ...
     Rule("linear.split", P.slice(P.any("whole")), _split, _splits),
 )

@@ -11,7 +11,7 @@ from tersor.ir.program import TOLD_SITE, Function
 # Operations that reports, budgets and per-site choices speak of.
 SITED = frozenset({
     "linear", "matmul", "conv1d", "conv2d", "embedding", "attention", "rotary_embedding", "layer_norm", "rms_norm",
-    "softmax", "gelu", "gelu_tanh", "silu", "relu", "tanh", "sigmoid",
+    "softmax", "gelu", "gelu_tanh", "gelu_sigmoid", "silu", "relu", "tanh", "sigmoid",
 })  # fmt: skip
 _WEIGHT = {"embedding": 1, "linear": 1, "conv1d": 1, "conv2d": 1, "layer_norm": 1, "rms_norm": 1}
 

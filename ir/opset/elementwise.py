@@ -203,6 +203,11 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_sigmoid(x):
+    """The sigmoid form of GELU: x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 def where(condition, x, y):
     """x where the boolean condition holds, y elsewhere."""
     return torch.where(condition, x, y)
@@ -286,6 +291,7 @@ for _function in (div, sqrt, rsqrt, reciprocal, exp, log, cos, sin, tanh, erf, s
 _register(silu, same_float)
 _register(gelu, same_float, "gelu_erf")
 _register(gelu_tanh, same_float)
+_register(gelu_sigmoid, same_float)
 for _function in (eq, ne, lt, le, gt, ge):
     _register(_function, _infer_bool)
 for _function in (logical_and, logical_or, logical_not):

@@ -157,6 +157,12 @@ CASES = {
         )
         for how in ("none", "add", "mul", "amax", "amin")
     },
+    "a size as a number": (
+        (LONG,),
+        lambda b, i: b.add(
+            b.mul(i, b.full(shape=(), value=T, dtype="int64")), b.full(shape=(T,), value=2 * T, dtype="int64")
+        ),
+    ),
     "mask arithmetic": ((LONG,), lambda b, m: b.mul(b.sub(1.0, m), -10000.0)),
     "where": ((X, LONG), lambda b, x, m: b.where(b.reshape(b.eq(m, 0), shape=(B, T, 1)), 0.0, x)),
     "rotary": (

@@ -75,6 +75,7 @@ REFERENCES = {  # op -> f64 reference, range of x, bound, scale of the error
     "silu": (torch.nn.functional.silu, (-80, 80), 1e-6, "relative"),
     "gelu_erf": (torch.nn.functional.gelu, (-40, 40), 7e-7, "scaled"),
     "gelu_tanh": (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), (-40, 40), 1e-6, "scaled"),
+    "gelu_sigmoid": (lambda x: x * torch.sigmoid(1.702 * x), (-40, 40), 1e-6, "scaled"),
     "sqrt": (torch.sqrt, (0, 1e6), 2e-7, "relative"),
     "rsqrt": (torch.rsqrt, (1e-6, 1e6), 3e-7, "relative"),
     "reciprocal": (torch.reciprocal, (0.01, 1e6), 2e-7, "relative"),

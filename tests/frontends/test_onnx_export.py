@@ -96,7 +96,7 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         name: [(lambda b, x, name=name: b.emit(name, x), [f32(B, T, 3)])]
         for name in (
             "neg", "abs", "floor", "round", "relu", "reciprocal", "exp", "cos", "sin", "tanh", "erf", "sigmoid", "silu",
-            "gelu", "gelu_tanh",
+            "gelu", "gelu_tanh", "gelu_sigmoid",
         )
     },
     **{

@@ -162,9 +162,46 @@ def test_another_constant_is_no_gelu():
 
 
 def test_a_sigmoid_of_something_else_is_no_silu():
-    program = program_of(lambda b, x: b.mul(x, b.sigmoid(b.mul(x, 1.702))), X)
+    program = program_of(lambda b, x: b.mul(x, b.sigmoid(b.mul(x, 1.3))), X)
     canonical(program)
     assert names(program) == ["mul", "sigmoid", "mul"]
+
+
+def test_the_sigmoid_form_of_gelu():
+    program = program_of(lambda b, x: b.mul(b.sigmoid(b.mul(x, 1.702)), x), X)
+    canonical(program)
+    assert names(program) == ["gelu_sigmoid"]
+
+
+# -- convolutions
+
+
+def convolved(after, pads=(0, 1, 0, 1)):
+    """A padded convolution of an image, and what follows it."""
+
+    def model(b, x):
+        weight, scale = (
+            b.parameter("conv.weight", torch.randn(6, 4, 3, 3)),
+            b.parameter("scale", torch.rand(6, 1, 1)),
+        )
+        shift = b.parameter("shift", torch.randn(1, 6, 1, 1))
+        return after(b, b.conv2d(b.pad(x, pads=pads), weight, stride=(1, 2)), scale, shift)
+
+    return program_of(model, {"x": Value("float32", (B, 4, 9, 8))})
+
+
+def test_a_batch_norm_and_even_padding_go_into_the_convolution():
+    program = convolved(lambda b, y, scale, shift: b.add(b.mul(y, scale), shift), pads=(1, 1, 2, 2))
+    canonical(program)
+    (conv,) = program.main.calls()
+    assert conv.kwargs["padding"] == (2, 1) and conv.meta["site"] == "conv"
+    assert [a.target for a in conv.args[1:]] == ["conv.weight", "conv.bias"]
+
+
+def test_uneven_padding_and_a_shared_result_stay():
+    program = convolved(lambda b, y, scale, shift: b.add(b.mul(y, scale), y))
+    canonical(program)
+    assert sorted(names(program)) == ["add", "conv2d", "mul", "pad"]
 
 
 # -- linear

@@ -45,7 +45,7 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
     "minimum": [((f32(B, L), f32(L)), {}), ((f32(B), 0), {}), ((i64(B), 0.5), {})],
     **{name: [((f32(B, L),), {}), ((i64(B),), {})] for name in ("neg", "abs", "floor", "round", "relu", "sqrt", "rsqrt",
        "reciprocal", "exp", "log", "cos", "sin", "tanh", "erf", "sigmoid")},
-    **{name: [((f32(B, L),), {}), ((f32(),), {})] for name in ("silu", "gelu", "gelu_tanh")},
+    **{name: [((f32(B, L),), {}), ((f32(),), {})] for name in ("silu", "gelu", "gelu_tanh", "gelu_sigmoid")},
     "where": [
         ((boolean(B, 1), f32(L), f32(B, L)), {}), ((boolean(B), 0.0, f32(B)), {}), ((boolean(B), 1, 0), {}),
         ((boolean(B), f32(B), float("-inf")), {}), ((boolean(B, L), i64(1), 2.5), {}),

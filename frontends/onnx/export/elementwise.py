@@ -120,6 +120,12 @@ def _gelu(e: Export) -> str:
     return e.emit("Gelu", e.operand(0))
 
 
+@exports("gelu_sigmoid")
+def _gelu_sigmoid(e: Export) -> str:
+    x = e.operand(0)
+    return e.emit("Mul", x, e.emit("Sigmoid", e.emit("Mul", x, e.constant(1.702, e.result.dtype))))
+
+
 @exports("gelu_tanh", since=20)
 def _gelu_tanh(e: Export) -> str:
     return e.emit("Gelu", e.operand(0), approximate="tanh")
