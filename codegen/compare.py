@@ -54,7 +54,7 @@ def compare(function: Function, compiled: Call, tolerance: float | None = None) 
         BudgetError: an output is further off than ``tolerance``, or not finite where the reference is.
     """
     comparisons = []
-    rounded = bool(function.calls("quantize", "saturate", "round"))
+    rounded = _rounds(function)
     measure = distance if rounded else relative_error
     tolerance = tolerance or (ROUNDED_TOLERANCE if rounded else TOLERANCE)
     for seed, sizes in enumerate(probe_sizes(function)):
@@ -124,3 +124,12 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return float("inf")
     norm = expected[finite].norm().item()
     return (actual[finite] - expected[finite]).norm().item() / (norm or 1.0)
+
+
+def _rounds(function: Function) -> bool:
+    """Whether values are rounded to far fewer bits than float32 on the way."""
+    narrow = {"bfloat16", "float16", "int8", "uint8"}
+    return bool(function.calls("round")) or any(
+        node.meta["value"].dtype in narrow or node.kwargs.get("products", "float32") in narrow
+        for node in function.calls()
+    )

@@ -8,7 +8,7 @@ last node first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -21,7 +21,7 @@ from tersor.ir.program import Function
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 LOGICAL = {"logical_and", "logical_or", "logical_not"}
 
-EPILOGUE_DTYPES = {"float32", "int8", "uint8"}
+EPILOGUE_DTYPES = {"float32", "bfloat16", "int8", "uint8"}
 """What a GEMM's epilogue may store."""
 
 
@@ -43,7 +43,7 @@ class Plan:
     joined: dict[fx.Node, Joined] = field(default_factory=dict)  # attention -> its q, k and v projections
     tails: dict[fx.Node, Tail] = field(
         default_factory=dict
-    )  # norm or `dynamic_scale` -> what its kernel adds
+    )  # norm, attention or `dynamic_scale` -> what its kernel adds
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Joined:
 
 @dataclass(frozen=True)
 class Tail:
-    """What a kernel that goes through whole rows computes behind its own value, for as long as the row is at hand.
+    """What a norm's or an attention's kernel computes behind its own value, while that is at hand.
 
     Attributes:
-        group: element-wise work that becomes its epilogue, behind a norm; before a scale per token, what is scaled.
+        group: element-wise work that becomes its epilogue; of a scale per token: what is scaled.
         scale: a scale per token of the norm's value (`dynamic_scale`).
         codes: the codes with that scale, equal nodes.
-        kept: the norm's (or the group's) own value is read by others too.
+        kept: the norm's or attention's own value is read by others too.
     """
 
     group: Group | None = None
@@ -92,7 +92,7 @@ class Tail:
 def plan(function: Function) -> Plan:
     """Groups the nodes of a function; nodes in no group are lowered one by one."""
     result = Plan()
-    claimed: set[fx.Node] = set()
+    claimed = _widenings(function)
     for node in reversed(function.nodes):
         if node in claimed or not (is_elementwise(node) or is_anchor(node)):
             continue
@@ -111,7 +111,37 @@ def is_elementwise(node: fx.Node) -> bool:
 
 def is_anchor(node: fx.Node) -> bool:
     """A linear layer whose weight is a stored parameter, so that it can be packed ahead of time."""
-    return is_call(node, "linear", "integer_linear") and node.args[1].op == "get_attr"
+    return is_call(node, "linear", "integer_linear") and stored_weight(node).op == "get_attr"
+
+
+def left_matrix(linear: fx.Node) -> fx.Node:
+    """What a linear layer's product reads: its input, or the bf16 values of which that is the f32 form."""
+    return linear.args[0].args[0] if _multiplies_bf16(linear) else linear.args[0]
+
+
+def stored_weight(linear: fx.Node) -> fx.Node:
+    """What holds a linear layer's weight: the operand, or the bf16 parameter of which that is the f32 form."""
+    return linear.args[1].args[0] if _multiplies_bf16(linear) else linear.args[1]
+
+
+def _multiplies_bf16(linear: fx.Node) -> bool:
+    """Whether both operands are bf16 values widened to f32: products of such are exact in f32."""
+    x, weight = linear.args[:2]
+    return _is_widened(x) and _is_widened(weight) and weight.args[0].op == "get_attr"
+
+
+def _is_widened(node: fx.Node) -> bool:
+    return is_call(node, "cast") and node.args[0].meta["value"].dtype == "bfloat16"
+
+
+def _widenings(function: Function) -> set[fx.Node]:
+    """Casts from bf16 that only products read which take the bf16 values themselves."""
+    return {
+        node
+        for node in filter(_is_widened, function.calls("cast"))
+        if node.users
+        and all(is_call(u, "linear") and u.args[2:3] != (node,) and _multiplies_bf16(u) for u in node.users)
+    }
 
 
 def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
@@ -144,8 +174,8 @@ def _joins(node: fx.Node, anchors: list[fx.Node]) -> bool:
     return not anchors or (
         len(anchors) == 1
         and anchors[0].target is node.target
-        and anchors[0].args[0] is node.args[0]
-        and anchors[0].args[1].meta["value"] == node.args[1].meta["value"]
+        and left_matrix(anchors[0]) is left_matrix(node)
+        and stored_weight(anchors[0]).meta["value"] == stored_weight(node).meta["value"]
     )
 
 
@@ -159,13 +189,20 @@ def _join_projections(function: Function, result: Plan) -> None:
         ):
             continue
         anchors = tuple(g.anchors[0] for g in groups)
-        if len({(a.target, a.args[0]) for a in anchors}) > 1:
+        if len({(a.target, left_matrix(a)) for a in anchors}) > 1:
             continue
         if joined := _joined(anchors, groups):
             result.joined[node] = joined
             for root in roots:
                 del result.groups[root]
             result.inner.update(roots)
+
+
+def narrowed(joined: Joined) -> Joined:
+    """The same projections with their results rounded to bf16."""
+    chain = joined.chain
+    steps = (*chain.steps, Step("cast", chain.outputs, "bfloat16"))
+    return replace(joined, chain=Chain(chain.inputs, steps, (len(chain.inputs) + len(steps) - 1,)))
 
 
 def _biased(chain: Chain) -> Chain:
@@ -221,23 +258,23 @@ def _follow_rows(function: Function, result: Plan) -> None:
             group = None
         result.tails[scale] = Tail(group, None, codes, False)
         result.inner.update((*codes, *(group.members if group else ())))
-    for norm in function.calls("layer_norm", "rms_norm"):
-        groups = {id(g): g for u in norm.users if (g := group_of.get(u)) and not g.anchors}
-        if norm in result.tails or len(groups) != 1:
+    for head in function.calls("layer_norm", "rms_norm", "attention"):
+        groups = {id(g): g for u in head.users if (g := group_of.get(u)) and not g.anchors}
+        if head in result.tails or len(groups) != 1:
             continue
         (group,) = groups.values()
-        if result.groups.get(group.root) is group and _is_epilogue_of(norm, group, order):
-            result.tails[norm] = Tail(group, kept=bool(set(norm.users) - {*group.members}))
+        if result.groups.get(group.root) is group and _is_epilogue_of(head, group, order):
+            result.tails[head] = Tail(group, kept=bool(set(head.users) - {*group.members}))
             del result.groups[group.root]
             result.inner.update(group.members)
 
 
-def _is_epilogue_of(norm: fx.Node, group: Group, order: dict[fx.Node, int]) -> bool:
-    """Whether element-wise work can be done where the norm is computed."""
+def _is_epilogue_of(head: fx.Node, group: Group, order: dict[fx.Node, int]) -> bool:
+    """Whether element-wise work can be done where the head is computed."""
     feeds = {o for m in group.members for o in m.all_input_nodes} - {*group.members}
     return (
-        group.root.meta["value"].shape == norm.meta["value"].shape
-        and all(f.op == "get_attr" or order[f] <= order[norm] for f in feeds)
+        group.root.meta["value"].shape == head.meta["value"].shape
+        and all(f.op == "get_attr" or order[f] <= order[head] for f in feeds)
         and _fits_epilogue(group)
     )
 

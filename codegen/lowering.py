@@ -115,7 +115,7 @@ def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
     return node in made
 
 
-SUPPORTED_DTYPES = {"float32", "int64", "int32", "int8", "uint8", "bool"}
+SUPPORTED_DTYPES = {"float32", "bfloat16", "int64", "int32", "int8", "uint8", "bool"}
 
 
 def check_supported(program: Program) -> None:
@@ -197,10 +197,10 @@ class Lowering:
             shapes = tuple(opaque(feed.meta["value"].shape) for feed in feeds)
             kernel = Elementwise(chain, shapes, opaque(shape))
             return self.call(kernel, [self.value(feed) for feed in feeds], [shape])
-        weights = [anchor.args[1] for anchor in group.anchors]
+        weights = [fusion.stored_weight(anchor) for anchor in group.anchors]
         n, k = weights[0].meta["value"].shape
         panel = tiles.panel_width(self.target)
-        x = group.anchors[0].args[0]
+        x = fusion.left_matrix(group.anchors[0])
         gemm = Gemm(opaque(shape[:-1]), k, n, chain, panel, len(weights), x.meta["value"].dtype)
         join = "beside" if len(weights) > 1 else "stacked"
         packed = self.weight(Weight(tuple(w.target for w in weights), panel, join))

@@ -150,7 +150,15 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
     q, k, v, mask = (*node.args, None)[:4]
     (batch, q_len, width), kv_len = opaque(q.meta["value"].shape), opaque(k.meta["value"].shape)[1]
     heads, kv_heads = node.kwargs["heads"], node.kwargs["kv_heads"]
-    joined = lowering.plan.joined.get(node)
+    joined, tail = lowering.plan.joined.get(node), lowering.plan.tails.get(node, fusion.Tail())
+    products = node.kwargs.get("products", "float32")
+    dtype = q.meta["value"].dtype
+    if joined and products == "bfloat16":  # what the products round anyway travels in half the bytes
+        joined, dtype = fusion.narrowed(joined), "bfloat16"
+    epilogue, feeds = PLAIN, []
+    if tail.group:
+        epilogue, feeds = fusion.build_chain(tail.group, node)
+        epilogue = replace(epilogue, outputs=(0, *epilogue.outputs) if tail.kept else epilogue.outputs)
     kernel = Attention(
         batch,
         q_len,
@@ -166,17 +174,26 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
         mask_dtype="bool" if mask is None else mask.meta["value"].dtype,
         packed="qkv" if joined else "",
         softcap=node.kwargs.get("softcap"),
+        dtype=dtype,
+        products=products,
+        epilogue=epilogue,
     )
     args = [_joined(lowering, joined)] if joined else [lowering.value(a) for a in (q, k, v)]
     args += [lowering.value(mask)] if mask is not None else []
-    return lowering.call(kernel, args, [node.meta["value"].shape])
+    args += [lowering.view(f, s.shape) for f, s in zip(feeds, kernel.inputs()[len(args) :], strict=True)]
+    results = lowering.call(kernel, args, [node.meta["value"].shape] * len(epilogue.outputs))
+    if not tail.group:
+        return results
+    results = results if isinstance(results, list) else [results]
+    lowering.define(tail.group.root, results[-1])
+    return results[0]
 
 
 def _joined(lowering: Lowering, joined: fusion.Joined) -> relax.Expr:
     """Linear layers of one input as one, their outputs side by side."""
-    x, sizes = joined.anchors[0].args[0], [a.meta["value"].shape[-1] for a in joined.anchors]
+    x, sizes = fusion.left_matrix(joined.anchors[0]), [a.meta["value"].shape[-1] for a in joined.anchors]
     value, n, panel = x.meta["value"], sum(sizes), tiles.panel_width(lowering.target)
-    weight = Weight(tuple(a.args[1].target for a in joined.anchors), panel)
+    weight = Weight(tuple(fusion.stored_weight(a).target for a in joined.anchors), panel)
     gemm = Gemm(opaque(value.shape[:-1]), value.shape[-1], n, joined.chain, panel, dtype=value.dtype)
     args = [lowering.value(x), lowering.weight(weight)]
     for kind, operands, spec in zip(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from tersor.codegen import packing
 from tersor.codegen.kernels.base import TensorSpec
@@ -48,10 +49,16 @@ class Weight:
 
     def load(self, store: ParameterStore) -> np.ndarray:
         """The contents in this layout."""
-        dtype = next(store[s].tensor.numpy().dtype for s in self.sources if isinstance(s, str))
-        arrays = [np.zeros(s, dtype) if isinstance(s, int) else store[s].tensor.numpy() for s in self.sources]
+        known = {s: _array(store[s].tensor) for s in self.sources if isinstance(s, str)}
+        dtype = next(iter(known.values())).dtype
+        arrays = [np.zeros(s, dtype) if isinstance(s, int) else known[s] for s in self.sources]
         if len(arrays) > 1 and self.join == "stacked":
             arrays = [np.concatenate(arrays)]
         if self.panel is None:
             return arrays[0]
         return packing.pack([a.reshape(len(a), -1) for a in arrays], self.panel)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's contents; bf16, which numpy lacks, as its bit patterns."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -39,6 +39,10 @@ FOLDS = (
 RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "none": ("the program as captured", ()),
     "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS)),
+    "bf16": (
+        "products of bf16 numbers, sums in float32: half the bytes, no data needed",
+        (*CLEANUP, *FOLDS, "quantize.bf16"),
+    ),
     "int8": (
         "8-bit weights and activations, scales from calibration data, integer products",
         (*CLEANUP, *FOLDS, "smooth.smoothquant", "quantize.rtn", "quantize.static", "quantize.integers"),

@@ -11,7 +11,7 @@ from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
 from tersor.ir.opset.rules import broadcast, require_dtype, require_float, show, window_positions
-from tersor.ir.value import Value
+from tersor.ir.value import DTYPES, Value
 
 
 def linear(x, weight, bias=None):
@@ -81,6 +81,7 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    products: str = "float32",
 ):
     """softmax(q k^T * scale + mask) v on merged heads (Vaswani et al. 2017, eq. 1).
 
@@ -88,7 +89,8 @@ def attention(
     ``kv_heads`` groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to
     [B, heads, Tq, Tk]: boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i +
     Tk - Tq. ``window``: of those only j > i + Tk - Tq - window. ``softcap``: before the mask, a score s becomes
-    softcap * tanh(s / softcap) (Gemma 2, 2024).
+    softcap * tanh(s / softcap) (Gemma 2, 2024). ``products``: "bfloat16" rounds what both products multiply (q, k, v
+    and the probabilities) to bf16; sums and softmax are as wide as q.
     """
     batch, tq, tk = q.shape[0], q.shape[1], k.shape[1]
     q = q.reshape(batch, tq, heads, -1).transpose(1, 2)
@@ -106,31 +108,39 @@ def attention(
             mask = mask & seen
         else:
             mask = mask.masked_fill(~seen, float("-inf"))
-    if softcap is None:
+    if softcap is None and products == "float32":
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
         )
     else:
-        out = _capped(q, k, v, mask, scale, softcap)
+        out = _spelled_out(q, k, v, mask, scale, softcap, products)
     return out.transpose(1, 2).reshape(batch, tq, -1)
 
 
-def _capped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
-) -> torch.Tensor:
-    """Attention over [B, H, T, D] with capped scores; as in torch's own, a row that hides every key gives 0."""
+def _spelled_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float,
+    softcap: float | None, products: str,
+) -> torch.Tensor:  # fmt: skip
+    """Attention over [B, H, T, D]; as in torch's own, a row that hides every key gives 0."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(DTYPES[products]).to(x.dtype) if products != "float32" else x
+
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    scores = rounded(q) @ rounded(k).transpose(-1, -2)
+    scores = scores * scale if softcap is None else softcap * torch.tanh(scores * (scale / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     hidden = torch.isneginf(scores).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
+    return rounded(scores.softmax(-1).masked_fill(hidden, 0.0)) @ rounded(v)
 
 
 def _infer_attention(
     q: Value, k: Value, v: Value, mask: Value | None = None, *, heads: int, kv_heads: int, scale: float,
-    causal: bool = False, window: int | None = None, softcap: float | None = None,
+    causal: bool = False, window: int | None = None, softcap: float | None = None, products: str = "float32",
 ) -> Value:  # fmt: skip
+    if products not in ("float32", "bfloat16"):
+        raise ProgramError(f"attention: products in {products!r}", fix="use 'float32' or 'bfloat16'")
     if softcap is not None and not softcap > 0:
         raise ProgramError(f"attention: a soft cap of {softcap} is not above 0")
     if not q.rank == k.rank == v.rank == 3 or k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0]:

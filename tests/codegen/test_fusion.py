@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor.codegen.fusion import build_chain, plan
+from tersor.codegen.fusion import build_chain, left_matrix, plan, stored_weight
 from tersor.codegen.kernels.chain import Const
 from tersor.ir import Dim, Function, Value
 
@@ -228,3 +228,30 @@ def test_promotion_becomes_explicit_casts():
     chain, _ = build_chain(group)
     assert [(s.op, s.dtype) for s in chain.steps] == [("cast", "float32"), ("sub", None), ("mul", None)]
     assert chain.steps[1].args == (Const(1.0), 1)
+
+
+def test_products_of_bf16_read_the_narrow_values():
+    function, x = block()
+    b = function.builder()
+    short = b.cast(b.layer_norm(x), dtype="bfloat16")
+    wide = b.cast(short, dtype="float32")
+    stored = b.parameter("w", torch.ones(32, 16, dtype=torch.bfloat16))
+    y = b.cast(b.gelu(b.linear(wide, b.cast(stored, dtype="float32"))), dtype="bfloat16")
+    function.set_outputs({"y": y})
+    made = plan(function)
+    (group,) = made.groups.values()
+    assert left_matrix(group.anchors[0]) is short and stored_weight(group.anchors[0]) is stored
+    assert wide in made.inner and [s.op for s in build_chain(group)[0].steps] == ["gelu_erf", "cast"]
+    (norm,) = made.tails
+    assert made.tails[norm].group.root is short and not made.tails[norm].kept
+
+
+def test_a_widened_value_that_others_read_is_computed():
+    function, x = block()
+    b = function.builder()
+    wide = b.cast(b.cast(x, dtype="bfloat16"), dtype="float32")
+    stored = b.cast(b.parameter("w", torch.ones(16, 16, dtype=torch.bfloat16)), dtype="float32")
+    function.set_outputs({"y": b.linear(wide, stored), "z": b.exp(wide)})
+    assert wide not in plan(function).inner or wide in {
+        m for g in plan(function).groups.values() for m in g.members
+    }

@@ -112,6 +112,8 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
         ((f32(B, L, 8), f32(B, 3, 4), f32(B, 3, 6), f32(B, 1, 1, 3)), {"heads": 2, "kv_heads": 1, "scale": 1.0}),
         ((f32(B, L, 8), f32(B, L, 8), f32(B, L, 8), boolean(1, 1, L, L)),
          {"heads": 2, "kv_heads": 2, "scale": 0.5, "causal": True, "window": 2}),
+        ((f32(B, L, 8), f32(B, L, 4), f32(B, L, 4)),
+         {"heads": 4, "kv_heads": 2, "scale": 0.5, "causal": True, "products": "bfloat16"}),
         ((f32(B, L, 8), f32(B, L, 4), f32(B, L, 4), boolean(B, 1, 1, L)),
          {"heads": 4, "kv_heads": 2, "scale": 0.5, "causal": True, "softcap": 20.0}),
     ],
@@ -425,3 +427,13 @@ def test_decompositions_equal_the_references(name, operands, attributes):
     expected = op(*given, **attributes)
     got = program(**{f"x{i}": x for i, x in enumerate(given) if isinstance(x, torch.Tensor)})["out"]
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_products_in_bf16_round_what_they_multiply():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 8) for _ in range(3))
+    forms = {"heads": 2, "kv_heads": 2, "scale": 0.5, "causal": True}
+    exact, rounded = (ops.attention(q, k, v, **forms, products=p) for p in ("float32", "bfloat16"))
+    assert 1e-4 < (exact - rounded).abs().max() < 0.02
+    # the first query sees one key, whose value alone is rounded
+    torch.testing.assert_close(rounded[:, 0], v[:, 0].bfloat16().float())

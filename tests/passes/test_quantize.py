@@ -10,6 +10,7 @@ from tersor.ir import Program
 from tersor.passes import Pipeline
 from tersor.passes.calibration import Histogram, MinMax
 from tersor.passes.numerics import outputs, relative_error, small_inputs
+from tersor.passes.quantize.bfloat16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.integers import IntegerProducts
@@ -265,3 +266,36 @@ def test_a_model_in_integers_is_the_decoded_model(form):
     assert len(report.steps[0].changes) == len(made.main.calls("linear"))
     # a sum rounded otherwise may move a code by one
     assert error(decoded, integer) < 0.02 and error(made, integer) < 0.05
+
+
+# -- bf16
+
+
+def narrow_layer(narrow: bool) -> Program:
+    """One linear layer of f32, or of bf16 values widened to f32."""
+
+    def emit(build, x, mask):
+        weight, bias = Weights(build).tensor(8, WIDTH), build.parameter("b", Weights(build, 1).tensor(8))
+        if not narrow:
+            return {"y": build.linear(x, build.parameter("w", weight), bias, site="layer")}
+        x = build.cast(build.cast(x, dtype="bfloat16"), dtype="float32")
+        stored = build.cast(build.parameter("w", weight.to(torch.bfloat16)), dtype="float32")
+        return {"y": build.linear(x, stored, bias, site="layer")}
+
+    return program(emit)
+
+
+def test_products_become_bf16():
+    before, after = narrow_layer(False), narrow_layer(True)
+    check_pass(BFloat16(), before, after, unmatched=layer(weights=True))
+    assert 1e-5 < error(before, after) < 0.01
+
+
+def test_attention_multiplies_bf16_and_layers_of_one_input_share_it():
+    made = Transformer(layers=1).build()
+    after = apply(BFloat16(), made)
+    assert [n.kwargs["products"] for n in after.main.calls("attention")] == ["bfloat16"]
+    inputs = {n.args[0] for n in after.main.calls("linear")}
+    assert len(inputs) == 4 and len(after.main.calls("linear")) == 6
+    only = apply(BFloat16(kinds=("attention",)), made)
+    assert not only.main.calls("cast") and only.main.calls("attention")[0].kwargs["products"] == "bfloat16"

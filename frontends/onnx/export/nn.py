@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -83,8 +85,9 @@ def _attention(e: Export) -> str:
     """MatMul, Mul, Add, Softmax, MatMul over [B, H, T, D]; for a soft cap Div, Tanh, Mul before the Add."""
     heads, kv_heads, dtype = e.attribute("heads"), e.attribute("kv_heads"), e.result.dtype
     batch, tq, tk = e.value(0).shape[0], e.value(0).shape[1], e.value(1).shape[1]
-    q = split_heads(e, e.argument(0), heads)
-    k, v = (_repeated(e, i, kv_heads, heads // kv_heads) for i in (1, 2))
+    rounded = partial(_rounded, e) if e.attribute("products") == "bfloat16" else lambda x: x
+    q = rounded(split_heads(e, e.argument(0), heads))
+    k, v = (rounded(_repeated(e, i, kv_heads, heads // kv_heads)) for i in (1, 2))
     scores = e.emit("MatMul", q, e.permute(k, (0, 1, 3, 2)))
     if e.attribute("scale") != 1:
         scores = e.emit("Mul", scores, e.constant(e.attribute("scale"), dtype))
@@ -95,9 +98,15 @@ def _attention(e: Export) -> str:
     chances = e.emit("Softmax", e.emit("Add", scores, mask) if mask else scores, axis=-1)
     if may_hide_all:  # a row that hides every key gives 0, here 0 / 0
         chances = e.emit("Where", e.emit("IsNaN", chances), e.constant(0.0, dtype), chances)
-    out = e.permute(e.emit("MatMul", chances, v), (0, 2, 1, 3))
+    out = e.permute(e.emit("MatMul", rounded(chances), v), (0, 2, 1, 3))
     size = e.result.shape[2] // heads
     return e.reshape(out, (batch, tq, heads, size), e.result.shape)
+
+
+def _rounded(e: Export, x: str) -> str:
+    """Values rounded to bf16, in their own type."""
+    narrow = e.emit("Cast", x, to=e.writer.type_code("bfloat16"))
+    return e.emit("Cast", narrow, to=e.writer.type_code(e.result.dtype))
 
 
 def split_heads(e: Export, x: fx.Node, heads: int) -> str:
