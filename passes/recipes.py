@@ -47,6 +47,10 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "8-bit weights and activations, scales from calibration data, integer products",
         (*CLEANUP, *FOLDS, "smooth.smoothquant", "quantize.rtn", "quantize.static", "quantize.integers"),
     ),
+    "int8-gptq": (
+        "as int8, with weights rounded for the least error of each layer's output: slower to make",
+        (*CLEANUP, *FOLDS, "smooth.smoothquant", "quantize.gptq", "quantize.static", "quantize.integers"),
+    ),
     "int8-dynamic": (
         "8-bit weights and activations, scales found while it runs: no data needed",
         (*CLEANUP, *FOLDS, "quantize.rtn", "quantize.dynamic", "quantize.integers"),

@@ -88,13 +88,19 @@ class Step:
 
 
 def sequential(
-    program: Program, dataset: Dataset, *, split: Split = "fit", seed: int = 0, title: str = "calibrating"
+    program: Program,
+    dataset: Dataset,
+    *,
+    split: Split = "fit",
+    seed: int = 0,
+    title: str | None = "calibrating",
 ) -> Iterator[Step]:
     """The blocks of ``main`` in order, each with its inputs under the blocks before it as they are by then.
 
     Between two steps a pass may replace parameters and operations of the step's block; values that leave the block
     keep their shape, and what other blocks hold stays. Two of these side by side, over the captured program and over
-    the changed one, give targets and inputs for reconstruction.
+    the changed one, give targets and inputs for reconstruction; one over each split, inputs to fit to and to judge by.
+    ``title`` is what the progress bar says; None shows none.
 
     Raises:
         InputError: a batch does not run.

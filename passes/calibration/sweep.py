@@ -144,10 +144,13 @@ class Gatherer:
             statistic.update(rows, self._generators[id(statistic)])
 
 
-def progress(title: str, total: int):
-    """A bar with an estimate of the time left, on standard error where that is a terminal; gives a step function."""
+def progress(title: str | None, total: int):
+    """A bar with an estimate of the time left, on standard error where that is a terminal; gives a step function.
+
+    None for a title shows nothing.
+    """
     console = Console(stderr=True)
-    if not console.is_terminal or total < 2:
+    if title is None or not console.is_terminal or total < 2:
         return nullcontext(lambda: None)
     return _Bar(title, total, console)
 

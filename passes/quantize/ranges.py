@@ -34,6 +34,32 @@ def choose_range(
     return grid.fit(low, high)
 
 
+def clipped_rows(
+    grid: Grid, values: torch.Tensor, group: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Grid.fit_rows`, for ranges that lose least: rows [N, K] -> [N], or groups of K -> [N, K / group].
+
+    Of the fractions 1, .99, ... .21 of each range the one with the least sum of |error|^2.4, as in the published GPTQ
+    (Frantar et al. 2023). ValueError when the groups do not divide the rows.
+    """
+    if group is not None and values.shape[-1] % group:
+        raise ValueError(f"rows of {values.shape[-1]} are not made of groups of {group}")
+    parts = values if group is None else values.unflatten(-1, (-1, group))
+    low, high = parts.amin(-1), parts.amax(-1)
+    scale, zero = grid.fit(low, high)
+    least = torch.full_like(scale, torch.inf)
+    for step in range(round(0.8 * STEPS)):
+        fraction = 1 - step / STEPS
+        tried, offset = grid.fit(low * fraction, high * fraction)
+        errors = (
+            (grid.round_trip(parts, tried[..., None], offset[..., None]) - parts).abs_().pow_(2.4).sum(-1)
+        )
+        better = errors < least
+        least = torch.where(better, errors, least)
+        scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
+    return scale, zero
+
+
 def _least_error(grid: Grid, low: torch.Tensor, high: torch.Tensor, histogram: Histogram) -> torch.Tensor:
     """The fraction of a range that loses least."""
     filled = histogram.counts > 0

@@ -1,0 +1,122 @@
+"""Rounding a weight column by column, where later columns make good for the errors of earlier ones.
+
+The output error of a layer with inputs X is ||X (W - V)^T||^2 = tr((W - V) G (W - V)^T), G = X^T X: a quadratic form
+that is the same for all rows of W and for all layers that read X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from tersor.passes.quantize.grid import Grid
+from tersor.passes.quantize.weights import Coded
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The quadratic form, ready for rounding columns one after the other.
+
+    Attributes:
+        order: in which the K columns are rounded, int64 [K].
+        factor: U, upper triangular with U^T U = H^-1 for columns in that order, float64 [K, K].
+    """
+
+    order: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, gram: torch.Tensor, count: int, damp: float, act_order: bool) -> Curvature | None:
+        """From the Gram matrix [K, K] of ``count`` rows; None when that overflowed.
+
+        H = 2 G / count + damp * mean(diagonal) I. Inputs that are 0 in all rows say nothing: they get the mean, and
+        neither give nor take errors. Where H is not positive definite to the last digit, it is damped ten times as
+        much until it is.
+        """
+        h = gram.double() * (2 / count)
+        if not torch.isfinite(h).all():
+            return None
+        diagonal = h.diagonal()
+        dead = diagonal <= 0
+        mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=h.dtype)
+        order = torch.arange(len(h))
+        if act_order:
+            order = diagonal.argsort(descending=True, stable=True)
+        h = h[order][:, order]
+        diagonal = h.diagonal()
+        diagonal[dead[order]] = mean
+        # H = V V^T with V upper triangular gives H^-1 = U^T U, U = V^-1; flipped, that is a Cholesky factor
+        flipped = h.flip(0, 1)
+        while True:
+            lower, failed = torch.linalg.cholesky_ex(flipped + damp * mean * torch.eye(len(h), dtype=h.dtype))
+            if not failed:
+                break
+            damp *= 10
+        identity = torch.eye(len(h), dtype=h.dtype)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return cls(order, inverse.flip(0, 1).contiguous())
+
+
+def output_error(weight: torch.Tensor, coded: Coded, gram: torch.Tensor) -> float:
+    """||X (W - V)^T||^2 / ||X W^T||^2 for the values V of the codes and inputs of that Gram matrix."""
+    exact, lost = weight.double(), weight.double() - coded.values().double()
+    power = float((exact @ gram).mul_(exact).sum())
+    return float((lost @ gram).mul_(lost).sum()) / power if power > 0 else 0.0
+
+
+def round_with_feedback(
+    weight: torch.Tensor,
+    curvature: Curvature,
+    grid: Grid,
+    fit: Callable[[torch.Tensor, int | None], torch.Tensor],
+    *,
+    group: int | None = None,
+    static_groups: bool = False,
+    block: int = 128,
+) -> Coded:
+    """Codes of a weight [N, K]; each column's error is spread over those that are not rounded yet.
+
+    Column i becomes q, and with e = (w_i - q) / U_ii every later column j loses e U_ij: what makes the sum of the
+    columns times X least wrong. The result does not depend on ``block``, the number of columns after which the rest of
+    the matrix is brought up to date in one product.
+
+    Args:
+        fit: scales (f32) of the rows of a matrix, or of groups of them.
+        group: consecutive columns that share a scale; the scale is fitted when the first of them is due, to what they
+            have become by then.
+        static_groups: fit the scales of groups to the weight as it was, which a rounding order other than the stored
+            one needs.
+
+    Source: Frantar et al. 2023 (GPTQ), algorithm 1.
+    """
+    order, factor = curvature.order, curvature.factor
+    count, moving = len(order), group is not None and not static_groups
+    scale = fit(weight, group)
+    left = weight.double().T[order].contiguous()  # [K, N]: a column of the weight is a row of it
+    codes = torch.empty(left.shape, dtype=torch.int8)
+    for start, end in _spans(count, block, group if moving else None):
+        errors = torch.empty_like(left[start:end])
+        for i in range(start, end):
+            if moving and i % group == 0:
+                scale[:, i // group] = fit(left[i : i + group].T.float(), None)
+            step = scale if group is None else scale[:, int(order[i]) // group]
+            rounded = grid.codes(left[i].float(), step)
+            codes[i] = rounded.to(torch.int8)
+            error = errors[i - start] = (left[i] - rounded.double() * step) / factor[i, i]
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    stored = torch.empty_like(codes)
+    stored[order] = codes
+    return Coded(stored.T.contiguous(), scale)
+
+
+def _spans(count: int, block: int, group: int | None) -> Iterator[tuple[int, int]]:
+    """Blocks of columns: whole groups in a block or whole blocks in a group, so that groups are up to date when due."""
+    if group is None or group <= block:
+        size = block if group is None else block // group * group
+        yield from ((start, min(start + size, count)) for start in range(0, count, size))
+        return
+    for first in range(0, count, group):
+        yield from ((i, min(i + block, first + group)) for i in range(first, first + group, block))

@@ -1,0 +1,154 @@
+"""Weights in codes, rounded so that the layer's output changes least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tersor.ir import Program
+from tersor.passes.base import PassResult
+from tersor.passes.calibration import Gram, Request, Step, sequential
+from tersor.passes.context import Context
+from tersor.passes.quantize.error_feedback import Curvature, output_error, round_with_feedback
+from tersor.passes.quantize.weights import Coded, WeightCodes
+from tersor.passes.registry import register
+
+_NEAREST, _UNREACHED = "to the nearest", "no calibration data reaches its input"
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A weight in codes, how they were found, and what was measured."""
+
+    coded: Coded
+    how: str
+    figures: dict[str, float]
+
+
+@register("quantize.gptq")
+class GPTQ(WeightCodes):
+    """x W^T  ->  x (s C)^T with codes C chosen, column by column, for the least error of the output on data.
+
+    Before:  %y = linear(%x, @w, @b)
+    After:   %w = dequantize(@w.codes, @w.scale, axis=0);  %y = linear(%x, %w, @b)
+
+    Goes through the program block by block: a layer is fitted to its inputs under the blocks before it as they are
+    quantized by then. Codes stay only where the output's error on held-out data is not above that of rounding to the
+    nearest, which the layer gets otherwise, and where no data reaches it. Inputs that are always 0 in the data are
+    rounded to the nearest. A weight of several layers is fitted to the inputs of the first.
+
+    Legal when the weight is a float32 parameter that only linear layers read.
+
+    Source: Frantar et al. 2023 (GPTQ).
+
+    Options: bits, group and clip as of quantize.rtn; act_order (columns of the largest inputs first; with groups it
+    needs static_groups); static_groups (scales of groups from the weight as it was); true_sequential (also within a
+    block each layer sees the ones before it quantized, at the price of a run of the block per layer input); damp
+    (what is added to the diagonal, as a fraction of its mean); block (columns at once, which decides about speed only).
+    """
+
+    act_order: bool = False
+    static_groups: bool = False
+    true_sequential: bool = False
+    damp: float = 0.01
+    block: int = 128
+
+    calibrated = True
+
+    def problem(self) -> str | None:
+        if self.act_order and self.group is not None and not self.static_groups:
+            return "act_order with groups needs static_groups=True: scales belong to consecutive inputs"
+        if self.damp <= 0:
+            return f"damp={self.damp}, not positive"
+        return "block must be positive" if self.block < 1 else super().problem()
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        result, done = PassResult(), {}
+        weights = self.weights(program, result)
+        if not weights:
+            return result
+        left, data, seed = list(weights), context.calibration, context.seed
+        fit = sequential(program, data, seed=seed, title=f"{self.name}, block by block")
+        held_out = sequential(program, data, split="held_out", seed=seed, title=None)
+        for step, judge in zip(fit, held_out, strict=True):
+            for linears in self._lots(step, left):
+                new = {n.args[1].target: n for n in reversed(linears) if n.args[1].target not in done}
+                for name, rounded in self._rounded(new, weights, step, judge).items():
+                    done[name] = rounded, self.store(program, name, rounded.coded)
+                for linear in linears:
+                    self._write(program, linear, *done[linear.args[1].target], result)
+                    left.remove(linear)
+        for linear in left:
+            name = linear.args[1].target
+            if name not in done:
+                rounded = _Rounded(self.nearest(weights[linear]), f"{_NEAREST}: {_UNREACHED}", {})
+                done[name] = rounded, self.store(program, name, rounded.coded)
+            self._write(program, linear, *done[name], result)
+        self.drop_replaced(program)
+        return result
+
+    def _lots(self, step: Step, left: list[fx.Node]) -> list[list[fx.Node]]:
+        """The layers of a block in lots that are quantized on one run of it."""
+        found = [n for n in step.calls("linear") if n in left]
+        if not self.true_sequential:
+            return [found] if found else []
+        by_input: dict[fx.Node, list[fx.Node]] = {}
+        for linear in found:
+            by_input.setdefault(linear.args[0], []).append(linear)
+        return list(by_input.values())
+
+    def _rounded(
+        self, layers: dict[str, fx.Node], weights: dict[fx.Node, torch.Tensor], step: Step, judge: Step
+    ) -> dict[str, _Rounded]:
+        """The weights of these layers in codes, by name."""
+        if not layers:
+            return {}
+        fit = step.gather(Request(n, Gram()) for n in layers.values())
+        held_out = judge.gather(Request(n, Gram(), split="held_out") for n in layers.values())
+        curvatures: dict[fx.Node, Curvature | None] = {}  # layers of one input share its
+        found = {}
+        for name, linear in layers.items():
+            gram = fit.get(Request(linear, Gram()))
+            judging = held_out.get(Request(linear, Gram(), split="held_out"))
+            x, nearest = linear.args[0], self.nearest(weights[linear])
+            if gram is None or judging is None:
+                found[name] = _Rounded(nearest, f"{_NEAREST}: {_UNREACHED}", {})
+                continue
+            if x not in curvatures:
+                curvatures[x] = Curvature.of(gram.total, gram.count, self.damp, self.act_order)
+            if curvatures[x] is None:
+                found[name] = _Rounded(nearest, f"{_NEAREST}: the squares of its inputs overflow", {})
+            else:
+                found[name] = self._better(weights[linear], nearest, curvatures[x], gram, judging)
+        return found
+
+    def _better(
+        self, weight: torch.Tensor, nearest: Coded, curvature: Curvature, gram: Gram, judging: Gram
+    ) -> _Rounded:
+        """Fitted codes where their error on the rows of ``judging`` is not above that of the nearest."""
+        coded = round_with_feedback(
+            weight, curvature, self.grid, self.scales,
+            group=self.group, static_groups=self.static_groups, block=self.block,
+        )  # fmt: skip
+        figures = {
+            "error_nearest": output_error(weight, nearest, judging.total),
+            "error_gptq": output_error(weight, coded, judging.total),
+            "tokens_per_input": gram.count / weight.shape[1],
+        }
+        if figures["error_gptq"] <= figures["error_nearest"]:
+            return _Rounded(coded, "fitted to data", figures)
+        return _Rounded(nearest, f"{_NEAREST}, which loses less on held-out data", figures)
+
+    def _write(
+        self,
+        program: Program,
+        linear: fx.Node,
+        rounded: _Rounded,
+        stored: tuple[str, str],
+        result: PassResult,
+    ) -> None:
+        function = next(f for f in program.functions.values() if f.graph is linear.graph)
+        self.read(function, linear, stored)
+        result.change(linear, f"{self.words()}, {rounded.how}", **rounded.figures)
