@@ -28,6 +28,7 @@ from tersor.passes.registry import make
 
 CLEANUP = ("cleanup.constant_folding", "cleanup.common_subexpressions", "cleanup.dead_code")
 FOLDS = (
+    "fold.patch_embedding",
     "fold.norm_beta",
     "fold.key_bias",
     "fold.value_bias",
@@ -35,6 +36,9 @@ FOLDS = (
     "fold.zero_heads",
     "fold.zero_neurons",
 )
+
+ATTENTION = {"pass": "quantize.bf16", "kinds": ["attention"]}
+"""Between layers in 8 bits, attention multiplies bf16: softmax spans more decades than 8-bit codes do."""
 
 RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "none": ("the program as captured", ()),
@@ -45,7 +49,15 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "int8": (
         "8-bit weights and activations, scales from calibration data, integer products",
-        (*CLEANUP, *FOLDS, "smooth.smoothquant", "quantize.rtn", "quantize.static", "quantize.integers"),
+        (
+            *CLEANUP,
+            *FOLDS,
+            "smooth.smoothquant",
+            "quantize.rtn",
+            "quantize.static",
+            ATTENTION,
+            "quantize.integers",
+        ),
     ),
     "int8-gptq": (
         "as int8, with weights rounded for the least error of each layer's output: slower to make",
@@ -53,7 +65,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "int8-dynamic": (
         "8-bit weights and activations, scales found while it runs: no data needed",
-        (*CLEANUP, *FOLDS, "quantize.rtn", "quantize.dynamic", "quantize.integers"),
+        (*CLEANUP, *FOLDS, "quantize.rtn", "quantize.dynamic", ATTENTION, "quantize.integers"),
     ),
 }
 """Name -> what it is for, and its steps."""
