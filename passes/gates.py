@@ -6,7 +6,6 @@ faithful a program is to the captured model, `Measure` how long it takes on the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
@@ -15,6 +14,7 @@ import torch
 
 from tersor.errors import PipelineError
 from tersor.ir import Program, run
+from tersor.passes.agreement import Agreement
 from tersor.passes.base import Pass
 from tersor.passes.calibration import Batch
 from tersor.passes.calibration.padding import Padding, Tokens
@@ -155,20 +155,16 @@ class Fidelity:
         ]
 
     def __call__(self, program: Program) -> dict[str, float]:
-        signal = noise = dot = norm = divergence = 0.0
-        rows = 0
+        agreement, divergence, rows = Agreement(), 0.0, 0
         for batch, tokens, expected in zip(self.batches, self._tokens, self._expected, strict=True):
             for wanted, actual in zip(expected, self._floats(program, batch, tokens), strict=True):
-                signal += wanted.square().sum().item()
-                noise += (actual - wanted).square().sum().item()
-                dot += (actual * wanted).sum().item()
-                norm += actual.square().sum().item()
+                agreement.add(wanted, actual)
                 log_wanted, log_actual = wanted.log_softmax(-1), actual.log_softmax(-1)
                 divergence += (log_wanted.exp() * (log_wanted - log_actual)).sum().item()
                 rows += wanted.numel() // wanted.shape[-1]
         figures = {
-            "sqnr_db": 10 * _log10(signal / noise) if noise else float("inf"),
-            "cosine": dot / ((signal * norm) ** 0.5) if signal and norm else 0.0,
+            "sqnr_db": agreement.sqnr_db,
+            "cosine": agreement.cosine,
             "kl": divergence / max(rows, 1),
         }
         return figures | ({"metric": float(self.metric(program))} if self.metric else {})
@@ -182,10 +178,6 @@ class Fidelity:
             for name, t in results.items()
             if t.is_floating_point() and t.ndim
         ]
-
-
-def _log10(x: float) -> float:
-    return math.log10(x) if x else -math.inf
 
 
 def budget_from(config: Mapping[str, Any], where: str) -> Budget:

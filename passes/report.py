@@ -149,7 +149,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON (an infinite figure is the string "inf")."""
-        return _finite(
+        return plain_figures(
             {
                 "pipeline": self.pipeline,
                 "seconds": self.seconds,
@@ -221,11 +221,12 @@ def _figures(step: StepReport) -> Table:
     return table
 
 
-def _finite(data: Any) -> Any:
+def plain_figures(data: Any) -> Any:
+    """Nested dicts and lists fit for JSON, which has no infinite numbers: those become "inf" and "-inf"."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_finite(value) for value in data]
+        return {key: plain_figures(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [plain_figures(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 

@@ -18,10 +18,12 @@ __version__ = metadata.version("tersor")
 _HOME = {
     "compile": "tersor.api",
     "capture": "tersor.api",
+    "analyze": "tersor.api",
     "explain": "tersor.api",
     "to_onnx": "tersor.frontends.onnx.export",
     "load": "tersor.codegen.runtime",
     "CompiledModel": "tersor.codegen.runtime",
+    "Analysis": "tersor.passes.analysis",
     "Calibration": "tersor.passes",
     "Pipeline": "tersor.passes",
     "Pass": "tersor.passes",

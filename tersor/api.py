@@ -21,6 +21,8 @@ from tersor.targets import Target, missing_on_host, resolve
 if TYPE_CHECKING:
     from torch import nn
 
+    from tersor.passes.analysis import Analysis
+
 Dynamic = Mapping[str, Mapping[int, tuple[str, int, int]]] | Literal["auto"]
 Recipe = str | Path | Sequence[Any] | Pipeline
 Progress = Callable[[str], None]
@@ -110,16 +112,7 @@ def compile(
         )
     pipeline.check_data(calibration is not None)
     folder = _scratch_folder() if output is None else check_place(output)
-    if isinstance(model, Program):
-        if example_inputs is not None or dynamic is not None:
-            raise InputError(
-                "a program has its signature already",
-                fix="leave out example_inputs and dynamic, or give the model",
-            )
-        program = model
-    else:
-        report_step("capturing")
-        program = capture(model, example_inputs, dynamic)
+    program = _program(model, example_inputs, dynamic, report_step)
     report_step("running passes")
     context = Context(
         target=resolved,
@@ -153,6 +146,80 @@ def explain(recipe: Recipe = "fp32", *, target: str | Target = "native") -> str:
     from tersor.targets import describe
 
     return f"{_pipeline(recipe).explain()}\n\n{describe(resolve(target))}"
+
+
+def analyze(
+    model: nn.Module | Program | str | Path,
+    example_inputs: Mapping[str, Any] | tuple | None = None,
+    *,
+    calibration: Any,
+    target: str | Target = "native",
+    dynamic: Dynamic | None = None,
+    schemes: Sequence[str] = ("int8", "int8-dynamic", "bf16"),
+    only: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    batches: int = 4,
+    latency: bool = True,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """What each linear layer and each attention costs when it alone is quantized, and why; nothing is changed.
+
+    Args:
+        model, example_inputs, dynamic: as for `capture`; a `Program` is taken as it is, so the result of a pipeline
+            (folds, smoothing) can be looked at as well.
+        calibration: as for `compile`; errors are measured on the part that is held out.
+        target: what shares of latency are measured for.
+        schemes: ways to quantize a site.
+        only, skip: globs of sites.
+        batches: held-out batches to compare outputs on, at most; each costs about half a run of the program per site
+            and scheme.
+        latency: times the program's kernels, where this machine can run code for the target.
+        cache: folder in which statistics are kept.
+        progress: called with the name of each step as it starts.
+
+    Returns:
+        The sites, the most expensive first: ``print`` it, or ``save`` it as JSON.
+
+    Raises:
+        InputError: there is no calibration data, or it does not fit the program, or an option is wrong.
+    """
+    from tersor.codegen.latency import Latency
+    from tersor.passes.analysis.sensitivity import check_options, sensitivity
+
+    step = progress or (lambda name: None)
+    resolved = resolve(target)
+    check_options(calibration, schemes, batches)
+    program = _program(model, example_inputs, dynamic, step)
+    return sensitivity(
+        program,
+        calibration,
+        schemes=schemes,
+        only=only,
+        skip=skip,
+        batches=batches,
+        measure=Latency(resolved) if latency and not missing_on_host(resolved) else None,
+        cache=cache,
+        step=step,
+    )
+
+
+def _program(
+    model: nn.Module | Program | str | Path,
+    example_inputs: Mapping[str, Any] | tuple | None,
+    dynamic: Dynamic | None,
+    step: Progress,
+) -> Program:
+    """A program as it is, or what a model is captured as."""
+    if not isinstance(model, Program):
+        step("capturing")
+        return capture(model, example_inputs, dynamic)
+    if example_inputs is not None or dynamic is not None:
+        raise InputError(
+            "a program has its signature already",
+            fix="leave out example_inputs and dynamic, or give the model",
+        )
+    return model
 
 
 def _scratch_folder() -> Path:

@@ -12,10 +12,23 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from tersor.cli import bench, compile, demo, doctor, explain, export, inspect, passes, recipes, run, targets
+from tersor.cli import (
+    analyze,
+    bench,
+    compile,
+    demo,
+    doctor,
+    explain,
+    export,
+    inspect,
+    passes,
+    recipes,
+    run,
+    targets,
+)
 from tersor.errors import TersorError
 
-COMMANDS = (compile, run, bench, export, explain, inspect, passes, recipes, targets, doctor, demo)
+COMMANDS = (compile, run, bench, export, explain, analyze, inspect, passes, recipes, targets, doctor, demo)
 """Modules with a docstring (the help text), `arguments(parser)` and `execute(options) -> exit code`."""
 
 FAILED = 2
