@@ -152,7 +152,7 @@ def analyze(
     model: nn.Module | Program | str | Path,
     example_inputs: Mapping[str, Any] | tuple | None = None,
     *,
-    calibration: Any,
+    calibration: Any = None,
     target: str | Target = "native",
     dynamic: Dynamic | None = None,
     schemes: Sequence[str] = ("int8", "int8-dynamic", "bf16"),
@@ -168,7 +168,7 @@ def analyze(
     Args:
         model, example_inputs, dynamic: as for `capture`; a `Program` is taken as it is, so the result of a pipeline
             (folds, smoothing) can be looked at as well.
-        calibration: as for `compile`; errors are measured on the part that is held out.
+        calibration: as for `compile`, and needed; errors are measured on the part that is held out.
         target: what shares of latency are measured for.
         schemes: ways to quantize a site.
         only, skip: globs of sites.
@@ -185,13 +185,14 @@ def analyze(
         InputError: there is no calibration data, or it does not fit the program, or an option is wrong.
     """
     from tersor.codegen.latency import Latency
-    from tersor.passes.analysis.sensitivity import check_options, sensitivity
+    from tersor.passes import analysis
+    from tersor.passes.analysis.sensitivity import check_options
 
     step = progress or (lambda name: None)
     resolved = resolve(target)
     check_options(calibration, schemes, batches)
     program = _program(model, example_inputs, dynamic, step)
-    return sensitivity(
+    return analysis.analyze(
         program,
         calibration,
         schemes=schemes,

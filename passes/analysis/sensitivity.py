@@ -54,7 +54,7 @@ SCHEMES: Mapping[str, tuple[type[Pass], ...]] = {
 _LOOKED_AT = ("linear", "attention", "integer_linear")
 
 
-def sensitivity(
+def analyze(
     program: Program,
     calibration: Any,
     *,

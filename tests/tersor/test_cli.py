@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -331,6 +332,25 @@ def test_inspect_shows_an_artifact_and_a_folder(
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "attention" in shown and "MAC" in shown
+
+
+def test_analyze_names_the_layers_and_what_they_cost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        ids = generator.integers(0, 50, (2, 6))
+        np.savez(tmp_path / f"{number}.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    options = [str(folder), "--calibration", str(tmp_path), "--only", "*.layer.0.*"]
+    assert main(["analyze", *options]) == 0
+    shown = capsys.readouterr()
+    assert "encoder.layer.0.attention.self.query" in shown.out and "latency" in shown.out
+    assert "layer.1" not in shown.out and "calibrating" in shown.err
+    assert main(["analyze", *options, "--json", "--no-latency"]) == 0
+    (row, *_) = json.loads(capsys.readouterr().out)["sites"]
+    assert row["outcomes"]["int8"]["output_sqnr_db"] > 10 and row["latency_share"] is None
+    assert main(["analyze", str(folder), "--calibration", str(tmp_path / "none")]) == FAILED
+    assert "is no folder" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -378,3 +378,27 @@ def test_calibration_data_reaches_the_passes_and_a_second_run_resumes(bert, tmp_
         torch.testing.assert_close(
             made(**given).last_hidden_state, bert(**given).last_hidden_state, atol=1e-4, rtol=0
         )
+
+
+# -- analysis
+
+
+def test_a_model_is_analyzed_like_its_program(bert):
+    torch.manual_seed(1)
+    batches = [text(4, 12) for _ in range(4)]
+    only = ["*.layer.0.intermediate.*", "*.layer.0.output.*"]
+    options = {"calibration": batches, "only": only, "schemes": ("int8",)}
+    found = tersor.analyze(bert, text(), dynamic=TEXT, latency=False, **options)
+    assert isinstance(found, tersor.Analysis) and len(found) == 2
+    program = tersor.capture(bert, text(), TEXT)
+    steps = []
+    timed = tersor.analyze(program, progress=steps.append, **options)
+    assert timed.to_json()["sites"][0]["outcomes"] == found.to_json()["sites"][0]["outcomes"]
+    assert all(0 < row.latency_share < 1 for row in timed.sites) and "timing" in steps
+
+
+def test_an_analysis_without_data_is_refused_before_any_work(bert):
+    with pytest.raises(InputError, match="needs calibration data"):
+        tersor.analyze(bert, text(), progress=lambda step: pytest.fail(f"{step} was done"))
+    with pytest.raises(InputError, match="signature already"):
+        tersor.analyze(tersor.capture(bert, text()), text(), calibration=[text()])
