@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 	@$(VENV)/bin/tersor demo
 
 test: $(VENV)/.test
-	@$(VENV)/bin/python -m pytest $(PYTEST)
+	@$(VENV)/bin/python -m pytest --numprocesses auto --dist worksteal $(PYTEST)
 
 lint: $(VENV)/.test
 	@$(VENV)/bin/ruff check .
