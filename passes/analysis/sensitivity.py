@@ -38,7 +38,7 @@ from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.sweep import does_not_run, progress
 from tersor.passes.context import Context
 from tersor.passes.gates import Measure
-from tersor.passes.quantize.bfloat16 import BFloat16
+from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.rtn import RoundToNearest
 from tersor.passes.quantize.static import StaticActivations

@@ -10,7 +10,7 @@ from tersor.ir import Program
 from tersor.passes import Pipeline
 from tersor.passes.calibration import Histogram, MinMax
 from tersor.passes.numerics import outputs, relative_error, small_inputs
-from tersor.passes.quantize.bfloat16 import BFloat16
+from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.integers import IntegerProducts
