@@ -69,15 +69,15 @@ class SiteAnalysis:
 
     @property
     def cause(self) -> str:
-        """Which operand most of the noise comes from under the first scheme that rounds two, and its widest channel."""
+        """Which operand makes most of the noise under the first scheme that rounds two, and its widest channel."""
         for outcome in self.outcomes.values():
             if outcome.input_sqnr_db is None or outcome.weights_sqnr_db is None:
                 continue
             if outcome.input_sqnr_db <= outcome.weights_sqnr_db:
-                what, ratio = "input: widest channel", self.input_ratio
+                what, ratio = "input, widest channel", self.input_ratio
             else:
-                what, ratio = "weights: widest column", self.weight_ratio
-            return what.partition(":")[0] if ratio is None else f"{what} {ratio:.3g}x the median"
+                what, ratio = "weights, widest column", self.weight_ratio
+            return what.partition(",")[0] if ratio is None else f"{what} {ratio:.3g}x"
         return ""
 
 
@@ -161,7 +161,7 @@ class Analysis:
         return Group(*parts, *(Text(note) for note in self.notes))
 
     def __str__(self) -> str:
-        console = Console(width=160, no_color=True)
+        console = Console(width=180, no_color=True)
         with console.capture() as capture:
             console.print(self)
         return capture.get()

@@ -59,7 +59,7 @@ def test_a_bad_layer_comes_out_on_top_with_its_reason(made, scheme):
     assert worst.site == "block.0.ffn.down"
     assert worst.outcomes[scheme].sqnr_db < before.outcomes[scheme].sqnr_db - 15
     assert worst.outcomes[scheme].output_sqnr_db < before.outcomes[scheme].output_sqnr_db - 15
-    assert worst.input_ratio > 20 * before.input_ratio and worst.cause.startswith("input: widest channel")
+    assert worst.input_ratio > 20 * before.input_ratio and worst.cause.startswith("input, widest channel")
 
 
 def test_without_a_bad_layer_none_stands_out(made):
@@ -76,7 +76,7 @@ def test_weights_with_a_wide_column_are_named_as_the_reason(made):
     up[5] /= 500
     made.parameters["block.1.ffn.up.weight"] = up
     worst = analyze(made, batches(), schemes=["int8"])["block.1.ffn.down"]
-    assert worst.weight_ratio > 100 and worst.cause.startswith("weights: widest column")
+    assert worst.weight_ratio > 100 and worst.cause.startswith("weights, widest column")
     figures = worst.outcomes["int8"]
     assert figures.weights_sqnr_db < figures.input_sqnr_db
     # independent errors add up
