@@ -151,7 +151,7 @@ def function_cost(function: Function, sizes: Mapping[str, int] | None = None) ->
     by_site: dict[str, Row] = {}
     for node in function.calls():
         work = node_cost(node)
-        row = Row(1, _number(work.macs, at), _number(work.bytes, at))
+        row = Row(1, evaluated(work.macs, at), evaluated(work.bytes, at))
         _count(by_op, node.target.name, row)
         _count(by_site, node.meta.get("site") or node.meta.get("module") or "", row)
     peak, peak_node = _peak(function, at)
@@ -194,7 +194,7 @@ def _peak(function: Function, sizes: Mapping[str, int]) -> tuple[int, str]:
         ending.setdefault(node, []).append(value)
 
     def size(node: fx.Node) -> int:
-        return _number(node.meta["value"].bytes, sizes)
+        return evaluated(node.meta["value"].bytes, sizes)
 
     # Inputs are there from the start, whenever their node stands.
     live = sum(map(size, function.input_nodes))
@@ -221,5 +221,6 @@ def _values(operands: Iterable[Any]) -> Iterable[Value]:
             yield from _values(operand)
 
 
-def _number(amount: int | Dim, sizes: Mapping[str, int]) -> int:
+def evaluated(amount: int | Dim, sizes: Mapping[str, int]) -> int:
+    """An amount of work or memory at these sizes of the named dimensions."""
     return amount.evaluate(sizes) if isinstance(amount, Dim) else amount

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from tersor.errors import BudgetError, InputError, PipelineError, ProgramError, TersorError
 from tersor.ir import Program, verify
-from tersor.ir.costs import cost
+from tersor.ir.costs import cost, evaluated, node_cost
 from tersor.passes import checks, facts
-from tersor.passes.base import Equivalent, Exact, Pass, PassResult
+from tersor.passes.base import Equivalent, Exact, Finding, Lossy, Pass, PassResult
 from tersor.passes.cache import StepCache
 from tersor.passes.calibration import calibrate
 from tersor.passes.checks import Fault, Present
@@ -153,7 +153,8 @@ class Manager:
         step.seconds = time.perf_counter() - started
         if not isinstance(result, PassResult):
             raise self._failure(pass_, Fault(f"run returned {type(result).__name__}", "return a PassResult"))
-        step.changes = [replace(c, site=known.get(c.site, c.site)) for c in result.changes]
+        shares = _macs_shares(before.program) if isinstance(pass_.numerics, Lossy) else {}
+        step.changes = [_placed(c, known.get(c.site, c.site), shares) for c in result.changes]
         step.skips = [replace(s, site=known.get(s.site, s.site)) for s in result.skips]
         step.skips += checks.idle_patterns(pass_, before.program)
         program.drop_unused_parameters()
@@ -324,3 +325,22 @@ class Manager:
                 fix="give the run held-out data (Context.evaluate), or take the limit out of the budget",
             )
         return figures
+
+
+def _macs_shares(program: Program) -> dict[str, float]:
+    """Each site's part of the multiply-accumulates of all functions; sites without any are left out."""
+    named, work = names(program), {}
+    for function in program.functions.values():
+        sizes = {name: limits.max for name, limits in function.dims.items()}
+        for node in function.calls():
+            if macs := evaluated(node_cost(node).macs, sizes):
+                work[named[node]] = work.get(named[node], 0) + macs
+    total = sum(work.values())
+    return {site: macs / total for site, macs in work.items()}
+
+
+def _placed(finding: Finding, site: str, shares: Mapping[str, float]) -> Finding:
+    """A finding under the name of its site, with the site's part of the work where it has figures."""
+    if not finding.figures or site not in shares:
+        return replace(finding, site=site)
+    return replace(finding, site=site, figures={**finding.figures, "macs_share": shares[site]})

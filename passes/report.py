@@ -215,10 +215,16 @@ def _figures(step: StepReport) -> Table:
         table.add_column(column.replace("_", " "), justify="right")
     table.add_column("result", overflow="fold")
     for finding in measured:
-        shown = (f"{finding.figures[c]:.4g}" if c in finding.figures else "" for c in columns)
+        shown = (_figure(finding.figures.get(c)) for c in columns)
         result = finding.reason if finding in step.changes else f"left alone: {finding.reason}"
         table.add_row(finding.site, *shown, result)
     return table
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def plain_figures(data: Any) -> Any:

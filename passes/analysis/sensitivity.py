@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from tersor.errors import InputError, TersorError
-from tersor.ir import Dim, Function, Program, run
-from tersor.ir.costs import cost, node_cost
+from tersor.ir import Function, Program, run
+from tersor.ir.costs import cost, evaluated, node_cost
 from tersor.ir.interpreter import bind, execute, resolve
 from tersor.ir.matching import is_call
 from tersor.passes.agreement import Agreement
@@ -199,7 +199,8 @@ class _Variant:
         """Why the passes left a site as it is; None when they did not, or never look at its operation."""
         if is_call(node, "integer_linear"):
             return "it is quantized already"
-        return None if site_of(node) in self._changed else self._reasons.get(site_of(node))
+        site = site_of(self._copied[node])
+        return None if site in self._changed else self._reasons.get(site)
 
     def node(self, original: fx.Node) -> fx.Node:
         """The quantized form of a node."""
@@ -296,8 +297,7 @@ def _row(
     observed: Mapping[Request, Statistic | None], macs: int, latency_share: float | None,
 ) -> SiteAnalysis:  # fmt: skip
     node, linear = site.node, is_call(site.node, "linear")
-    own = node_cost(node).macs
-    own = own.evaluate({name: r.max for name, r in function.dims.items()}) if isinstance(own, Dim) else own
+    own = evaluated(node_cost(node).macs, {name: limits.max for name, limits in function.dims.items()})
     extent = observed.get(Request(node, MinMax()))
     weight = function.parameter(node.args[1]) if linear else None
     outcomes = {

@@ -52,7 +52,8 @@ class BFloat16(Pass):
             elif reason := self._narrow(function, node, read_by, rounded, stored):
                 result.skip(node, reason)
             else:
-                result.change(node, "weights and input in bf16")
+                size = node.args[1].meta["value"].bytes
+                result.change(node, "weights and input in bf16", bytes_before=size, bytes_after=size // 2)
         for function in program.functions.values():
             function.erase_dead(*function.graph.find_nodes(op="get_attr"))
         program.drop_unused_parameters()

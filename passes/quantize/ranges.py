@@ -60,14 +60,29 @@ def clipped_rows(
     return scale, zero
 
 
+def rounding_error(
+    grid: Grid, scale: torch.Tensor, zero: torch.Tensor, extent: MinMax, histogram: Histogram
+) -> float:
+    """||Q(x) - x||^2 / ||x||^2 over all values x seen, for one grid; 0 where all of them are."""
+    low, high = extent.low.min(), extent.high.max()
+    errors, power = _errors(grid, scale.reshape(1), zero.reshape(1), low, high, histogram)
+    return (errors[0] / power).item() if power else 0.0
+
+
 def _least_error(grid: Grid, low: torch.Tensor, high: torch.Tensor, histogram: Histogram) -> torch.Tensor:
     """The fraction of a range that loses least."""
+    fractions = torch.arange(STEPS, 0, -1) / STEPS
+    errors, _ = _errors(grid, *grid.fit(low * fractions, high * fractions), low, high, histogram)
+    return fractions[errors.argmin()]
+
+
+def _errors(
+    grid: Grid, scale: torch.Tensor, zero: torch.Tensor, low: torch.Tensor, high: torch.Tensor, histogram: Histogram
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Sums of squared errors of grids [n], and of squared values, over a histogram of values from low to high."""
     filled = histogram.counts > 0
     values, counts = histogram.centers[filled], histogram.counts[filled].double()
     # the ends of a bin may lie beyond what was seen
     values = values.clamp(low.double(), high.double())
-    fractions = torch.arange(STEPS, 0, -1) / STEPS
-    scale, zero = grid.fit(low * fractions, high * fractions)
     back = grid.round_trip(values, scale[:, None].double(), zero[:, None].double())
-    errors = ((back - values).square() * counts).sum(1)
-    return fractions[errors.argmin()]
+    return ((back - values).square() * counts).sum(1), (values.square() * counts).sum()

@@ -27,12 +27,14 @@ class RoundToNearest(WeightCodes):
 
     def run(self, program: Program, context: Context) -> PassResult:
         result, stored = PassResult(), {}
+        figures: dict[str, dict[str, float]] = {}
         functions = {function.graph: function for function in program.functions.values()}
         for linear, weight in self.weights(program, result).items():
             name = linear.args[1].target
             if name not in stored:
-                stored[name] = self.store(program, name, self.nearest(weight))
+                coded = self.nearest(weight)
+                stored[name], figures[name] = self.store(program, name, coded), coded.figures(weight)
             self.read(functions[linear.graph], linear, stored[name])
-            result.change(linear, self.words())
+            result.change(linear, self.words(), **figures[name])
         self.drop_replaced(program)
         return result

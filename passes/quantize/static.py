@@ -10,7 +10,7 @@ from tersor.passes.calibration import Histogram, MinMax, Request
 from tersor.passes.context import Context
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.places import decoded
-from tersor.passes.quantize.ranges import Method, choose_range
+from tersor.passes.quantize.ranges import Method, choose_range, rounding_error
 from tersor.passes.registry import register
 
 
@@ -47,7 +47,7 @@ class StaticActivations(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         result, grid = PassResult(), Grid(8, symmetric=False)
-        encoded: dict[fx.Node, tuple[fx.Node, str]] = {}
+        encoded: dict[fx.Node, tuple[fx.Node, str, float]] = {}
         chosen = []
         for function, linear in self.select(program):
             if reason := _reason(linear):
@@ -71,10 +71,11 @@ class StaticActivations(Pass):
                 encoded[x] = (
                     build.dequantize(codes, stored, point),
                     f"input in 8 bits from {low:.4g} to {high:.4g}",
+                    rounding_error(grid, scale, zero, extent, histogram),
                 )
-            new, words = encoded[x]
+            new, words, lost = encoded[x]
             linear.args = (new, *linear.args[1:])
-            result.change(linear, words)
+            result.change(linear, words, input_error=lost)
         return result
 
 

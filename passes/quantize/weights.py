@@ -26,6 +26,16 @@ class Coded:
         scale = self.scale if self.scale.ndim == 2 else self.scale[:, None]
         return self.codes.float() * scale.repeat_interleave(self.codes.shape[1] // scale.shape[1], -1)
 
+    def figures(self, weight: torch.Tensor) -> dict[str, float]:
+        """For reports: ||Q(W) - W||^2 / ||W||^2 (0 where W is), and the bytes of W and of what is stored."""
+        power = weight.square().sum().item()
+        lost = (self.values() - weight).square_().sum().item()
+        return {
+            "weight_error": lost / power if power else 0.0,
+            "bytes_before": weight.nbytes,
+            "bytes_after": self.codes.nbytes + self.scale.nbytes,
+        }
+
 
 class WeightCodes(Pass):
     """Base of the passes that store weights of linear layers as codes; they differ in how a weight is rounded.

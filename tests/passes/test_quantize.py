@@ -14,7 +14,7 @@ from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.integers import IntegerProducts
-from tersor.passes.quantize.ranges import choose_range
+from tersor.passes.quantize.ranges import choose_range, rounding_error
 from tersor.passes.quantize.rtn import RoundToNearest
 from tersor.passes.quantize.static import StaticActivations
 from tests.passes.check_pass import apply, check_pass
@@ -299,3 +299,51 @@ def test_attention_multiplies_bf16_and_layers_of_one_input_share_it():
     assert len(inputs) == 4 and len(after.main.calls("linear")) == 6
     only = apply(BFloat16(kinds=("attention",)), made)
     assert not only.main.calls("cast") and only.main.calls("attention")[0].kwargs["products"] == "bfloat16"
+
+
+# -- what reports say
+
+
+def test_reports_have_error_bytes_and_work_of_every_layer():
+    made = Transformer(layers=1).build()
+    data = [{"x": torch.randn(2, 8, 16), "mask": torch.ones(2, 1, 1, 8, dtype=torch.bool)} for _ in range(3)]
+    _, report = Pipeline([RoundToNearest(), StaticActivations()]).run(made, calibration=data)
+    weights, inputs = ({c.site: c.figures for c in step.changes} for step in report.steps)
+    assert len(weights) == len(inputs) == 6
+    up = weights["block.0.ffn.up"]
+    rounded = Grid().round_trip(
+        weight := made.parameters["block.0.ffn.up.weight"].tensor, Grid().fit_rows(weight)[0][:, None]
+    )
+    assert up["weight_error"] == pytest.approx(
+        ((rounded - weight).square().sum() / weight.square().sum()).item(), rel=1e-3
+    )
+    assert (up["bytes_before"], up["bytes_after"]) == (4 * 24 * 16, 24 * 16 + 4 * 24)
+    # the rest of the work is that of the attention
+    assert sum(f["macs_share"] for f in weights.values()) < 1
+    assert (
+        up["macs_share"]
+        == inputs["block.0.ffn.up"]["macs_share"]
+        == 1.5 * weights["block.0.attention.key"]["macs_share"]
+    )
+    assert all(1e-6 < f["input_error"] < 1e-3 for f in inputs.values())
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_the_error_of_a_range_is_that_of_the_values(method):
+    x = torch.randn(4096, 1, generator=torch.Generator().manual_seed(0))
+    extent, histogram = MinMax(), Histogram(bins=1 << 16)
+    for statistic in (extent, histogram):
+        statistic.update(x, torch.Generator())
+    for bits in (4, 8):
+        grid = Grid(bits, symmetric=False)
+        scale, zero = choose_range(method, grid, extent, histogram, 1.0)
+        exact = (grid.round_trip(x, scale, zero) - x).square().sum() / x.square().sum()
+        assert rounding_error(grid, scale, zero, extent, histogram) == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_the_error_of_zeros_is_none():
+    extent, histogram = MinMax(), Histogram()
+    for statistic in (extent, histogram):
+        statistic.update(torch.zeros(5, 2), torch.Generator())
+    grid = Grid(8, symmetric=False)
+    assert rounding_error(grid, *grid.fit(torch.zeros(()), torch.zeros(())), extent, histogram) == 0
