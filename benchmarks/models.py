@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 SEED = 0
+CALIBRATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Model:
         architecture = getattr(transformers, self.architecture)
         return architecture(architecture.config_class(**dict(self.config))).eval()
 
-    def inputs(self, batch: int, length: int) -> dict[str, np.ndarray]:
+    def inputs(self, batch: int, length: int, seed: int = SEED) -> dict[str, np.ndarray]:
         """Inputs by name: token ids (int64), with a full mask where the model takes one, or pixels (f32)."""
-        random = np.random.default_rng(SEED)
+        random = np.random.default_rng(seed)
         if self.image:
             shape = (batch, 3, self.image, self.image)
             return {"pixel_values": random.standard_normal(shape, dtype=np.float32)}
@@ -60,6 +61,11 @@ class Model:
         if self.mask:
             inputs["attention_mask"] = np.ones((batch, length), dtype=np.int64)
         return inputs
+
+    def calibration(self, inputs: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Other random batches of the same shapes, to quantize with."""
+        batch, length = next(iter(inputs.values())).shape[:2]
+        return [self.inputs(batch, length, SEED + 1 + i) for i in range(CALIBRATION_BATCHES)]
 
     def label(self, batch: int, length: int) -> str:
         """`1x128` for tokens, `1x3x224x224` for images."""

@@ -19,12 +19,16 @@ BUSY = 0.05
 
 @dataclass
 class Entry:
-    """One model at one shape on a number of threads, with what every engine did."""
+    """One model at one shape on a number of threads, with what every engine did.
+
+    `floor` is the time of the integer products alone at the machine's peak, in milliseconds (`benchmarks.floor`).
+    """
 
     model: str
     shape: str
     threads: int
     measurements: list[Measurement]
+    floor: float | None = None
 
     def ratio(self, peer: str) -> float | None:
         """Peer's median / our median: above 1 we are faster."""
@@ -35,11 +39,12 @@ class Entry:
 
 @dataclass
 class Report:
-    """A whole run."""
+    """A whole run; `recipe` is ours."""
 
     date: str
     command: str
     machine: dict[str, object]
+    recipe: str = "fp32"
     entries: list[Entry] = field(default_factory=list)
 
     def write(self, folder: Path, name: str) -> tuple[Path, Path]:
@@ -63,7 +68,7 @@ class Report:
         measurements = [m for entry in self.entries for m in entry.measurements]
         engines = list(dict.fromkeys(m.engine for m in measurements))
         lines = [
-            f"# Latency, {self.date}",
+            f"# Latency, recipe {self.recipe}, {self.date}",
             "",
             "; ".join(f"{key}: {value}" for key, value in self.machine.items()),
             "",
@@ -72,16 +77,25 @@ class Report:
             f"`{self.command}`",
             "",
             "Milliseconds: median (minimum); in brackets the peer's median / ours: above 1 we are faster.",
-            f"`!` marks an output further than {TOLERANCE:g} of its scale from torch eager.",
+            f"`!` marks an output further than {TOLERANCE:g} of its scale from torch eager."
+            if self.recipe == "fp32"
+            else "cos: cosine to torch eager's output in float32; with random weights, which proves no accuracy.",
         ]
+        floors = any(entry.floor for entry in self.entries)
+        if floors:
+            lines.append(
+                "Floor: the integer products alone, at the peak measured next to the entry; ours / it in brackets."
+            )
         for threads in sorted({entry.threads for entry in self.entries}):
             lines += ["", f"## {threads} thread{'s' * (threads > 1)}", ""]
-            lines += [f"| model | input | {' | '.join(engines)} |", "|---" * (len(engines) + 2) + "|"]
+            columns = ["model", "input", *engines, *["floor"] * floors]
+            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
             for entry in self.entries:
                 if entry.threads == threads:
                     cells = {m.engine: self._cell(entry, m) for m in entry.measurements}
-                    row = " | ".join(cells.get(engine, "") for engine in engines)
-                    lines.append(f"| {entry.model} | {entry.shape} | {row} |")
+                    row = [entry.model, entry.shape, *(cells.get(engine, "") for engine in engines)]
+                    row += [_floor(entry)] * floors
+                    lines.append(f"| {' | '.join(row)} |")
         notes = []
         for entry in self.entries:
             for m in entry.measurements:
@@ -92,14 +106,28 @@ class Report:
                     notes.append(f"* {place}: used {m.idle_load:.0%} of a core between its turns")
         return "\n".join(lines + ["", *notes] if notes else lines) + "\n"
 
-    @staticmethod
-    def _cell(entry: Entry, measurement: Measurement) -> str:
+    def _cell(self, entry: Entry, measurement: Measurement) -> str:
         if measurement.median is None:
             return "failed" if measurement.failure else ""
-        wrong = "!" if measurement.error is not None and measurement.error > TOLERANCE else ""
-        ratio = entry.ratio(measurement.engine) if measurement.engine != US else None
-        text = f"{measurement.median:.4g} ({measurement.minimum:.4g}){wrong}"
-        return f"{text} [{ratio:.2f}]" if ratio else text
+        return f"{_figures(entry, measurement)}{self._remark(measurement)}"
+
+    def _remark(self, m: Measurement) -> str:
+        if self.recipe == "fp32":
+            return "!" if m.error is not None and m.error > TOLERANCE else ""
+        return "" if m.cosine is None else f" cos {m.cosine:.6f}"
+
+
+def _figures(entry: Entry, m: Measurement) -> str:
+    """Median (minimum) and the ratio."""
+    ratio = entry.ratio(m.engine) if m.engine != US else None
+    return f"{m.median:.4g} ({m.minimum:.4g})" + (f" [{ratio:.2f}]" if ratio else "")
+
+
+def _floor(entry: Entry) -> str:
+    ours = next((m.median for m in entry.measurements if m.engine == US), None)
+    if not entry.floor:
+        return ""
+    return f"{entry.floor:.4g}" + (f" [{ours / entry.floor:.2f}]" if ours else "")
 
 
 def machine() -> dict[str, object]:
@@ -119,15 +147,14 @@ def machine() -> dict[str, object]:
 
 
 def line(entry: Entry) -> str:
-    """One entry on one line, to follow a run: median (minimum) [peer's median / ours]."""
+    """One entry on one line, to follow a run: median (minimum) [peer's median / ours], cosine to torch."""
     parts = []
     for m in entry.measurements:
         if m.median is None:
             parts.append(f"{m.engine} failed: {m.failure}")
             continue
-        ratio = entry.ratio(m.engine) if m.engine != US else None
-        wrong = f" error {m.error:.1e}" if m.error is not None and m.error > TOLERANCE else ""
-        parts.append(
-            f"{m.engine} {m.median:.4g} ({m.minimum:.4g}){f' [{ratio:.2f}]' if ratio else ''}{wrong}"
-        )
+        wrong = f" cos {m.cosine:.6f}" if m.error is not None and m.error > TOLERANCE else ""
+        parts.append(f"{m.engine} {_figures(entry, m)}{wrong}")
+    if entry.floor:
+        parts.append(f"floor {_floor(entry)}")
     return f"{entry.model} {entry.shape} {entry.threads} thr: " + "; ".join(parts)

@@ -3,7 +3,8 @@
 For every model, shape and number of threads each engine runs in its own process, bound to that many
 CPUs. They take turns, in an order that rotates every round; a turn is one untimed call and three timed
 ones. Reported are the median and the minimum of at least 20 timed calls, and for each peer its median
-divided by ours. Outputs are compared with torch eager.
+divided by ours. Outputs are compared with torch eager in float32. With --recipe ours is compiled with that
+recipe, and the peers compute at the same precision; int8 is calibrated with random data, which proves speed only.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.engines import BY_DEFAULT, ENGINES
+from benchmarks.engines import BESIDE, OTHERS, RECIPES, engines
+from benchmarks.floor import Floor
 from benchmarks.models import MODELS
 from benchmarks.report import Entry, Report, line, machine
-from tersor.peers import Worker, race
+from tersor.peers import US, Worker, race
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -30,15 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     now = datetime.datetime.now()
     command = shlex.join(["python", "-m", "benchmarks.run", *arguments])
-    report = Report(now.strftime("%Y-%m-%d %H:%M"), command, machine())
+    report = Report(now.strftime("%Y-%m-%d %H:%M"), command, machine(), options.recipe)
+    known, floor = engines(options.recipe), Floor(options.recipe)
     for threads in options.threads:
-        workers = {engine: Worker(ENGINES[engine], threads) for engine in options.engines}
+        workers = {engine: Worker(known[engine], threads) for engine in options.engines}
         try:
             for name in options.models:
                 model = MODELS[name]
                 for batch, length in options.shapes if options.shapes and not model.image else model.shapes:
-                    measurements = race(workers, model, model.inputs(batch, length), calls=options.calls)
-                    entry = Entry(name, model.label(batch, length), threads, measurements)
+                    inputs = model.inputs(batch, length)
+                    measurements = race(workers, model, inputs, calls=options.calls)
+                    limit = floor.milliseconds(model, inputs, threads)
+                    entry = Entry(name, model.label(batch, length), threads, measurements, limit)
                     report.entries.append(entry)
                     print(line(entry), flush=True)
         finally:
@@ -57,6 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--recipe", choices=list(RECIPES), default="fp32", help="default: fp32")
     parser.add_argument(
         "--models", type=several(MODELS), default=list(MODELS), help=f"of {','.join(MODELS)}; default: all"
     )
@@ -68,13 +74,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=several(map(str, range(1, cpus + 1))), default=["1", "2"][:cpus])
     parser.add_argument(
         "--engines",
-        type=several(ENGINES),
-        default=BY_DEFAULT,
-        help=f"of {','.join(ENGINES)}; default: all but tvm, which takes 20 s a call on BERT-base",
+        type=several((US, *OTHERS)),
+        help=f"of {','.join((US, *OTHERS))}; default: those of the recipe's precision, tvm left out (20 s a call)",
     )
     parser.add_argument("--calls", type=int, default=21, help="timed calls of each engine on each entry")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and Markdown files")
     options = parser.parse_args(arguments)
+    options.engines = options.engines or [US, *BESIDE[options.recipe]]
     options.threads = [int(number) for number in options.threads]
     return options
 

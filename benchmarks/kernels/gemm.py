@@ -48,7 +48,7 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))[: options.threads]
     os.sched_setaffinity(0, cpus)
     os.environ["TVM_NUM_THREADS"] = str(options.threads)  # read once, when TVM starts its pool
-    limit = options.threads * peak(options)
+    limit = options.threads * peak(options.dtype, options.target)
     print(
         f"{options.threads} thread(s), target {options.target}, {options.dtype}, epilogue {options.epilogue}, "
         f"{'warm' if options.warm else 'cold'} weights; peak {limit:.0f} GOP/s"
@@ -115,7 +115,7 @@ def measure(m: int, k: int, n: int, options: argparse.Namespace) -> float:
     return seconds_per_call(call, kernel, {"rows": m}, options.seconds, 0 if options.warm else COLD_BYTES)
 
 
-def peak(options: argparse.Namespace) -> float:
+def peak(dtype: str, target_name: str = "native") -> float:
     """GOP/s of one thread in a register tile whose operands stay in L1."""
     import tvm
     from tvm.script.ir_builder import IRBuilder
@@ -128,8 +128,8 @@ def peak(options: argparse.Namespace) -> float:
     from tersor.codegen.timing import seconds_per_call
     from tersor.targets import resolve
 
-    target, rounds, words = resolve(options.target), 2000, 64
-    product = inner_product(options.dtype, target)
+    target, rounds, words = resolve(target_name), 2000, 64
+    product = inner_product(dtype, target)
     rows, width = choose(target, 1, len(product.parts)).rows, PANEL_VECTORS * product.lanes
 
     def vector(v: int):

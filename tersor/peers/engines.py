@@ -1,6 +1,6 @@
 """One class per engine: how it prepares a model for one shape, and one call. Used inside worker processes.
 
-Everything is float32: engines that would lower the precision on their own are told not to.
+Everything is float32 unless a class says otherwise: engines that would lower the precision are told not to.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 from tersor.peers.source import Inputs, OnnxFile, Source
 
 if TYPE_CHECKING:
+    import openvino
     import torch
 
 Call = Callable[[], np.ndarray]
@@ -104,14 +105,19 @@ class Onnxruntime:
         for name, axes in source.dynamic_axes.items():
             for axis, dimension in axes.items():
                 options.add_free_dimension_override_by_name(dimension, inputs[name].shape[axis])
-        file = str(onnx_file(source, inputs))
+        file = str(self.file(source, inputs))
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         first = [session.get_outputs()[0].name]
         return lambda: session.run(first, inputs)[0]
 
+    def file(self, source: Source, inputs: Inputs) -> Path:
+        return onnx_file(source, inputs)
+
 
 class Openvino:
     """OpenVINO's CPU plugin with its latency hint, shapes fixed, f32 asked for (some CPUs would get bf16)."""
+
+    precision = "f32"
 
     def __init__(self, threads: int):
         import openvino
@@ -122,20 +128,26 @@ class Openvino:
     def load(self, source: Source, inputs: Inputs) -> Call:
         import openvino
 
-        core = openvino.Core()
-        graph = core.read_model(onnx_file(source, inputs))
-        graph.reshape({name: list(value.shape) for name, value in inputs.items()})
         options = {
             "INFERENCE_NUM_THREADS": self._threads,
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": self.precision,
         }
-        compiled = core.compile_model(graph, "CPU", options)
+        compiled = openvino.Core().compile_model(self.graph(source, inputs), "CPU", options)
         return lambda: compiled(inputs, share_inputs=True, share_outputs=True)[0]
+
+    def graph(self, source: Source, inputs: Inputs) -> openvino.Model:
+        import openvino
+
+        graph = openvino.Core().read_model(onnx_file(source, inputs))
+        graph.reshape({name: list(value.shape) for name, value in inputs.items()})
+        return graph
 
 
 class Tersor(Torch):
     """Us: the source's artifact where it has one, else a compile for this machine and these shapes."""
+
+    recipe = "fp32"
 
     def __init__(self, threads: int):
         import tersor
@@ -151,8 +163,17 @@ class Tersor(Torch):
             compiled = tersor.load(source.artifact, threads=self._threads)
         else:
             example = self.tensors(inputs)
-            compiled = tersor.compile(self.module(source), example, threads=self._threads)
+            compiled = tersor.compile(
+                self.module(source),
+                example,
+                recipe=self.recipe,
+                calibration=self.calibration(source, inputs),
+                threads=self._threads,
+            )
         return lambda: compiled(**inputs)[0]
+
+    def calibration(self, source: Source, inputs: Inputs) -> Iterable[Inputs] | None:
+        return None
 
 
 def cache_folder() -> Path:

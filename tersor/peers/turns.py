@@ -20,8 +20,9 @@ SLOW_MILLISECONDS = 5000.0
 class Measurement:
     """What one engine did.
 
-    `error` is the largest difference to the reference engine's first output, relative to its largest value;
-    `idle_load` the most that the process used of one core while it was not its turn.
+    `error` is the largest difference to the reference engine's first output, relative to its largest value, and
+    `cosine` the cosine to that output; `idle_load` the most that the process used of one core while it was not its
+    turn.
     """
 
     engine: str
@@ -29,6 +30,7 @@ class Measurement:
     load_seconds: float | None = None
     milliseconds: list[float] = field(default_factory=list)
     error: float | None = None
+    cosine: float | None = None
     idle_load: float = 0.0
     failure: str | None = None
 
@@ -75,6 +77,7 @@ def race(
         expected = output if name == reference else expected
         if expected is not None:
             result.error = _relative_error(output, expected)
+            result.cosine = _cosine(output, expected)
     rounds = -(-calls // TIMED_PER_TURN)
     for number in range(rounds):
         shift = number % max(1, len(running))
@@ -94,3 +97,10 @@ def _relative_error(output: np.ndarray, expected: np.ndarray) -> float:
     if output.shape != expected.shape:
         return float("inf")
     return float(np.abs(output - expected).max() / np.abs(expected).max())
+
+
+def _cosine(output: np.ndarray, expected: np.ndarray) -> float:
+    if output.shape != expected.shape:
+        return 0.0
+    a, b = (value.astype(np.float64).ravel() for value in (output, expected))
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))

@@ -108,6 +108,7 @@ def test_outputs_are_compared_with_the_reference_at_its_scale() -> None:
     found = {m.engine: m for m in race(workers, None, {}, calls=1)}
     assert found["ours"].error == pytest.approx(0.05)
     assert found["torch"].error == 0 and found["shape"].error == float("inf")
+    assert found["ours"].cosine == pytest.approx(17.8 / (17 * 18.64) ** 0.5) and found["shape"].cosine == 0
 
 
 def test_a_failure_is_recorded_and_a_slow_engine_is_timed_once() -> None:
