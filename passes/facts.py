@@ -183,7 +183,10 @@ class Unmet:
 
 
 def unmet(pass_: Pass, program: Program, records: Records | None = None) -> list[Unmet]:
-    """What of a pass's ``requires`` and ``forbids`` this program does not meet, at the sites the pass selects."""
+    """What of a pass's ``requires`` and ``forbids`` this program does not meet, at the sites the pass selects.
+
+    A forbidden fact about single sites is no obstacle: the pass leaves those sites out (`barred`).
+    """
     found = []
     for name, required in [
         *((n, True) for n in sorted(pass_.requires)),
@@ -194,10 +197,22 @@ def unmet(pass_: Pass, program: Program, records: Records | None = None) -> list
             if holds(name, program, records) is not required:
                 found.append(Unmet(name, required, ()))
             continue
-        selected, true = relevant(pass_, subject, program), holds_at(name, program)
-        if wrong := selected - true if required else selected & true:
+        if not required:
+            continue
+        if wrong := relevant(pass_, subject, program) - holds_at(name, program):
             found.append(Unmet(name, required, tuple(sorted(site for _, site in wrong))))
     return found
+
+
+def barred(pass_: Pass, program: Program) -> dict[str, str]:
+    """The selected sites at which a fact holds that the pass forbids, each with that fact's name."""
+    found = {}
+    for name in sorted(pass_.forbids):
+        subject = get(name)
+        if subject.site is not None:
+            places = relevant(pass_, subject, program) & holds_at(name, program)
+            found |= {site: name for _, site in places}
+    return dict(sorted(found.items()))
 
 
 def relevant(pass_: Pass, subject: Fact, program: Program) -> set[Place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,10 @@ class Manager:
         if reasons := self._reasons_to_leave_out(pass_, before):
             step.status, step.notes = "skipped", reasons
         else:
-            after = self._execute(pass_, before, step)
+            barred = facts.barred(pass_, before.program)
+            narrowed = replace(pass_, skip=(*pass_.skip, *map(glob.escape, barred))) if barred else pass_
+            after = self._execute(narrowed, before, step)
+            step.skips += [Finding(site, f"it is {fact!r} already") for site, fact in barred.items()]
             self._done.append(pass_.name)
         step.after = after.size
         self.report.steps.append(step)

@@ -143,14 +143,12 @@ class _Walk:
         for holder in self.held[fact.name]:
             if not self._meets(step, fact, holder):
                 continue
+            if holder.step is None and fact.site is not None:
+                continue  # the pass leaves these sites out (`facts.barred`)
             if holder.step is None:
-                sites = sorted(
-                    site for _, site in (self._places(step, fact) or set()) & (holder.places or set())
-                )
-                where = f" at {', '.join(sites[:5])}" + (", ..." if len(sites) > 5 else "") if sites else ""
                 yield Violation(
-                    "forbidden", self.label(step), f"forbids {fact.name!r}, which the program is already{where}",
-                    f"remove {pass_.name}" + (" or name these sites in its skip=" if sites else ""),
+                    "forbidden", self.label(step), f"forbids {fact.name!r}, which the program is already",
+                    f"remove {pass_.name}",
                 )  # fmt: skip
             elif fact.name in pass_.provides and fact.name in self.passes[holder.step].forbids:
                 yield Violation(

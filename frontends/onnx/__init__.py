@@ -4,6 +4,7 @@ reader      the file as plain Python, with its damage as typed errors
 dimensions  its inputs over named dimensions
 convert     its graph as a program; `table` is how converters are entered and called, `values` evaluates sizes
 elementwise, layout, reduction, nn, quantized, contrib    what each operator becomes
+codes       weights that the file stores in 8 bits, back in their codes once the program is in canonical form
 naming      names of weights that an exporter lost; `provenance` is where operators come from
 """
 
@@ -45,6 +46,7 @@ def capture(
         UnsupportedOpError: the model has operators without a converter; the message lists all of them.
         CaptureError: the model does something that a program cannot.
     """
+    from tersor.frontends.onnx.codes import return_codes
     from tersor.frontends.onnx.convert import Conversion
     from tersor.frontends.onnx.dimensions import read_signature
     from tersor.frontends.onnx.reader import read_model
@@ -54,13 +56,15 @@ def capture(
     while True:
         inputs, dims, assumed = read_signature(read, dynamic, example_inputs, limits)
         try:
-            program = Conversion(read, inputs, dims, name, allow_nonfinite).run()
+            conversion = Conversion(read, inputs, dims, name, allow_nonfinite)
+            program = conversion.run()
             notes = canonicalize(program)
             break
         except TableTooShort as error:
             if error.dim not in assumed or not 1 <= error.limit < limits.get(error.dim, dims[error.dim].max):
                 raise
             limits[error.dim] = error.limit  # nobody asked for the range that is too large
+    notes += return_codes(program, conversion.encoded)
     for note in notes:
         log.info(note)
     verify(program)

@@ -12,6 +12,7 @@ from torch import fx
 
 from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError
 from tersor.frontends.onnx import contrib, elementwise, layout, nn, quantized, reduction, selection, spatial  # noqa: F401
+from tersor.frontends.onnx.codes import Encoded
 from tersor.frontends.onnx.naming import restore_weight_names
 from tersor.frontends.onnx.reader import (
     STANDARD,
@@ -49,7 +50,6 @@ _ADVICE = {
     "LSTM": "recurrent layers are not Transformers; there is no plan for them",
     "GRU": "recurrent layers are not Transformers; there is no plan for them",
     "RNN": "recurrent layers are not Transformers; there is no plan for them",
-    "QLinearMatMul": "export the model with QuantizeLinear and DequantizeLinear (QDQ format)",
     "QLinearConv": "export the model with QuantizeLinear and DequantizeLinear (QDQ format)",
     "QAttention": "export the model with QuantizeLinear and DequantizeLinear (QDQ format)",
 }
@@ -90,6 +90,7 @@ class Conversion:
         self.model, self.inputs, self.allow_nonfinite = model, inputs, allow_nonfinite
         self.program = Program()
         self.function = self.program.add_function(name, dims)
+        self.encoded: list[Encoded] = []
         self.stored: dict[str, list[tuple[torch.Tensor, str]]] = defaultdict(list)
 
     def run(self) -> Program:
@@ -258,6 +259,8 @@ class Conversion:
             if x.is_number:
                 return build.full(shape=x.shape, value=x.number(), dtype=x.dtype)
             return build.parameter("constant", x.tensor)
+        if x.encoded is not None and not any(x.encoded is known for known in self.encoded):
+            self.encoded.append(x.encoded)
         # One stored tensor may be read as it is and, decoded, as something else.
         for tensor, name in self.stored[x.name]:
             if tensor is x.tensor or (tensor.dtype == x.tensor.dtype and torch.equal(tensor, x.tensor)):

@@ -1,7 +1,8 @@
-"""Quantized ONNX operators, evaluated in float32.
+"""Quantized ONNX operators.
 
-Integers of 8 bits, and sums of their products up to 2^24, are exact in float32; larger sums are rounded to 24 bits.
-What is stored quantized becomes float32 parameters.
+QuantizeLinear and DequantizeLinear of 8-bit codes become `quantize` and `dequantize`; stored weights are decoded first
+and get their codes back afterwards (`codes`). Products of integers are evaluated in float32: integers of 8 bits, and
+sums of their products up to 2^24, are exact there; larger sums are rounded to 24 bits.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from tersor.frontends.onnx.codes import Encoded
 from tersor.frontends.onnx.elementwise import WHOLE
 from tersor.frontends.onnx.reader import dtype_name
 from tersor.frontends.onnx.table import MICROSOFT, Call, converts, dtype, size
 from tersor.frontends.onnx.values import Known
+from tersor.ir.opset.quantization import CODES
+from tersor.ir.value import DTYPES
 
 _LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
 
@@ -37,21 +41,62 @@ def as_float(c: Call, x: fx.Node | Known) -> fx.Node:
 @converts("DequantizeLinear", domain=MICROSOFT)
 def _dequantize(c: Call) -> Any:
     """(x - zero point) * scale; a stored x is dequantized here and keeps its name."""
-    x, scale, zero = c.require(0), c.require(1), c.inputs[2] if c.given(2) else None
-    axis, block = c.attribute("axis", 1), c.attribute("block_size", 0)
-    stored = all(y is None or isinstance(y, Known) and y.tensor is not None for y in (x, scale, zero))
-    if stored:
-        s = _along(x.tensor.shape, scale.tensor, axis, block)
-        centred = x.tensor.float()
-        if zero is not None:
-            centred = centred - _along(x.tensor.shape, zero.tensor, axis, block).float()
-        return Known((centred * s.float()).to(scale.tensor.dtype), name=x.name)
+    zero = c.inputs[2] if c.given(2) else None
+    return _decoded(c, c.require(0), c.require(1), zero, c.attribute("axis", 1), c.attribute("block_size", 0))
+
+
+def _decoded(
+    c: Call,
+    x: fx.Node | Known,
+    scale: fx.Node | Known,
+    zero: fx.Node | Known | None,
+    axis: int,
+    block: int = 0,
+) -> Any:
+    if all(y is None or isinstance(y, Known) and y.tensor is not None for y in (x, scale, zero)):
+        return _decoded_now(x, scale.tensor, None if zero is None else zero.tensor, axis, block)
     if block:
-        raise c.refuse("dequantizes computed values block by block", why="that comes with integer execution")
+        raise c.refuse(
+            "dequantizes computed values block by block",
+            why="computed codes have a scale, or one per channel",
+        )
+    if dtype(x) in CODES:
+        operands, form = _factors(c, x, scale, zero, axis)
+        return c.cast(c.build.dequantize(c.as_node(x), *operands, **form), dtype(scale))
     result = as_float(c, x)
     if zero is not None and not _is_zero(zero):
         result = c.build.sub(result, _factor(c, as_float(c, zero), result, axis))
     return c.build.mul(result, _factor(c, c.as_node(scale), result, axis))
+
+
+def _decoded_now(x: Known, scale: torch.Tensor, zero: torch.Tensor | None, axis: int, block: int) -> Known:
+    shape = x.tensor.shape
+    centred, spread = x.tensor.float(), _along(shape, scale, axis, block).float()
+    if zero is not None:
+        centred = centred - _along(shape, zero, axis, block).float()
+    values, encoded = (centred * spread).to(scale.dtype), None
+    name = x.name.removesuffix(".codes")
+    if x.name and len(shape) == 2 and not block and x.dtype in CODES and scale.dtype == torch.float32:
+        factors = [
+            None if f is None else f.float().reshape(() if f.numel() == 1 else -1) for f in (scale, zero)
+        ]
+        encoded = Encoded(name, x.tensor, *factors, axis % 2)
+    return Known(values, name=name, encoded=encoded)
+
+
+def _factors(
+    c: Call, x: fx.Node | Known, scale: fx.Node | Known, zero: fx.Node | Known | None, axis: int
+) -> tuple[list[Any], dict[str, int]]:
+    """Scale and zero point as operands of `quantize` and `dequantize`, with the attribute that says how they lie."""
+    one = size(scale) in ((), (1,))
+    form = {} if one else {"axis": axis % len(size(x))}
+    operands: list[Any] = [c.cast(c.reshape(c.as_node(scale), () if one else size(scale)), "float32")]
+    if zero is None or _is_zero(zero):
+        return operands, form
+    if isinstance(zero, Known) and zero.is_number:
+        return [*operands, float(zero.number())], form
+    point = as_float(c, zero)
+    return [*operands, c.reshape(point, () if size(point) == (1,) else size(point))], form
 
 
 def _is_zero(zero: fx.Node | Known) -> bool:
@@ -75,19 +120,44 @@ def _factor(c: Call, factor: fx.Node, x: fx.Node, axis: int) -> Any:
 
 @converts("QuantizeLinear", since=10)
 @converts("QuantizeLinear", domain=MICROSOFT)
-def _quantize(c: Call) -> fx.Node:
-    """saturate(round(x / scale) + zero point)."""
-    x, scale = c.node(0), c.node(1)
+def _quantize(c: Call) -> Any:
+    """saturate(round(x / scale) + zero point); 8-bit codes by the reciprocal of the scale (`quantize`)."""
     code = c.attribute("output_dtype", 0)
     name = dtype(c.require(2)) if c.given(2) else dtype_name(code) if code else "uint8"
     if name not in _LIMITS or c.attribute("block_size", 0):
         raise c.refuse(f"makes {name}, or works in blocks", why="8 and 16 bits by channel are known")
-    axis = c.attribute("axis", 1)
-    codes = c.build.round(c.build.div(x, _factor(c, scale, x, axis)))
-    if c.given(2) and not _is_zero(c.require(2)):
-        codes = c.build.add(codes, _factor(c, as_float(c, c.require(2)), x, axis))
+    return _encoded(
+        c, c.require(0), c.require(1), c.inputs[2] if c.given(2) else None, c.attribute("axis", 1), name
+    )
+
+
+def _encoded(
+    c: Call, x: fx.Node | Known, scale: fx.Node | Known, zero: fx.Node | Known | None, axis: int, name: str
+) -> Any:
     low, high = _LIMITS[name]
+    if all(y is None or isinstance(y, Known) and y.tensor is not None for y in (x, scale, zero)):
+        shape = x.tensor.shape
+        codes = torch.round(x.tensor.float() / _along(shape, scale.tensor, axis, 0).float())
+        if zero is not None:
+            codes = codes + _along(shape, zero.tensor, axis, 0).float()
+        return Known(codes.clamp(low, high).to(DTYPES[name]), name=x.name)
+    x = c.as_node(x)
+    if name in CODES:
+        operands, form = _factors(c, x, scale, zero, axis)
+        return c.build.quantize(c.cast(x, "float32"), *operands, dtype=name, **form)
+    codes = c.build.round(c.build.div(x, _factor(c, c.as_node(scale), x, axis)))
+    if zero is not None and not _is_zero(zero):
+        codes = c.build.add(codes, _factor(c, as_float(c, zero), x, axis))
     return _integers(c, _clamped(c, codes, low, high), name)
+
+
+@converts("QLinearMatMul", since=10)
+def _qlinear_matmul(c: Call) -> fx.Node:
+    """Codes, scale and zero point of A, of B, scale and zero point of the result: decoded, multiplied, encoded."""
+    a, b = (
+        c.as_node(_decoded(c, *(c.require(i + j) for j in range(3)), axis)) for i, axis in ((0, -2), (3, -1))
+    )
+    return _encoded(c, c.build.matmul(a, b), c.require(6), c.require(7), -1, dtype(c.require(7)))
 
 
 def _clamped(c: Call, x: fx.Node, low: int, high: int) -> fx.Node:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tersor.errors import InputError
+from tersor.frontends.onnx.codes import Encoded
 from tersor.ir import Dim, Range
 from tersor.ir.canonicalize.affine import lower_bound
 from tersor.ir.value import DTYPE_NAMES
@@ -31,12 +32,14 @@ class Known:
         sizes: int64 values as an object array of ints and `Dim`s, at least one of them a `Dim`; None for numbers.
         name: of the stored tensor that this is, or was decoded from; "" for others.
         codes: whether it was decoded from 8-bit codes.
+        encoded: the codes and scales that it was decoded from, where the file decodes them by an operator.
     """
 
     tensor: torch.Tensor | None = None
     sizes: np.ndarray | None = None
     name: str = ""
     codes: bool = False
+    encoded: Encoded | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

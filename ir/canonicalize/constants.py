@@ -20,8 +20,8 @@ from tersor.ir.verifier import describe
 SMALL = 1 << 16  # bytes that a new constant may always have
 LARGEST_TABLE = 1 << 28  # bytes of a table that is tried at all
 
-# These are as good as stored: they take no memory, or their operand is what should be stored.
-_CHEAP = ("full", "expand", "arange")
+# These are as good as stored: they take no memory, or their operand (codes, a quarter of the bytes) should be stored.
+_CHEAP = ("full", "expand", "arange", "dequantize")
 
 # What these make of a parameter is still the parameter: a part or a view of it, or 1 + weight as Gemma's norms have it.
 _RENDITIONS = ("permute", "reshape", "slice", "cast", "add", "sub", "mul", "div", "neg")

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from tersor.ir import Builder, Function, Program
+from tersor.ir.matching import is_call
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
 from tersor.passes.quantize.places import Decoded, decoded, number
@@ -26,7 +27,9 @@ class IntegerProducts(Pass):
     With a scale per token the sums are multiplied by both scales, and the bias is added in float32:
              %y = add(mul(mul(cast(%i), @w.scale), %s), @b)
 
-    Legal when the activations are uint8 with one scale (or one per token) and a zero point that is a number, the
+    int8 activations become uint8 first, 128 more, with a zero point 128 more: exactly the same values.
+
+    Legal when the activations are in codes with one scale (or one per token) and a zero point that is a number, the
     weights int8 with a scale per row and no zero point, and no sum can leave int32.
 
     Source: Jacob et al. 2018, section 2.2. The result differs from the decoded layer's by the rounding of f32 sums and
@@ -39,6 +42,9 @@ class IntegerProducts(Pass):
 
     def run(self, program: Program, context: Context) -> PassResult:
         result = PassResult()
+        for function in program.functions.values():
+            for node in function.calls("quantize"):
+                _make_unsigned(function, node, self.name)
         for function, linear in self.select(program):
             x, weight = decoded(linear.args[0]), decoded(linear.args[1])
             if x is None and weight is None:
@@ -54,6 +60,24 @@ class IntegerProducts(Pass):
             function.erase_dead(*function.graph.find_nodes(op="get_attr"))
         program.drop_unused_parameters()
         return result
+
+
+def _make_unsigned(function: Function, encoding: fx.Node, made_by: str) -> None:
+    """int8 codes as uint8 ones, 128 more, where they are made to be decoded and nothing else; values are the same."""
+    zeros = {node: number(function, (*node.args, None)[2]) for node in (encoding, *encoding.users)}
+    if (
+        encoding.kwargs["dtype"] != "int8"
+        or None in zeros.values()
+        or not all(is_call(user, "dequantize") for user in encoding.users)
+    ):
+        return
+    build = function.builder(before=encoding, made_by=made_by)
+    form = {name: value for name, value in encoding.kwargs.items() if name != "dtype"}
+    x, scale = encoding.args[:2]
+    unsigned = build.quantize(x, scale, zeros[encoding] + 128, dtype="uint8", **form)
+    for user in list(encoding.users):
+        user.args = (*user.args[:2], zeros[user] + 128)
+    function.replace(encoding, unsigned)
 
 
 def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decoded | None) -> str | None:

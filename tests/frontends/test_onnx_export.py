@@ -266,6 +266,23 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         (lambda b, x: b.resample(x, b.parameter("p", torch.tensor([[0, 1], [2, 2], [3, 1]])),
                                  b.parameter("w", weight(3, 2)), dim=-2), [f32(B, 4, T)]),
     ],
+    "quantize": [
+        (lambda b, x, d=d, z=z, f=f, s=s: b.quantize(x, b.parameter("s", s), z and b.parameter("z", z), dtype=d, **f),
+         [f32(B, T, 3)])
+        for d, s, z, f in (
+            ("uint8", torch.tensor(2.0**-5), torch.tensor(117.0), {}),
+            ("int8", torch.tensor([2.0**-5, 2.0**-6, 2.0**-4]), None, {"axis": -1}),
+            ("int8", torch.full((1, 1, 1), 2.0**-5), torch.tensor(3.0), {}),
+        )
+    ],
+    "dequantize": [
+        (lambda b, x, s=s, z=z, f=f: b.dequantize(b.quantize(x, b.parameter("q", torch.tensor(2.0**-5)), dtype="int8"),
+                                                  b.parameter("s", s), z, **f), [f32(B, T, 3)])
+        for s, z, f in (
+            (torch.tensor(0.1), 3, {}), (torch.tensor([0.1, 0.2, 0.3]), None, {"axis": 2}),
+            (torch.full((1, 1, 1), 0.1), 3, {}),
+        )
+    ],
     "softmax": [(lambda b, x: b.softmax(x, dim=1), [f32(B, T, 3)])],
     "log_softmax": [(lambda b, x: b.log_softmax(x, dim=-1), [f32(B, T)])],
 }  # fmt: skip

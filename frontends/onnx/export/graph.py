@@ -224,11 +224,19 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def _only_multiplies(parameter: fx.Node) -> bool:
-    """Whether products read it as their weight, and nothing else does."""
-    products = ("linear", "integer_linear")
-    reads = [is_call(user, *products) and user.args.index(parameter) == 1 for user in parameter.users]
-    return bool(reads) and all(reads)
+def _only_multiplies(stored: fx.Node) -> bool:
+    """Whether products read it as their weight, as it is or decoded, and nothing else does."""
+    return bool(stored.users) and all(
+        (is_call(user, "linear", "integer_linear") and user.args.index(stored) == 1)
+        or (is_call(user, "dequantize") and user.args[0] is stored and _decodes_weights(user))
+        for user in stored.users
+    )
+
+
+def _decodes_weights(node: fx.Node) -> bool:
+    scale, group = node.args[1].meta["value"], node.kwargs.get("group")
+    along = not scale.rank or node.kwargs.get("axis") is not None
+    return along and group is None and _only_multiplies(node)
 
 
 def _unique(name: str, used: set[str]) -> str:

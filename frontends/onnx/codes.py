@@ -1,0 +1,124 @@
+"""Weights that a file stores in codes, back in their codes once the program is in canonical form.
+
+While a program is brought into canonical form, a weight is its decoded values: transposed, cut into query, key and
+value, named after its layer as any other. Afterwards a linear layer whose weight still is, bit for bit, what some codes
+of the file decode to reads these through `dequantize` again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tersor.ir import Program
+from tersor.ir.opset.quantization import dequantize
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A matrix as it is stored: codes int8 or uint8, a scale and a zero point, each () or [size of axis], f32."""
+
+    name: str
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    axis: int
+
+    def transposed(self) -> Encoded:
+        return Encoded(self.name, self.codes.t(), self.scale, self.zero, 1 - self.axis)
+
+    def part(self, dim: int, start: int, length: int) -> Encoded:
+        """Some rows (dim 0) or columns (dim 1) of it."""
+        along = dim == self.axis
+        cut = [
+            f.narrow(0, start, length) if f is not None and f.ndim and along else f
+            for f in (self.scale, self.zero)
+        ]
+        return Encoded(self.name, self.codes.narrow(dim, start, length), *cut, self.axis)
+
+    def decoded(self) -> torch.Tensor:
+        return dequantize(self.codes, self.scale, self.zero, axis=self.axis)
+
+    def signed(self) -> Encoded:
+        """With int8 codes, which is what integer products take as weights; the values are the same."""
+        if self.codes.dtype == torch.int8:
+            return self
+        codes = (self.codes.to(torch.int16) - 128).to(torch.int8)
+        zero = (torch.zeros_like(self.scale) if self.zero is None else self.zero) - 128
+        return Encoded(self.name, codes, self.scale, zero, self.axis)
+
+
+def return_codes(program: Program, encoded: Sequence[Encoded]) -> list[str]:
+    """Linear layers read the codes again that their weights were decoded from; returns a note for each that stays."""
+    if not encoded:
+        return []
+    found: dict[str, _Stored | None] = {}
+    returned: set[Encoded] = set()
+    for function in program.functions.values():
+        for linear in function.calls("linear"):
+            weight = function.parameter(linear.args[1])
+            if weight is None or weight.dtype != torch.float32:
+                continue
+            name = linear.args[1].target
+            if name not in found:
+                origin, part = next(_origins(encoded, weight), (None, None))
+                found[name] = None if part is None else _store(program, name, part.signed())
+                returned |= {origin} - {None}
+            if (stored := found[name]) is not None:
+                build = function.builder(before=linear)
+                codes, *factors = (build.read(parameter) for parameter in stored.parameters)
+                decoded = build.dequantize(codes, *factors, **stored.form)
+                linear.args = (linear.args[0], decoded, *linear.args[2:])
+    for function in program.functions.values():
+        function.erase_dead(*function.graph.find_nodes(op="get_attr"))
+    program.drop_unused_parameters()
+    return [
+        f"{e.name}: its codes are decoded, as no linear layer has them as its weight"
+        for e in encoded
+        if e not in returned
+    ]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What `dequantize` is given: parameters for codes, scale and possibly zero point, and attributes."""
+
+    parameters: tuple[str, ...]
+    form: Mapping[str, int]
+
+
+def _store(program: Program, name: str, part: Encoded) -> _Stored:
+    add = program.parameters.add
+    parameters = [
+        add(f"{name}.codes", part.codes.contiguous()),
+        add(f"{name}.scale", part.scale.contiguous()),
+    ]
+    if part.zero is not None and part.zero.any():
+        parameters.append(add(f"{name}.zero_point", part.zero.contiguous()))
+    return _Stored(tuple(parameters), {"axis": part.axis} if part.scale.ndim else {})
+
+
+def _origins(encoded: Sequence[Encoded], weight: torch.Tensor) -> Iterator[tuple[Encoded, Encoded]]:
+    """The stored matrices that a weight is (part of), with that part in the weight's layout."""
+    for origin in encoded:
+        for form in (origin.transposed(), origin):
+            if (part := _within(form, weight)) is not None:
+                yield origin, part
+
+
+def _within(form: Encoded, weight: torch.Tensor) -> Encoded | None:
+    """The consecutive rows of a stored matrix that decode to exactly this weight."""
+    rows, columns = weight.shape
+    if form.codes.shape[1] != columns or form.codes.shape[0] < rows:
+        return None
+    first = form.part(1, 0, 1).decoded()[:, 0]
+    starts = (first[: first.shape[0] - rows + 1] == weight[0, 0]).nonzero()[:, 0].tolist()
+    for start in starts:
+        if not torch.equal(first[start : start + rows], weight[:, 0]):
+            continue
+        part = form.part(0, start, rows)
+        if torch.equal(part.decoded(), weight):
+            return part
+    return None
