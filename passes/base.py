@@ -113,6 +113,7 @@ class Pass(ABC):
         provides: facts that hold at the sites it changed; the manager checks that they do.
         invalidates: facts that it may end; ending one that is not listed is an error.
         calibrated: whether it needs calibration data (a property where that depends on the configuration).
+        recovers: whether it works towards ``context.reference``, the program before the lossy passes.
     """
 
     only: tuple[str, ...] | None = None
@@ -127,6 +128,7 @@ class Pass(ABC):
     provides: ClassVar[Set[str]] = frozenset()
     invalidates: ClassVar[Set[str]] = frozenset()
     calibrated: ClassVar[bool] = False
+    recovers: ClassVar[bool] = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

@@ -66,6 +66,7 @@ class StepCache:
             program.digest(), _names(program),
             pass_.name, pass_.config(), source, context.seed,
             context.calibration.digest if pass_.calibrated and context.calibration is not None else None,
+            [context.reference.digest(), _names(context.reference)] if context.reference is not None else None,
             asdict(context.target) if context.target is not None else None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_sorted_text).encode()).hexdigest()

@@ -15,6 +15,7 @@ from tersor.passes.facts import Records
 from tersor.targets import Target
 
 if TYPE_CHECKING:
+    from tersor.ir import Program
     from tersor.passes.calibration import Dataset, Statistics
     from tersor.passes.gates import Evaluate, Measure
 
@@ -36,6 +37,9 @@ class Context:
         progress: called with the name of each step as it starts.
         calibration: the user's data as it fits the program; None without any. `Pipeline.run` puts it here.
         statistics: the answers to the running pass's ``requests``; None without data.
+        reference: for passes that recover (`Pass.recovers`): the program before the lossy passes, whose sites hold
+            what they should hold now. The manager gives the last version since which no pass was equivalent only (such
+            passes move values between places); one that is given here stands for the program that goes in.
     """
 
     target: Target | None = None
@@ -49,6 +53,7 @@ class Context:
     progress: Callable[[str], None] | None = None
     calibration: Dataset | None = None
     statistics: Statistics | None = None
+    reference: Program | None = None
 
     def __post_init__(self) -> None:
         if self.numerics not in ("auto", "always", "never"):

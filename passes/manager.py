@@ -48,14 +48,20 @@ class _Version:
     program: Program
     digest: str
     size: Size
+    reference: Program  # the last version with the same meaning at every site, before lossy passes
     results: Outputs | None = None  # in the program's own types
     precise: Outputs | None = None  # in float64
     present: Present | None = None
     figures: dict[str, float] | None = None  # bytes, latency and fidelity
 
     @staticmethod
-    def of(program: Program) -> _Version:
-        return _Version(program, program.digest(), Size.of(program))
+    def of(program: Program, reference: Program | None = None) -> _Version:
+        return _Version(program, program.digest(), Size.of(program), reference or program)
+
+    def after(self, pass_: Pass, program: Program) -> _Version:
+        """What a pass made of it. Equivalent passes move values between places: nothing before them is comparable."""
+        moved = isinstance(pass_.numerics, Equivalent)
+        return _Version.of(program, None if moved else self.reference)
 
 
 class Manager:
@@ -81,7 +87,7 @@ class Manager:
         verify(program)
         if self.context.calibration is not None:
             self.report.notes += self.context.calibration.notes
-        version = self._start = _Version.of(program)
+        version = self._start = _Version.of(program, self.context.reference)
         self._inputs = self._comparison_inputs(version)
         for step in steps:
             version = (
@@ -123,9 +129,11 @@ class Manager:
 
     def _execute(self, pass_: Pass, before: _Version, step: StepReport) -> _Version:
         """The version after a pass: from the cache, or by running and checking it."""
-        key = self._cache.key(pass_, self.context, before.program) if self._cache is not None else None
+        key = None
+        if self._cache is not None:
+            key = self._cache.key(pass_, self._context_of(pass_, before), before.program)
         if key is not None and (program := self._cache.load(key, before.program, step)) is not None:
-            return before if program is before.program else _Version.of(program)
+            return before if program is before.program else before.after(pass_, program)
         program = self._perform(pass_, before, step)
         if program.digest() == before.digest:
             after = before
@@ -134,7 +142,7 @@ class Manager:
                     f"it names {len(step.changes)} places as changed, but the program is the same"
                 )
         else:
-            after, step.status = _Version.of(program), "changed"
+            after, step.status = before.after(pass_, program), "changed"
             if not step.changes:
                 step.notes.append("it changed the program without saying where")
             if fault := self._fault(pass_, before, after, step):
@@ -148,7 +156,7 @@ class Manager:
         program = before.program.copy()
         known = {f"%{node.name}": name for node, name in names(program).items()}
         started = time.perf_counter()
-        context = self._surroundings(pass_, program)
+        context = self._with_statistics(pass_, program, self._context_of(pass_, before))
         try:
             with NoParameterWrites(program.parameters):
                 result = pass_.run(program, context)
@@ -168,20 +176,29 @@ class Manager:
             raise self._failure(pass_, Fault(str(error))) from error
         return program
 
-    def _surroundings(self, pass_: Pass, program: Program) -> Context:
-        """The context with the statistics that a calibrated pass asks for; other passes see no data."""
-        data = self.context.calibration
-        if data is None or not pass_.calibrated:
-            return replace(self.context, calibration=None)
+    def _context_of(self, pass_: Pass, version: _Version) -> Context:
+        """What a pass may see: data if it is calibrated, the reference if it recovers."""
+        return replace(
+            self.context,
+            calibration=self.context.calibration if pass_.calibrated else None,
+            reference=version.reference if pass_.recovers else None,
+        )
+
+    @staticmethod
+    def _with_statistics(pass_: Pass, program: Program, context: Context) -> Context:
+        """The context with the statistics that a calibrated pass asks for."""
+        data = context.calibration
+        if data is None:
+            return context
         statistics = calibrate(
             program,
             pass_.requests(program),
             data,
-            seed=self.context.seed,
-            cache=self.context.cache,
+            seed=context.seed,
+            cache=context.cache,
             title=f"calibrating {pass_.name}",
         )
-        return replace(self.context, statistics=statistics)
+        return replace(context, statistics=statistics)
 
     def _fault(self, pass_: Pass, before: _Version, after: _Version, step: StepReport) -> Fault | None:
         """The first thing that a pass broke, if any."""

@@ -60,8 +60,17 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         ),
     ),
     "int8-gptq": (
-        "as int8, with weights rounded for the least error of each layer's output: slower to make",
-        (*CLEANUP, *FOLDS, "smooth.smoothquant", "quantize.gptq", "quantize.static", "quantize.integers"),
+        "as int8, with weights and biases fitted to each layer's outputs: slower to make",
+        (
+            *CLEANUP,
+            *FOLDS,
+            "smooth.smoothquant",
+            "quantize.gptq",
+            "quantize.static",
+            ATTENTION,
+            "recover.bias",
+            "quantize.integers",
+        ),
     ),
     "int8-dynamic": (
         "8-bit weights and activations, scales found while it runs: no data needed",

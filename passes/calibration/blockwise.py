@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -78,11 +78,13 @@ class Step:
                 answers[node, request.what] = request.what.fresh()
                 wanted[node].append(answers[node, request.what])
         gather, padding = Gatherer(wanted, self._seed), Padding(self.program.main)
+        last = max((i for i, node in enumerate(block.nodes) if node in wanted), default=-1)
+        part = replace(block, nodes=block.nodes[: last + 1], carried=frozenset())
         for index, (state, batch) in enumerate(zip(self.states, self._batches, strict=True)):
             tokens = padding.of(batch.inputs, batch.mask)
             for node in block.inputs:
                 gather(node, state.values[node], tokens, index)
-            _run(block, state, index, gather.observer(tokens, index))
+            _run(part, state, index, gather.observer(tokens, index))
         found = {request: answers[node, request.what] for request, node in values.items()}
         return Statistics({request: answer if answer.count else None for request, answer in found.items()})
 

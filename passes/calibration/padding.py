@@ -19,6 +19,7 @@ from tersor.ir.interpreter import bind, execute, resolve
 from tersor.ir.structure import attention_layers
 
 _MASK = 3
+_CODES = frozenset({"quantize", "integer_linear", "saturate"})
 _HEAVY = frozenset({"linear", "matmul", "attention", "conv1d", "conv2d"})
 
 
@@ -95,16 +96,24 @@ def _visible(mask: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _streams(function: Function) -> dict[fx.Node, set[fx.Node]]:
-    """The stream of each float value: values that are computed from each other token by token."""
+    """The stream of each value: those that are computed from each other token by token."""
     graph = nx.Graph()
     for node in function.calls():
         graph.add_node(node)
         first_only = node.target.name in ("attention", "rotary_embedding")
         operands = node.args[:1] if first_only else node.all_input_nodes
         for operand in operands:
-            if operand.op != "get_attr" and operand.meta["value"].is_float:
+            if _is_content(operand):
                 graph.add_edge(node, operand)
     return {node: stream for stream in nx.connected_components(graph) for node in stream}
+
+
+def _is_content(operand: fx.Node) -> bool:
+    """Whether an operand says something of each token: no parameter, mask, index or position."""
+    if operand.op == "get_attr":
+        return False
+    in_codes = operand.op == "call_function" and operand.target.name in _CODES
+    return in_codes or operand.meta["value"].is_float
 
 
 def _ancestors(nodes: Mapping[fx.Node, None]) -> set[fx.Node]:

@@ -12,6 +12,7 @@ from tersor.passes.base import PassResult
 from tersor.passes.calibration import Gram, Request, Step, sequential
 from tersor.passes.context import Context
 from tersor.passes.quantize.error_feedback import Curvature, output_error, round_with_feedback
+from tersor.passes.quantize.places import drop_unread
 from tersor.passes.quantize.weights import Coded, WeightCodes
 from tersor.passes.registry import register
 
@@ -25,6 +26,10 @@ class _Rounded:
     coded: Coded
     how: str
     figures: dict[str, float]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, coded: Coded, how: str, **figures: float) -> _Rounded:
+        return cls(coded, how, coded.figures(weight) | figures)
 
 
 @register("quantize.gptq")
@@ -83,10 +88,12 @@ class GPTQ(WeightCodes):
         for linear in left:
             name = linear.args[1].target
             if name not in done:
-                rounded = _Rounded(self.nearest(weights[linear]), f"{_NEAREST}: {_UNREACHED}", {})
+                rounded = _Rounded.of(
+                    weights[linear], self.nearest(weights[linear]), f"{_NEAREST}: {_UNREACHED}"
+                )
                 done[name] = rounded, self.store(program, name, rounded.coded)
             self._write(program, linear, *done[name], result)
-        self.drop_replaced(program)
+        drop_unread(program)
         return result
 
     def _lots(self, step: Step, left: list[fx.Node]) -> list[list[fx.Node]]:
@@ -112,16 +119,17 @@ class GPTQ(WeightCodes):
         for name, linear in layers.items():
             gram = fit.get(Request(linear, Gram()))
             judging = held_out.get(Request(linear, Gram(), split="held_out"))
-            x, nearest = linear.args[0], self.nearest(weights[linear])
+            x, weight = linear.args[0], weights[linear]
+            nearest = self.nearest(weight)
             if gram is None or judging is None:
-                found[name] = _Rounded(nearest, f"{_NEAREST}: {_UNREACHED}", {})
+                found[name] = _Rounded.of(weight, nearest, f"{_NEAREST}: {_UNREACHED}")
                 continue
             if x not in curvatures:
                 curvatures[x] = Curvature.of(gram.total, gram.count, self.damp, self.act_order)
             if curvatures[x] is None:
-                found[name] = _Rounded(nearest, f"{_NEAREST}: the squares of its inputs overflow", {})
+                found[name] = _Rounded.of(weight, nearest, f"{_NEAREST}: the squares of its inputs overflow")
             else:
-                found[name] = self._better(weights[linear], nearest, curvatures[x], gram, judging)
+                found[name] = self._better(weight, nearest, curvatures[x], gram, judging)
         return found
 
     def _better(
@@ -138,8 +146,8 @@ class GPTQ(WeightCodes):
             "tokens_per_input": gram.count / weight.shape[1],
         }
         if figures["error_gptq"] <= figures["error_nearest"]:
-            return _Rounded(coded, "fitted to data", figures)
-        return _Rounded(nearest, f"{_NEAREST}, which loses less on held-out data", figures)
+            return _Rounded.of(weight, coded, "fitted to data", **figures)
+        return _Rounded.of(weight, nearest, f"{_NEAREST}, which loses less on held-out data", **figures)
 
     def _write(
         self,

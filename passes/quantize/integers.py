@@ -9,7 +9,7 @@ from tersor.ir import Builder, Function, Program
 from tersor.ir.matching import is_call
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
-from tersor.passes.quantize.places import Decoded, decoded, number
+from tersor.passes.quantize.places import Decoded, decoded, drop_unread, number
 from tersor.passes.registry import register
 
 SAFE_SUM = 2**31 - 1
@@ -56,9 +56,7 @@ class IntegerProducts(Pass):
                 continue
             result.change(linear, "sums in int32")
             function.replace(linear, _integer(function, linear, x, weight, self.name))
-        for function in program.functions.values():
-            function.erase_dead(*function.graph.find_nodes(op="get_attr"))
-        program.drop_unused_parameters()
+        drop_unread(program)
         return result
 
 

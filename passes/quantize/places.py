@@ -66,6 +66,13 @@ def readers(program: Program) -> Readers:
     return found
 
 
+def drop_unread(program: Program) -> None:
+    """Takes out parameters that nothing reads any more."""
+    for function in program.functions.values():
+        function.erase_dead(*function.graph.find_nodes(op="get_attr"))
+    program.drop_unused_parameters()
+
+
 def plain_weight(function: Function, linear: fx.Node, readers: Readers) -> torch.Tensor | str:
     """The weight of a linear layer that can be quantized, or the reason why it cannot."""
     weight = linear.args[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tersor.ir import Program
 from tersor.passes.base import PassResult
 from tersor.passes.context import Context
+from tersor.passes.quantize.places import drop_unread
 from tersor.passes.quantize.weights import WeightCodes
 from tersor.passes.registry import register
 
@@ -36,5 +37,5 @@ class RoundToNearest(WeightCodes):
                 stored[name], figures[name] = self.store(program, name, coded), coded.figures(weight)
             self.read(functions[linear.graph], linear, stored[name])
             result.change(linear, self.words(), **figures[name])
-        self.drop_replaced(program)
+        drop_unread(program)
         return result

@@ -102,10 +102,3 @@ class WeightCodes(Pass):
     def words(self) -> str:
         """The form of the codes."""
         return f"weights in {self.bits} bits per {'row' if self.group is None else f'{self.group} inputs'}"
-
-    @staticmethod
-    def drop_replaced(program: Program) -> None:
-        """Takes out parameters that no layer reads any more."""
-        for function in program.functions.values():
-            function.erase_dead(*function.graph.find_nodes(op="get_attr"))
-        program.drop_unused_parameters()

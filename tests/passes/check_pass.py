@@ -26,12 +26,14 @@ def check_pass(
     unmatched: Program,
     idempotent: bool = True,
     calibration: Any = None,
+    reference: Program | None = None,
 ) -> Program:
     """Runs a pass on ``before`` and checks everything that holds for every pass.
 
     Args:
         expected: what must come out, compared operation by operation; None where only the rest is checked.
         calibration: data for ``before`` and ``unmatched``, where the pass needs some.
+        reference: what a pass that recovers works towards.
         unmatched: a program on which the pass must do nothing, and say why where it acts on operations that are there.
 
     Returns:
@@ -39,22 +41,25 @@ def check_pass(
     """
     check_documentation(type(pass_))
     check_config(pass_)
-    after = apply(pass_, before, calibration)
+    after = apply(pass_, before, calibration, reference)
     if expected is not None:
         assert_same_structure(after, expected)
     check_metadata(before, after)
     check_float64(pass_, before, calibration)
-    assert apply(pass_, before, calibration).digest() == after.digest(), "two runs differ"
+    assert apply(pass_, before, calibration, reference).digest() == after.digest(), "two runs differ"
     if idempotent:
-        assert apply(pass_, after, calibration) is after, "the second run changed something"
-    check_unmatched(pass_, unmatched, calibration)
+        assert apply(pass_, after, calibration, reference) is after, "the second run changed something"
+    check_unmatched(pass_, unmatched, calibration, reference)
     return after
 
 
-def apply(pass_: Pass, program: Program, calibration: Any = None) -> Program:
+def apply(
+    pass_: Pass, program: Program, calibration: Any = None, reference: Program | None = None
+) -> Program:
     """Runs one pass with all of the manager's checks; the program given must stay as it is."""
     contents = _contents(program)
-    after, report = Pipeline([pass_]).run(program, Context(numerics="always"), calibration=calibration)
+    context = Context(numerics="always", reference=reference)
+    after, report = Pipeline([pass_]).run(program, context, calibration=calibration)
     assert _contents(program) == contents, "the pass touched the program of the user"
     (step,) = report.steps
     assert step.modified == bool(step.changes) == (after is not program)
@@ -100,8 +105,10 @@ def check_float64(pass_: Pass, before: Program, calibration: Any = None) -> None
     assert relative_error(reference, actual) <= ROUNDING
 
 
-def check_unmatched(pass_: Pass, unmatched: Program, calibration: Any = None) -> None:
-    after, report = Pipeline([pass_]).run(unmatched, calibration=calibration)
+def check_unmatched(
+    pass_: Pass, unmatched: Program, calibration: Any = None, reference: Program | None = None
+) -> None:
+    after, report = Pipeline([pass_]).run(unmatched, Context(reference=reference), calibration=calibration)
     assert after is unmatched, "it must not match"
     (step,) = report.steps
     assert step.status == "unchanged" and not step.changes

@@ -224,6 +224,15 @@ def test_padding_is_what_no_query_may_attend_to(site):
     torch.testing.assert_close(found.high, rows.amax(0))
 
 
+@pytest.mark.parametrize("site", ["block.0.attention.output", "block.1.ffn.down", "block.1.attention.key"])
+def test_values_behind_codes_have_the_same_padding(site):
+    made, data = Transformer(layers=2).build(), batches()
+    quantized, _ = Pipeline(["quantize.rtn", "quantize.static"]).run(made, calibration=data)
+    request = Request(site, MinMax())
+    found = calibrate(quantized, [request], dataset(made, data, held_out=0)).get(request)
+    assert found.count == sum(int(tokens(batch).sum()) for batch in data)
+
+
 def test_padding_by_an_additive_mask_and_under_a_causal_one():
     def emit(build, x, mask):
         make = Weights(build)

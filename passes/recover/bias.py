@@ -1,0 +1,217 @@
+"""Biases that take up the mean error of quantized layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tersor.ir import Program
+from tersor.passes.base import Lossy, Pass, PassResult
+from tersor.passes.calibration import Request, Samples, Statistics, Step, calibrate, sequential
+from tersor.passes.calibration.requests import Split
+from tersor.passes.context import Context
+from tersor.passes.quantize.places import decoded, drop_unread
+from tersor.passes.recover.reference import counterparts
+from tersor.passes.registry import register
+
+SPLITS: tuple[Split, Split] = ("fit", "held_out")
+
+GAIN = 0.99
+"""A bias changes where the error on held-out data falls at least to this fraction."""
+
+
+@register("recover.bias")
+class BiasCorrection(Pass):
+    """b  ->  b + mean(y - y'): a quantized layer's outputs y' are, in the mean, what they were before.
+
+    Before:  %y = linear(%x, %w, @b)              %w = dequantize(@w.codes, @w.scale, axis=0)
+    After:   %y = linear(%x, %w, @b')             b' = b + mean of (y before quantization - y now)
+
+    Rounding weights moves the mean of an output by what the mean of the inputs makes of it, and clipping inputs moves
+    it too; a bias takes that back for nothing. Layers are corrected in order, each with what the ones before it give
+    now. Tokens count by 1 / |y|^2, so that the mean is of relative errors. A change stays only where it lowers these on
+    held-out data. A layer without a bias gets one.
+
+    Legal when the weights are in codes, the bias is a parameter or absent, and the layer was there before the lossy
+    passes, under the same name and with outputs of the same shape.
+
+    Source: Nagel et al. 2019 (Data-Free Quantization), section 4.2, with means from data.
+
+    Options: samples (how many tokens to look at, and as many held-out ones to judge by).
+    """
+
+    samples: int = 1024
+
+    numerics = Lossy()
+    stage = "recover.bias"
+    acts_on = ("linear",)
+    calibrated = True
+    recovers = True
+
+    def problem(self) -> str | None:
+        return None if self.samples > 0 else f"samples = {self.samples} should be positive"
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        result, data = PassResult(), context.calibration
+        before = counterparts(program, context.reference, "linear")
+        places = self._places(program, before, result)
+        if not places:
+            return result
+        wanted = calibrate(
+            context.reference,
+            [self._output(before[linear], split) for linear in places for split in SPLITS],
+            data, seed=context.seed, cache=context.cache, title=f"{self.name}, outputs before",
+        )  # fmt: skip
+        fit = sequential(program, data, seed=context.seed, title=f"{self.name}, block by block")
+        held_out = sequential(program, data, split="held_out", seed=context.seed, title=None)
+        for step, judge in zip(fit, held_out, strict=True):
+            lots: dict[fx.Node, list[fx.Node]] = {}
+            for linear in step.calls("linear"):
+                if linear in places:
+                    lots.setdefault(linear.args[0], []).append(linear)
+            for linears in lots.values():
+                shifts = self._shifts(linears, before, wanted, step, judge)
+                for linear, shift in shifts.items():
+                    self._correct(program, linear, places[linear], shift, result)
+        drop_unread(program)
+        return result
+
+    def _places(
+        self, program: Program, before: dict[fx.Node, fx.Node], result: PassResult
+    ) -> dict[fx.Node, list[fx.Node]]:
+        """The layers to correct, each with those of other functions that share its weights and so its bias."""
+        readers: dict[str, list[fx.Node]] = {}
+        for function in program.functions.values():
+            for linear in function.calls("linear"):
+                if name := _stored(linear):
+                    readers.setdefault(name, []).append(linear)
+        found, spared = {}, self.protected(program)
+        for function, linear in self.select(program):
+            if not decoded(linear.args[1]):
+                result.skip(linear, "its weights are not in codes")
+                continue
+            sharing = [n for n in readers.get(_stored(linear), ()) if n is not linear]
+            others = [n for n in sharing if n.graph is not linear.graph]
+            bias = _bias(linear)
+            if function is not program.main:
+                result.skip(
+                    linear, "it is corrected together with the layer of 'main' that has its weights, if any"
+                )
+            elif bias is not None and function.parameter(bias) is None:
+                result.skip(linear, "its bias is computed")
+            elif others and len(others) < len(sharing):
+                result.skip(linear, "its weights are shared with layers of this function and of others")
+            elif spared & set(others) or any(_bias_name(n) != _bias_name(linear) for n in others):
+                result.skip(linear, "layers of other functions with its weights cannot change along")
+            elif linear not in before:
+                result.skip(linear, "no earlier version of it is known")
+            else:
+                found[linear] = others
+        return found
+
+    def _output(self, linear: fx.Node, split: Split) -> Request:
+        return Request(linear, Samples(self.samples), of="output", split=split)
+
+    def _shifts(
+        self,
+        linears: list[fx.Node],
+        before: dict[fx.Node, fx.Node],
+        wanted: Statistics,
+        step: Step,
+        judge: Step,
+    ) -> dict[fx.Node, _Shift | None]:
+        """By how much to move the outputs of layers of one input; None for those that no data reaches."""
+        found = [
+            s.gather(self._output(n, split) for n in linears)
+            for s, split in zip((step, judge), SPLITS, strict=True)
+        ]
+        shifts: dict[fx.Node, _Shift | None] = {}
+        for linear in linears:
+            pairs = [
+                (wanted.get(self._output(before[linear], split)), now.get(self._output(linear, split)))
+                for now, split in zip(found, SPLITS, strict=True)
+            ]
+            reached = all(rows is not None for pair in pairs for rows in pair)
+            # equal seeds draw the same tokens from both programs
+            shifts[linear] = _Shift.of(*((was.rows, now.rows) for was, now in pairs)) if reached else None
+        return shifts
+
+    def _correct(
+        self,
+        program: Program,
+        linear: fx.Node,
+        others: list[fx.Node],
+        shift: _Shift | None,
+        result: PassResult,
+    ) -> None:
+        if shift is None:
+            result.skip(linear, "no calibration data reaches it")
+            return
+        figures = {"error_before": shift.error_before, "error_after": shift.error_after}
+        if not shift.error_after <= GAIN * shift.error_before:
+            result.skip(linear, "its outputs would not be nearer on held-out data", **figures)
+            return
+        functions = {function.graph: function for function in program.functions.values()}
+        bias, value = _bias(linear), shift.value
+        if bias is not None:
+            value = value + program.parameters[bias.target].tensor.double()
+        name = bias.target if bias is not None else f"{linear.meta.get('site') or linear.name}.bias"
+        name = program.parameters.add(name, value.float())
+        for layer in (linear, *others):
+            build = functions[layer.graph].builder(before=layer, made_by=self.name)
+            layer.args = (*layer.args[:2], build.read(name))
+        result.change(linear, "bias corrected" if bias is not None else "bias added", **figures)
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """How far a layer's outputs are from what they were.
+
+    Attributes:
+        value: the mean difference over the tokens to fit to, weighted as the error is, float64 [N].
+        error_before, error_after: |y - y'|^2 / |y|^2, the mean over held-out tokens, now and with the shift.
+    """
+
+    value: torch.Tensor
+    error_before: float
+    error_after: float
+
+    @classmethod
+    def of(cls, fit: _Pair, held_out: _Pair) -> _Shift:
+        """From outputs before and now [n, N], at the same tokens."""
+        lost, weights = _errors(*fit)
+        shift = (lost * weights).sum(0) / weights.sum()
+        lost, weights = _errors(*held_out)
+        errors = ((d.square() * weights).sum().item() / len(d) for d in (lost, lost - shift))
+        return cls(shift, *errors)
+
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _errors(before: torch.Tensor, now: torch.Tensor) -> _Pair:
+    """What each token lost [n, N], and its weight 1 / |y|^2 [n, 1].
+
+    Without weights the few tokens whose values are some hundred times as large as all others (the first or the
+    separators) would decide alone; norms behind the layer make tokens equals.
+    """
+    before, now = before.double(), now.double()
+    power = before.square().sum(1, keepdim=True)
+    return before - now, 1 / power.clamp(min=max(1e-6 * power.mean().item(), 1e-30))
+
+
+def _bias(linear: fx.Node) -> fx.Node | None:
+    return linear.args[2] if len(linear.args) > 2 else None
+
+
+def _bias_name(linear: fx.Node) -> str | None:
+    bias = _bias(linear)
+    return None if bias is None else str(bias.target)
+
+
+def _stored(linear: fx.Node) -> str | None:
+    """The parameter that holds the codes of a layer's weight."""
+    weight = decoded(linear.args[1])
+    return weight.codes.target if weight is not None and weight.codes.op == "get_attr" else None
