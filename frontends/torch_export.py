@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from tersor.errors import CaptureError, InputError, ProgramError, TersorError, UnsupportedOpError
-from tersor.frontends import aten_selection, aten_spatial  # noqa: F401
+from tersor.frontends import aten_quantized, aten_selection, aten_spatial  # noqa: F401
 from tersor.frontends.aten import CONVERTERS, Context
 from tersor.frontends.dynamic import DynamicDims, export_dims, read_dynamic
 from tersor.frontends.origin import module_path, source_line, translate_export_error
@@ -281,6 +281,7 @@ def _check_weights(model: nn.Module, allow_nonfinite: bool) -> None:
 
 
 def _export(traced: _Traced, tensors: dict[str, torch.Tensor], dims: DynamicDims) -> ExportedProgram:
+    aten_quantized.enter_converters()
     with _evaluation(getattr(traced, ROOT)):
         try:
             exported = torch.export.export(

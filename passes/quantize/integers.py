@@ -89,7 +89,8 @@ def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decod
         return "its weights are not stored int8 codes"
     if weight.group is not None or weight.axis not in (None, 0) or scale.ndim > 1:
         return "its weights do not have one scale per row"
-    if number(function, weight.zero) != 0.0:
+    points = function.parameter(weight.zero)
+    if bool(points.any()) if points is not None else number(function, weight.zero) != 0.0:
         return "its weights have a zero point"
     if x.codes.meta["value"].dtype != "uint8":
         return f"its input's codes are {x.codes.meta['value'].dtype}, not uint8"
