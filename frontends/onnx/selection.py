@@ -36,6 +36,8 @@ def _scatter_nd(c: Call) -> fx.Node:
     shape, (*lead, count) = size(x), size(index)
     if isinstance(count, Dim):
         raise c.refuse("indexes a dynamic number of axes")
+    if not 0 < count <= len(shape):
+        raise c.refuse(f"indexes {count} axes of {len(shape)}")
     index = c.cast(c.as_node(index), "int64")
     flat = None
     for axis in range(count):

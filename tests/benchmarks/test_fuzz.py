@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from onnx import TensorProto, helper  # noqa: E402
 
 from benchmarks.fuzz.__main__ import main  # noqa: E402
 from benchmarks.fuzz.case import GOOD, Outcome, judged  # noqa: E402
@@ -20,10 +21,11 @@ from benchmarks.fuzz.files import Files  # noqa: E402
 from benchmarks.fuzz.graphs import Graphs  # noqa: E402
 from benchmarks.fuzz.journal import Journal  # noqa: E402
 from benchmarks.fuzz.originals import originals  # noqa: E402
-from benchmarks.fuzz.soups import Soups  # noqa: E402
+from benchmarks.fuzz.soups import Soups, compare_with_onnxruntime  # noqa: E402
 from benchmarks.fuzz.summary import Summary  # noqa: E402
 from benchmarks.fuzz.watch import Watch  # noqa: E402
 from benchmarks.fuzz.worker import Result, Worker, run_here  # noqa: E402
+from tersor import frontends  # noqa: E402
 
 
 @settings(max_examples=35)
@@ -43,6 +45,24 @@ def test_soups_of_operators(soups, start):
     outcomes = [judged(soups, random.Random(seed)) for seed in range(start, start + 20)]
     assert [o for o in outcomes if o.kind not in GOOD] == []
     assert {"right", "refused"} <= {o.kind for o in outcomes}
+
+
+@pytest.mark.parametrize(("end", "label"), [(0, "onnxruntime contradicts the file"), (2, "")])
+def test_only_onnxruntimes_own_fault_with_empty_tensors_is_passed_over(end, label):
+    graph = helper.make_graph(
+        [
+            helper.make_node("Slice", ["x", "start", "end"], ["part"]),
+            helper.make_node("ArgMin", ["part"], ["y"], axis=-1),
+        ],
+        "least",
+        [helper.make_tensor_value_info("x", TensorProto.INT32, [3, 5, 2])],
+        [helper.make_empty_tensor_value_info("y")],
+        [helper.make_tensor(n, TensorProto.INT64, [1], [v]) for n, v in (("start", 0), ("end", end))],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    made = onnx.shape_inference.infer_shapes(made)
+    outcome = compare_with_onnxruntime(made.SerializeToString(), frontends.capture(made), lambda stage: None)
+    assert outcome == Outcome("unchecked" if label else "right", label)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ runtime = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from tersor import frontends  # noqa: E402
+from tersor.errors import CaptureError  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((2, 3, 4, 5)).astype(np.float32)
@@ -133,6 +134,21 @@ def test_reductions_of_integers_give_integers(op):
 def test_no_axes_may_mean_every_element_by_itself():
     for op in ("ReduceL1", "ReduceSumSquare", "ReduceMax"):
         compare(*model(op, [X], opset=20, noop_with_empty_axes=1))
+
+
+def test_reductions_of_nothing_have_the_shape_that_onnx_infers():
+    (total,) = frontends.capture(model("ReduceSum", [], {0: ints(), 1: ints(-1)})[0])().values()
+    assert total.tolist() == [0]
+    made, inputs = model("ArgMin", [np.zeros((0, 5, 2), np.int32)], axis=-1)
+    (least,) = frontends.capture(made)(x0=torch.from_numpy(inputs["x0"])).values()
+    assert least.shape == (0, 5, 1)
+
+
+@pytest.mark.parametrize("indexed", [0, 5])
+def test_indices_of_no_axes_or_too_many_are_refused(indexed):
+    made, _ = model("ScatterND", [], {0: X, 1: np.zeros((2, indexed), np.int64), 2: X})
+    with pytest.raises(CaptureError, match=f"indexes {indexed} axes of 4"):
+        frontends.capture(made)
 
 
 def test_fractional_powers_of_whole_numbers():
