@@ -46,6 +46,28 @@ def test_programs_of_codes_are_compared_by_their_distance():
         compare(function, moved(1.0, slice(0, 100)))
 
 
+def test_programs_that_amplify_rounding_are_allowed_what_they_do_themselves():
+    """(x + 1e4) - 1e4 keeps few digits of x in float32; behind it, rounding to codes magnifies that."""
+    function = Program().add_function("main", {"n": Range(200, 200)})
+    x = function.add_input("x", Value("float32", (N, 64)))
+    build = function.builder()
+    coarse = build.sub(build.add(x, 1e5), 1e5)
+    function.set_outputs({"y": build.round(build.mul(coarse, 3.0))})
+
+    def off_by(share: float):
+        def call(inputs, states):
+            result = run(function, inputs, states)["y"].clone()
+            result.view(-1)[: int(share * result.numel())] += 1.0
+            return {"y": result}
+
+        return call
+
+    worst = compare(function, off_by(0.002))[0].worst
+    assert worst > 0.0141
+    with pytest.raises(BudgetError):
+        compare(function, off_by(0.5))
+
+
 def test_the_ends_and_the_middle_of_every_range_are_tried():
     function = Program().add_function("main", {"n": Range(1, 8), "m": Range(3, 3)})
     sizes = probe_sizes(function)
