@@ -25,6 +25,9 @@ NOISE_FACTOR, MOST_NOISE = 4.0, 0.25
 """Where a program that rounds amplifies, so that its own float32 and float64 evaluations part by more than the
 tolerance, code may be off by this many times that distance, up to a cosine of .97."""
 
+NOISE_INPUTS = 3
+"""Inputs that the distance is measured on: whether a sum falls on the other side of a code is a matter of luck."""
+
 Tensors = Mapping[str, torch.Tensor]
 Call = Callable[[Tensors, MutableMapping[str, torch.Tensor]], Tensors]
 """From inputs and states by name to outputs; the states' new values replace those in the mapping."""
@@ -81,7 +84,7 @@ def compare(function: Function, compiled: Call, tolerance: float | None = None) 
         comparisons.append(Comparison(sizes, errors))
         allowed = tolerance
         if rounded and comparisons[-1].worst > tolerance:
-            allowed = max(tolerance, min(NOISE_FACTOR * _noise(function, sizes, seed, expected), MOST_NOISE))
+            allowed = max(tolerance, min(NOISE_FACTOR * _noise(function, sizes), MOST_NOISE))
         if not comparisons[-1].worst <= allowed:
             worst = max(
                 errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf")
@@ -96,12 +99,23 @@ def compare(function: Function, compiled: Call, tolerance: float | None = None) 
     return comparisons
 
 
-def _noise(function: Function, sizes: Mapping[str, int], seed: int, expected: Tensors) -> float:
-    """How far the program is from itself in float64, where sums are rounded elsewhere: the most of all outputs."""
-    inputs, states = sample_inputs(function, sizes, seed), sample_states(function, sizes, seed)
-    with torch.inference_mode():
-        precise = run(function, inputs, states, dtype=torch.float64)
-    return max((distance(precise[name], expected[name]) for name in function.outputs), default=0.0)
+def _noise(function: Function, sizes: Mapping[str, int]) -> float:
+    """How far the program is from itself in float64, where sums are rounded elsewhere: the most of some inputs.
+
+    Attention in bf16 is left unrounded: kernels round its weights before they are divided by their sum, which is
+    as far from rounding them behind as that is from not rounding.
+    """
+    precise = function.copy(function.parameters)
+    for node in precise.calls("attention"):
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "products"}
+    found = [0.0]
+    for seed in range(NOISE_INPUTS):
+        inputs = sample_inputs(function, sizes, seed)
+        with torch.inference_mode():
+            expected = run(function, inputs, sample_states(function, sizes, seed))
+            actual = run(precise, inputs, sample_states(function, sizes, seed), dtype=torch.float64)
+        found += [distance(actual[name], expected[name]) for name in function.outputs]
+    return max(found)
 
 
 def probe_sizes(function: Function) -> list[dict[str, int]]:
