@@ -35,6 +35,24 @@ _ENTRY, _TENSORS = "entry.json", "parameters.safetensors"
 _KEPT = ("status", "seconds", "changes", "skips", "error", "total_error", "notes")
 
 
+def cache_folder(folder: str | Path, *inner: str) -> Path:
+    """A folder for results (or one inside it), made where it does not exist.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    path = Path(folder, *inner)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot use the cache folder {str(folder)!r}",
+            why=str(error),
+            fix="give a folder that you may write to",
+        ) from None
+    return path
+
+
 class StepCache:
     """A folder of results, one folder each.
 
@@ -46,15 +64,7 @@ class StepCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot use the cache folder {str(folder)!r}",
-                why=str(error),
-                fix="give a folder that you may write to",
-            ) from None
+        self.folder = cache_folder(folder)
 
     def key(self, pass_: Pass, context: Context, program: Program) -> str | None:
         """The name of the result of a pass on a program; None when it follows from more than can be named."""

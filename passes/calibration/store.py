@@ -10,9 +10,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tersor.errors import InputError
 from tersor.passes.base import Pass
-from tersor.passes.cache import source_digest
+from tersor.passes.cache import cache_folder, source_digest
 from tersor.passes.calibration.statistics import Statistic
 
 
@@ -29,15 +28,7 @@ class StatisticsStore:
     """
 
     def __init__(self, folder: str | Path, data: str, seed: int):
-        self._folder, self._data, self._seed = Path(folder, "statistics"), data, seed
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot use the cache folder {str(folder)!r}",
-                why=str(error),
-                fix="give a folder that you may write to",
-            ) from None
+        self._folder, self._data, self._seed = cache_folder(folder, "statistics"), data, seed
 
     def load(self, value: str, wanted: Statistic, split: str) -> Statistic | None:
         """The statistic of the value with this digest; None when there is none, or a damaged one."""
