@@ -58,11 +58,8 @@ def _norm(lowering: Lowering, node: fx.Node, kernel: type[LayerNorm] | type[RMSN
     """The norm, and its tail in the same kernel."""
     x, weight, bias = (*node.args, None, None)[:3]
     shape, tail = node.meta["value"].shape, lowering.plan.tails.get(node, fusion.Tail())
-    chain, feeds = PLAIN, []
-    if tail.group:
-        chain, feeds = fusion.build_chain(tail.group, node)
-        chain = replace(chain, outputs=(0, *chain.outputs) if tail.kept else chain.outputs)
-    elif tail.scale:
+    chain, feeds = _epilogue(node, tail)
+    if tail.scale:
         chain = replace(chain, outputs=(0, 0) if tail.kept else (0,))
     norm = kernel(opaque(shape[:-1]), shape[-1], node.kwargs.get("eps", node.target.attributes["eps"]),
                   weight is not None, bias is not None, epilogue=chain, quantized=tail.scale is not None)  # fmt: skip
@@ -78,6 +75,14 @@ def _norm(lowering: Lowering, node: fx.Node, kernel: type[LayerNorm] | type[RMSN
         return results[0]
     _define_codes(lowering, tail.scale, tail.codes, *results[:2])
     return results[-1]
+
+
+def _epilogue(node: fx.Node, tail: fusion.Tail) -> tuple[Chain, list[fx.Node]]:
+    """The element-wise work of a tail behind a norm or an attention, its own value first where others read it."""
+    if not tail.group:
+        return PLAIN, []
+    chain, feeds = fusion.build_chain(tail.group, node)
+    return replace(chain, outputs=(0, *chain.outputs)) if tail.kept else chain, feeds
 
 
 def _define_codes(
@@ -155,10 +160,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
     dtype = q.meta["value"].dtype
     if joined and products == "bfloat16":  # what the products round anyway travels in half the bytes
         joined, dtype = fusion.narrowed(joined), "bfloat16"
-    epilogue, feeds = PLAIN, []
-    if tail.group:
-        epilogue, feeds = fusion.build_chain(tail.group, node)
-        epilogue = replace(epilogue, outputs=(0, *epilogue.outputs) if tail.kept else epilogue.outputs)
+    epilogue, feeds = _epilogue(node, tail)
     kernel = Attention(
         batch,
         q_len,

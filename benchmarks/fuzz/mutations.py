@@ -206,10 +206,9 @@ def cycle(rng, model, folder):
         node.input[0] = node.output[-1]
 
 
-@mutation
-def copies(rng, model, folder):
-    """Two of what there is one of."""
-    field = rng.choice(
+def _repeated_field(rng, model):
+    """One of a model's lists."""
+    return rng.choice(
         (
             model.graph.node,
             model.graph.initializer,
@@ -220,23 +219,19 @@ def copies(rng, model, folder):
             _node(rng, model).attribute,
         )
     )
+
+
+@mutation
+def copies(rng, model, folder):
+    """Two of what there is one of."""
+    field = _repeated_field(rng, model)
     if len(field):
         field.append(rng.choice(field))
 
 
 @mutation
 def losses(rng, model, folder):
-    field = rng.choice(
-        (
-            model.graph.node,
-            model.graph.initializer,
-            model.graph.input,
-            model.graph.output,
-            model.opset_import,
-            model.functions,
-            _node(rng, model).attribute,
-        )
-    )
+    field = _repeated_field(rng, model)
     if len(field):
         del field[rng.randrange(len(field))]
 
