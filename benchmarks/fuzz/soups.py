@@ -36,7 +36,7 @@ UNKNOWN = (
     "Scan",
 )
 """Operators that are known to have no converter, or had none: refused, whatever their operands are."""
-RUN = 64 << 20  # bytes that running a captured program may take
+RUN = 32 << 20  # bytes that running a captured program may take
 COMPILED = 6  # per cent of the captured ones
 WIDTHS = (1, 2, 3, 4, 6, 8)
 FLOAT, INT64, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
