@@ -81,10 +81,14 @@ class Finding:
 
 @dataclass
 class PassResult:
-    """What a pass did: places changed and places left alone, each with the reason."""
+    """What a pass did: places changed and places left alone, each with the reason.
+
+    ``summary`` is for what holds of all places together, in a sentence; most passes have nothing to say there.
+    """
 
     changes: list[Finding] = field(default_factory=list)
     skips: list[Finding] = field(default_factory=list)
+    summary: str = ""
 
     def change(self, place: fx.Node | str, reason: str, **figures: float) -> None:
         """Says that the pass changed a place; name the node before it is replaced."""

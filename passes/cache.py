@@ -32,7 +32,7 @@ from tersor.passes.context import Context
 from tersor.passes.report import StepReport
 
 _ENTRY, _TENSORS = "entry.json", "parameters.safetensors"
-_KEPT = ("status", "seconds", "changes", "skips", "error", "total_error", "notes")
+_KEPT = ("status", "seconds", "changes", "skips", "error", "total_error", "summary", "notes")
 
 
 def cache_folder(folder: str | Path, *inner: str) -> Path:

@@ -168,6 +168,7 @@ class Manager:
         shares = _macs_shares(before.program) if isinstance(pass_.numerics, Lossy) else {}
         step.changes = [_placed(c, known.get(c.site, c.site), shares) for c in result.changes]
         step.skips = [replace(s, site=known.get(s.site, s.site)) for s in result.skips]
+        step.summary = result.summary
         step.skips += checks.idle_patterns(pass_, before.program)
         program.drop_unused_parameters()
         try:

@@ -59,6 +59,17 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             "quantize.integers",
         ),
     ),
+    "int8-mixed": (
+        "as int8, with bf16 or f32 where a layer would lose too much: the outputs keep 30 dB signal to noise",
+        (
+            *CLEANUP,
+            *FOLDS,
+            "smooth.smoothquant",
+            {"pass": "quantize.mixed", "min_sqnr_db": 30},
+            ATTENTION,
+            "quantize.integers",
+        ),
+    ),
     "int8-gptq": (
         "as int8, with weights and biases fitted to each layer's outputs: slower to make",
         (

@@ -61,6 +61,7 @@ class StepReport:
         total_error: the same against the program the run started with.
         fidelity: figures of the injected evaluation after this pass, in a stage.
         latency: seconds per call after this pass by the injected measurement, in a stage.
+        summary: what the pass says of all places together.
         notes: anything else a reader should know.
         cached: the result was taken from the cache.
     """
@@ -79,6 +80,7 @@ class StepReport:
     total_error: float | None = None
     fidelity: dict[str, float] = field(default_factory=dict)
     latency: float | None = None
+    summary: str = ""
     notes: list[str] = field(default_factory=list)
     cached: bool = False
 
@@ -173,7 +175,7 @@ class Report:
         for step in self.steps:
             if any(finding.figures for finding in (*step.changes, *step.skips)):
                 parts.append(_figures(step))
-            parts += [Text(f"{step.name}: {note}") for note in step.notes]
+            parts += [Text(f"{step.name}: {note}") for note in (step.summary, *step.notes) if note]
             unmeasured = [finding for finding in step.skips if not finding.figures]
             parts += [Text(f"{step.name} left alone {line}", "dim") for line in _by_reason(unmeasured)]
         return Group(*parts, *(Text(note) for note in self.notes))

@@ -72,7 +72,7 @@ def analyze(
     that is held out. Padding is left out of both.
 
     Args:
-        calibration: batches in any form that `Calibration` takes, or one of those.
+        calibration: batches in any form that `Calibration` takes, one of those, or data as it was read for ``main``.
         schemes: of `SCHEMES`.
         only, skip: globs of sites, as passes take them.
         batches: held-out batches to compare outputs on, at most.
@@ -85,7 +85,11 @@ def analyze(
     """
     check_options(calibration, schemes, batches)
     step = step or (lambda name: None)
-    dataset = Dataset.read(Calibration.of(calibration), program.main)
+    dataset = (
+        calibration
+        if isinstance(calibration, Dataset)
+        else Dataset.read(Calibration.of(calibration), program.main)
+    )
     chosen = RoundToNearest(only=None if only is None else tuple(only), skip=tuple(skip))
     found = [(f, n) for f, n in chosen.select(program, *_LOOKED_AT)]
     named = names(program)
