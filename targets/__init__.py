@@ -8,6 +8,15 @@ from tersor.targets.registry import (
     required_features,
     resolve,
 )
-from tersor.targets.schema import Target
+from tersor.targets.schema import Cluster, Target
 
-__all__ = ["Target", "check_memory", "describe", "missing_on_host", "names", "required_features", "resolve"]
+__all__ = [
+    "Cluster",
+    "Target",
+    "check_memory",
+    "describe",
+    "missing_on_host",
+    "names",
+    "required_features",
+    "resolve",
+]

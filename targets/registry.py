@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from tersor.errors import TargetError
 from tersor.targets import x86
+from tersor.targets.architectures import SYSTEMS
 from tersor.targets.detect import host_llvm_features, native
 from tersor.targets.schema import NUMBERS, Target
 
@@ -29,6 +31,7 @@ def names() -> list[str]:
 def resolve(name: str | Target) -> Target:
     """The target called `name`: "native", a name of the catalog, or the path of a `.toml` file.
 
+    ``NAME:SYSTEM`` is the same machine with another operating system, e.g. "armv8-a:android".
     A Target is returned as it is.
 
     Raises TargetError, with the nearest names and the whole list, for anything else.
@@ -46,11 +49,15 @@ def resolve(name: str | Target) -> Target:
         return catalog()[name]
     if name.endswith(".toml"):
         return Target.from_toml(name)
+    machine, _, system = name.rpartition(":")
+    if machine in catalog() and system in SYSTEMS:
+        return replace(catalog()[machine], name=name, os=system)
     near = difflib.get_close_matches(name.lower(), names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise TargetError(
         f"unknown target {name!r}",
-        fix=f"{hint}known targets: {', '.join(names())}; or the path of a .toml file describing one",
+        fix=f"{hint}known targets: {', '.join(names())}, each also as NAME:SYSTEM with one of {', '.join(SYSTEMS)}; "
+        "or the path of a .toml file describing one",
     )
 
 
@@ -62,10 +69,12 @@ def required_features(target: Target) -> frozenset[str]:
 
 
 def missing_on_host(target: Target) -> list[str]:
-    """What the CPU of this machine lacks to run code compiled for `target`; empty when it can run it."""
+    """What this machine (CPU, then system) lacks to run code compiled for `target`; empty when it can run it."""
     host = host_llvm_features()
     if target.arch != "x86_64" or not host:
         return [f"a CPU of architecture {target.arch}"]
+    if target.os not in (None, "linux", "linux-musl"):
+        return [f"the system {target.os}"]
     return sorted(required_features(target) - host)
 
 
@@ -87,6 +96,8 @@ def describe(target: Target) -> str:
         ("features", ", ".join(sorted(target.features)) or "-", target.sources.get("features", "")),
         ("vectors", f"{target.vector_registers} registers of {target.vector_bits} bits", ""),
     ]
+    for i, cluster in enumerate(target.clusters):
+        rows.append(("" if i else "core types", str(cluster), "" if i else target.sources["clusters"]))
     for key in NUMBERS:
         value = getattr(target, key)
         text = "unknown" if value is None else str(value) if key == "cores" else size(value)

@@ -8,7 +8,7 @@ import pytest
 
 from tersor import targets
 from tersor.errors import TargetError
-from tersor.targets import Target, x86
+from tersor.targets import Target, arm, x86
 from tersor.targets.registry import CATALOG
 from tersor.targets.schema import NUMBERS
 
@@ -22,10 +22,46 @@ def test_names_lists_native_and_the_catalog() -> None:
 def test_catalog_entries_are_named_like_their_file_and_give_sources(path: Path) -> None:
     target = targets.resolve(path.stem)
     assert target.name == path.stem
-    assert target.vector_bits in (256, 512)
+    assert target.vector_bits in (128, 256, 512) and target.llvm_triple
     assert all(key in target.sources for key in (*NUMBERS, "features") if getattr(target, key) is not None)
+    assert not set(target.sources) - {*NUMBERS, "features", "clusters"}
     # Tersor's features and LLVM's are two views of one CPU.
-    assert target.features == x86.feature_names(targets.required_features(target))
+    required = targets.required_features(target)
+    if target.arch == "x86_64":
+        assert target.features == x86.feature_names(required)
+    else:
+        known = arm.LLVM_FEATURES[target.arch]
+        assert {known[name] for name in target.features - arm.FACTS} == required
+    # What is promised of a device, each of its cores has.
+    cores = [arm.CORES[target.arch][cluster.core] for cluster in target.clusters]
+    assert not cores or target.features == frozenset.intersection(*cores)
+
+
+def test_the_catalog_covers_boards_phones_and_servers() -> None:
+    wanted = "raspberry-pi-3 raspberry-pi-zero-2 rk3588 pixel-8 galaxy-s24 iphone-15 moto-g-2013 graviton3 armv7-neon"
+    assert set(wanted.split()) <= set(targets.names())
+    assert targets.resolve("rk3588").cores == 8
+    assert [str(cluster) for cluster in targets.resolve("pixel-8").clusters] == [
+        "1 cortex-x3 up to 2910 MHz",
+        "4 cortex-a715 up to 2370 MHz",
+        "4 cortex-a510 up to 1700 MHz",
+    ]
+    assert (
+        "dotprod" in targets.resolve("pixel-6").features and "i8mm" not in targets.resolve("pixel-6").features
+    )
+
+
+def test_a_system_may_follow_the_name() -> None:
+    phone = targets.resolve("armv8.2-dotprod:android")
+    assert (phone.name, phone.os, phone.llvm_triple) == (
+        "armv8.2-dotprod:android",
+        "android",
+        "aarch64-linux-android",
+    )
+    assert phone.features == targets.resolve("armv8.2-dotprod").features
+    assert targets.missing_on_host(targets.resolve("x86-64-v3:windows")) == ["the system windows"]
+    with pytest.raises(TargetError, match="'x86-64-v3:amiga'.*\n*.*NAME:SYSTEM"):
+        targets.resolve("x86-64-v3:amiga")
 
 
 def test_resolve_returns_a_target_unchanged_and_reads_a_file(tmp_path: Path) -> None:
@@ -86,3 +122,9 @@ def test_describe_shows_values_with_their_sources() -> None:
     )
     memory = next(line for line in text.splitlines() if line.strip().startswith("memory"))
     assert "unknown" in memory
+
+
+def test_describe_lists_the_kinds_of_cores() -> None:
+    text = targets.describe(targets.resolve("pixel-8"))
+    assert "core types    1 cortex-x3 up to 2910 MHz" in text and "4 cortex-a510 up to 1700 MHz" in text
+    assert "L2 per core   unknown" in text

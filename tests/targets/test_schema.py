@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tersor.errors import TargetError
-from tersor.targets import Target
+from tersor.targets import Cluster, Target
 
 V4 = Target(
     name="v4",
@@ -22,12 +22,24 @@ V4 = Target(
 )
 
 
-def test_toml_round_trip_keeps_every_field(tmp_path: Path) -> None:
-    path = tmp_path / "v4.toml"
-    path.write_text(V4.to_toml())
+PHONE = Target(
+    name="phone",
+    arch="aarch64",
+    os="android",
+    features=frozenset({"neon"}),
+    cores=6,
+    clusters=(Cluster("cortex-x3", 2, 2910), Cluster("cortex-a510", 4)),
+    sources={"cores": "its page", "clusters": "its page"},
+)
+
+
+@pytest.mark.parametrize("target", [V4, PHONE], ids=["v4", "phone"])
+def test_toml_round_trip_keeps_every_field(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "machine.toml"
+    path.write_text(target.to_toml())
     again = Target.from_toml(path)
-    assert again.to_dict() == V4.to_dict()
-    assert again == V4 and hash(again) == hash(V4)
+    assert again.to_dict() == target.to_dict()
+    assert again == target and hash(again) == hash(target)
 
 
 def test_equality_ignores_sources_only() -> None:
@@ -47,6 +59,9 @@ def test_vector_properties_follow_the_features() -> None:
     ]
     v3 = Target(name="v3", arch="x86_64", features=frozenset({"avx2"}))
     assert (v3.vector_bits, v3.vector_registers, v3.lanes("float32")) == (256, 16, 8)
+    for arch, registers in (("aarch64", 32), ("armv7a", 16)):
+        target = Target(name="pi", arch=arch, features=frozenset({"neon", "avx2"}))
+        assert (target.vector_bits, target.vector_registers, target.lanes("float32")) == (128, registers, 4)
 
 
 def test_a_target_without_vector_unit_is_refused() -> None:
@@ -70,6 +85,13 @@ def test_a_target_without_vector_unit_is_refused() -> None:
         ({"features": [1]}, "not the right kind: features"),
         ({"sources": []}, "not the right kind: sources"),
         ({"cache": 3}, "unknown keys: cache"),
+        ({"os": "amiga"}, "os 'amiga' is none of linux, linux-musl"),
+        ({"clusters": [{"core": "cortex-a53"}]}, "not the right kind: clusters"),
+        ({"clusters": [{"core": "cortex-a53", "count": 0}]}, "count of cluster 'cortex-a53'"),
+        ({"clusters": [{"core": "cortex-a53", "count": 4, "mhz": "fast"}]}, "mhz of cluster 'cortex-a53'"),
+        ({"clusters": [{"core": "", "count": 4}]}, "core of a cluster"),
+        ({"clusters": [{"core": "cortex-a53", "count": 4}]}, "clusters have other than None cores"),
+        ({"clusters": [{"core": "cortex-a53", "count": 4}]}, "clusters has no entry in sources"),
     ],
 )
 def test_a_wrong_description_says_what_is_wrong(changes: dict, message: str) -> None:
@@ -93,6 +115,22 @@ def test_an_unreadable_file_is_a_target_error(content: bytes | None, tmp_path: P
     assert str(path) in str(caught.value)
 
 
-def test_llvm_triple_names_architecture_and_system() -> None:
-    assert V4.llvm_triple == "x86_64-linux-gnu"
-    assert Target(name="m", arch="aarch64", os="android").llvm_triple == "aarch64-android"
+@pytest.mark.parametrize(
+    ("arch", "system", "triple"),
+    [
+        ("x86_64", None, "x86_64-linux-gnu"),
+        ("x86_64", "windows", "x86_64-windows-gnu"),
+        ("aarch64", "linux-musl", "aarch64-linux-musl"),
+        ("aarch64", "android", "aarch64-linux-android"),
+        ("aarch64", "ios", "arm64-apple-ios"),
+        ("armv7a", "linux", "armv7a-linux-gnueabihf"),
+    ],
+)
+def test_llvm_triple_names_architecture_and_system(arch: str, system: str | None, triple: str) -> None:
+    assert Target(name="m", arch=arch, os=system).llvm_triple == triple
+
+
+@pytest.mark.parametrize(("arch", "system"), [("armv7a", "ios"), ("riscv64", None)])
+def test_a_pair_without_code_is_refused(arch: str, system: str | None) -> None:
+    with pytest.raises(TargetError, match=f"no code is generated for {system or 'linux'} on {arch}"):
+        _ = Target(name="m", arch=arch, os=system).llvm_triple
