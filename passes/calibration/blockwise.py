@@ -11,7 +11,7 @@ the blocks before it as they are now. One sweep serves all, and one block's valu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,11 +20,12 @@ from torch import fx
 from tersor.errors import PipelineError, TersorError
 from tersor.ir import Program
 from tersor.ir.block import Block, BlockState, blocks, start
+from tersor.ir.interpreter import Observer
 from tersor.passes.calibration.batches import Batches, Dataset
-from tersor.passes.calibration.padding import Padding
+from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.requests import Request, Split, Statistics
 from tersor.passes.calibration.statistics import Statistic
-from tersor.passes.calibration.sweep import Gatherer, does_not_run, progress
+from tersor.passes.calibration.sweep import Gatherer, check_finite, does_not_run, progress
 
 
 @dataclass
@@ -64,29 +65,64 @@ class Step:
         """
         requests = list(requests)
         values = {request: request.value(self.program)[1] for request in requests}
-        block = self.block
-        inside = {*block.nodes, *block.inputs}
         answers: dict[tuple[fx.Node, Statistic], Statistic] = {}
         wanted: dict[fx.Node, list[Statistic]] = defaultdict(list)
         for request, node in values.items():
-            if node not in inside or request.split != self._split:
-                raise PipelineError(
-                    f"%{node.name} ({request.split}) cannot be gathered in {block.name} on data of {self._split!r}",
-                    fix="ask in the step of its own block, on the split that sequential() goes through",
-                )
+            if request.split != self._split:
+                raise self._elsewhere(node, request.split)
             if (node, request.what) not in answers:
                 answers[node, request.what] = request.what.fresh()
                 wanted[node].append(answers[node, request.what])
-        gather, padding = Gatherer(wanted, self._seed), Padding(self.program.main)
+        gather = Gatherer(wanted, self._seed)
+        for index, tokens, observe in self._observed(wanted):
+            observe(gather.observer(tokens, index))
+        found = {request: answers[node, request.what] for request, node in values.items()}
+        return Statistics({request: answer if answer.count else None for request, answer in found.items()})
+
+    def rows(self, nodes: Iterable[fx.Node]) -> Iterator[dict[fx.Node, torch.Tensor]]:
+        """Values that the block computes or reads, as rows [n, channels] without padding, batch by batch.
+
+        Raises:
+            InputError: a value is NaN or infinite.
+            PipelineError: a value belongs to another block.
+        """
+        wanted = frozenset(nodes)
+        for index, tokens, observe in self._observed(wanted):
+            found: dict[fx.Node, torch.Tensor] = {}
+
+            def keep(node: fx.Node, tensor: torch.Tensor, index=index, tokens=tokens, found=found) -> None:
+                if node in wanted:
+                    found[node] = tokens.rows(node, tensor)
+                    check_finite(node, found[node], index)
+
+            observe(keep)
+            yield found
+
+    def _observed(
+        self, wanted: Collection[fx.Node]
+    ) -> Iterator[tuple[int, Tokens, Callable[[Observer], None]]]:
+        """For each batch its number, its padding, and what shows the block's values, up to the last one wanted."""
+        block, padding = self.block, Padding(self.program.main)
+        inside = {*block.nodes, *block.inputs}
+        for node in wanted:
+            if node not in inside:
+                raise self._elsewhere(node, self._split)
         last = max((i for i, node in enumerate(block.nodes) if node in wanted), default=-1)
         part = replace(block, nodes=block.nodes[: last + 1], carried=frozenset())
         for index, (state, batch) in enumerate(zip(self.states, self._batches, strict=True)):
-            tokens = padding.of(batch.inputs, batch.mask)
-            for node in block.inputs:
-                gather(node, state.values[node], tokens, index)
-            _run(part, state, index, gather.observer(tokens, index))
-        found = {request: answers[node, request.what] for request, node in values.items()}
-        return Statistics({request: answer if answer.count else None for request, answer in found.items()})
+
+            def observe(observer: Observer, state=state, index=index) -> None:
+                for node in block.inputs:
+                    observer(node, state.values[node])
+                _run(part, state, index, observer)
+
+            yield index, padding.of(batch.inputs, batch.mask), observe
+
+    def _elsewhere(self, node: fx.Node, split: Split) -> PipelineError:
+        return PipelineError(
+            f"%{node.name} ({split}) cannot be gathered in {self.block.name} on data of {self._split!r}",
+            fix="ask in the step of its own block, on the split that sequential() goes through",
+        )
 
 
 def sequential(

@@ -110,6 +110,17 @@ def does_not_run(index: int, error: Exception) -> InputError:
     )
 
 
+def check_finite(node: fx.Node, rows: torch.Tensor, index: int) -> None:
+    """InputError when a value of batch ``index`` is NaN or infinite."""
+    if not torch.isfinite(rows).all():
+        raise InputError(
+            f"{in_words(node)} is NaN or infinite",
+            where=f"calibration batch {index}",
+            why="the model overflows on this data, or a row of its masks hides everything",
+            fix="leave such samples out of the calibration data",
+        )
+
+
 class Gatherer:
     """Feeds values to the statistics that are wanted of them."""
 
@@ -133,13 +144,7 @@ class Gatherer:
         rows = tokens.rows(node, tensor)
         if not len(rows):
             return
-        if not torch.isfinite(rows).all():
-            raise InputError(
-                f"{in_words(node)} is NaN or infinite",
-                where=f"calibration batch {index}",
-                why="the model overflows on this data, or a row of its masks hides everything",
-                fix="leave such samples out of the calibration data",
-            )
+        check_finite(node, rows, index)
         for statistic in statistics:
             statistic.update(rows, self._generators[id(statistic)])
 

@@ -9,7 +9,7 @@ from tersor.ir import Builder, Function, Program
 from tersor.ir.matching import is_call
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
-from tersor.passes.quantize.places import Decoded, decoded, drop_unread, number
+from tersor.passes.quantize.places import Decoded, bias_of, decoded, drop_unread, number
 from tersor.passes.registry import register
 
 SAFE_SUM = 2**31 - 1
@@ -105,11 +105,6 @@ def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decod
     if 2 * int(largest) > SAFE_SUM:
         return f"sums over {codes.shape[1]} inputs could leave int32"
     return None
-
-
-def bias_of(linear: fx.Node) -> fx.Node | None:
-    """The bias operand of a linear layer, where it has one."""
-    return linear.args[2] if len(linear.args) > 2 else None
 
 
 def _integer(function: Function, linear: fx.Node, x: Decoded, weight: Decoded, made_by: str) -> fx.Node:

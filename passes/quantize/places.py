@@ -53,6 +53,11 @@ def number(function: Function, value: fx.Node | float | None) -> float | None:
     return None if tensor is None or tensor.numel() != 1 else float(tensor)
 
 
+def bias_of(linear: fx.Node) -> fx.Node | None:
+    """The bias operand of a linear layer, where it has one."""
+    return linear.args[2] if len(linear.args) > 2 else None
+
+
 Readers = Mapping[str, Sequence[fx.Node]]
 """Parameter names -> the nodes that read them, in all functions."""
 

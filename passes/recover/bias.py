@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from tersor.ir import Program
+from tersor.ir import Function, Program
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.calibration import Request, Samples, Statistics, Step, calibrate, sequential
 from tersor.passes.calibration.requests import Split
 from tersor.passes.context import Context
-from tersor.passes.quantize.places import decoded, drop_unread
-from tersor.passes.recover.reference import counterparts
+from tersor.passes.quantize.places import bias_of, decoded, drop_unread
+from tersor.passes.recover.reference import correctable, counterparts
 from tersor.passes.registry import register
 
 SPLITS: tuple[Split, Split] = ("fit", "held_out")
@@ -56,7 +56,7 @@ class BiasCorrection(Pass):
     def run(self, program: Program, context: Context) -> PassResult:
         result, data = PassResult(), context.calibration
         before = counterparts(program, context.reference, "linear")
-        places = self._places(program, before, result)
+        places = correctable(self, program, before, _obstacle, _stored, result)
         if not places:
             return result
         wanted = calibrate(
@@ -77,39 +77,6 @@ class BiasCorrection(Pass):
                     self._correct(program, linear, places[linear], shift, result)
         drop_unread(program)
         return result
-
-    def _places(
-        self, program: Program, before: dict[fx.Node, fx.Node], result: PassResult
-    ) -> dict[fx.Node, list[fx.Node]]:
-        """The layers to correct, each with those of other functions that share its weights and so its bias."""
-        readers: dict[str, list[fx.Node]] = {}
-        for function in program.functions.values():
-            for linear in function.calls("linear"):
-                if name := _stored(linear):
-                    readers.setdefault(name, []).append(linear)
-        found, spared = {}, self.protected(program)
-        for function, linear in self.select(program):
-            if not decoded(linear.args[1]):
-                result.skip(linear, "its weights are not in codes")
-                continue
-            sharing = [n for n in readers.get(_stored(linear), ()) if n is not linear]
-            others = [n for n in sharing if n.graph is not linear.graph]
-            bias = _bias(linear)
-            if function is not program.main:
-                result.skip(
-                    linear, "it is corrected together with the layer of 'main' that has its weights, if any"
-                )
-            elif bias is not None and function.parameter(bias) is None:
-                result.skip(linear, "its bias is computed")
-            elif others and len(others) < len(sharing):
-                result.skip(linear, "its weights are shared with layers of this function and of others")
-            elif spared & set(others) or any(_bias_name(n) != _bias_name(linear) for n in others):
-                result.skip(linear, "layers of other functions with its weights cannot change along")
-            elif linear not in before:
-                result.skip(linear, "no earlier version of it is known")
-            else:
-                found[linear] = others
-        return found
 
     def _output(self, linear: fx.Node, split: Split) -> Request:
         return Request(linear, Samples(self.samples), of="output", split=split)
@@ -154,7 +121,7 @@ class BiasCorrection(Pass):
             result.skip(linear, "its outputs would not be nearer on held-out data", **figures)
             return
         functions = {function.graph: function for function in program.functions.values()}
-        bias, value = _bias(linear), shift.value
+        bias, value = bias_of(linear), shift.value
         if bias is not None:
             value = value + program.parameters[bias.target].tensor.double()
         name = bias.target if bias is not None else f"{linear.meta.get('site') or linear.name}.bias"
@@ -202,13 +169,8 @@ def _errors(before: torch.Tensor, now: torch.Tensor) -> _Pair:
     return before - now, 1 / power.clamp(min=max(1e-6 * power.mean().item(), 1e-30))
 
 
-def _bias(linear: fx.Node) -> fx.Node | None:
-    return linear.args[2] if len(linear.args) > 2 else None
-
-
-def _bias_name(linear: fx.Node) -> str | None:
-    bias = _bias(linear)
-    return None if bias is None else str(bias.target)
+def _obstacle(function: Function, linear: fx.Node) -> str | None:
+    return None if decoded(linear.args[1]) else "its weights are not in codes"
 
 
 def _stored(linear: fx.Node) -> str | None:
