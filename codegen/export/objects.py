@@ -1,0 +1,70 @@
+"""Object files with kernels as plain C functions, for any target that LLVM knows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import tvm
+from tvm import s_tir, tirx
+
+from tersor.codegen.export.functions import PlainKernel
+from tersor.codegen.llvm import llvm_target
+from tersor.errors import CompileError
+from tersor.targets import Target
+
+_PIPELINE = "tersor_plain"
+
+
+def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
+    """An object file (ELF, Mach-O or COFF, as the target's system has it) with all functions of the kernels.
+
+    Its undefined symbols are those of libm and libc, and the kernels' launch functions.
+
+    Raises:
+        CompileError: TVM refused a kernel.
+    """
+    functions = {f.symbol: f.code for kernel in kernels for f in kernel.functions}
+    try:
+        module = tirx.build(tvm.IRModule(functions), llvm_target(target), pipeline=_PIPELINE)
+        with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+            file = Path(folder, "kernels.o")
+            module.write_to_file(str(file), "o")
+            return file.read_bytes()
+    except Exception as error:  # TVM raises builtin exceptions of every kind
+        raise CompileError(
+            "TVM could not compile the kernels to an object file",
+            why=str(error).strip().splitlines()[-1],
+            fix="report it with the program (tersor inspect)",
+        ) from error
+
+
+def _pipeline():
+    """TVM's pipeline for CPUs up to the point where it would pack arguments; then only what LLVM needs.
+
+    Source: tvm/s_tir/pipeline.py of TVM 0.27.
+    """
+    passes = [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.StmtSimplify(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.StorageRewrite(),
+        s_tir.transform.HoistIfThenElse(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        s_tir.transform.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.VerifyMemory(),
+        tirx.transform.BF16StorageLegalize(),
+    ]
+    return tvm.ir.transform.Sequential(passes), tirx.transform.LowerIntrin, tvm.transform.Sequential
+
+
+tirx.register_tir_pipeline(_PIPELINE, _pipeline)
