@@ -208,8 +208,15 @@ class Pipeline:
         needing = [p.name for p in self.passes if p.calibrated]
         if given or not needing:
             return
-        free = [name for name in recipes.names() if not any(p.calibrated for p in recipes.get(name).passes)]
-        near = difflib.get_close_matches(self.name, free, 1, cutoff=0.0)[0]
+        free = {name: recipes.get(name).passes for name in recipes.names()}
+        stages = {p.stage for p in self.passes}
+        near = max(
+            (name for name, passes in free.items() if not any(p.calibrated for p in passes)),
+            key=lambda name: (
+                len(stages & {p.stage for p in free[name]}),
+                difflib.SequenceMatcher(None, name, self.name).ratio(),
+            ),
+        )
         raise PipelineError(
             f"recipe {self.name!r} needs calibration data, and there is none",
             why=f"{', '.join(dict.fromkeys(needing))} measure values inside the program",

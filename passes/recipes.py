@@ -87,6 +87,10 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "8-bit weights and activations, scales found while it runs: no data needed",
         (*CLEANUP, *FOLDS, "quantize.rtn", "quantize.dynamic", ATTENTION, "quantize.integers"),
     ),
+    "quantized": (
+        "a model that comes with 8-bit codes as it is: integer products where weights and inputs have them",
+        (*CLEANUP, *FOLDS, "quantize.integers"),
+    ),
 }
 """Name -> what it is for, and its steps."""
 

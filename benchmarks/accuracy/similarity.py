@@ -137,6 +137,7 @@ def from_file(file: Path, recipes: Sequence[str], calibration: list[Batch] | Non
     program = tersor.capture(file)
     inputs = tuple(program.main.inputs)
     yield Engine("onnxruntime", "as it is", session(file), inputs)
+    yield Engine("onnxruntime", "as it is, not optimized", session(file, optimized=False), inputs)
     typed = [with_types(batch, inputs) for batch in calibration or ()]
     for recipe in recipes:
         compiled = tersor.compile(program, recipe=pipeline(recipe), calibration=typed or None, verify=False)
@@ -187,11 +188,14 @@ def digest(file: Path) -> str:
         return f"sha256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:12]}"
 
 
-def session(file: Path) -> Model:
-    """The same file in onnxruntime, called like a compiled model."""
+def session(file: Path, optimized: bool = True) -> Model:
+    """The same file in onnxruntime, called like a compiled model; without its optimizations codes fall otherwise."""
     import onnxruntime
 
-    made = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    made = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = [result.name for result in made.get_outputs()]
     return lambda **inputs: dict(zip(names, made.run(names, inputs), strict=True))
 

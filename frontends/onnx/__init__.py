@@ -64,7 +64,7 @@ def capture(
             if error.dim not in assumed or not 1 <= error.limit < limits.get(error.dim, dims[error.dim].max):
                 raise
             limits[error.dim] = error.limit  # nobody asked for the range that is too large
-    notes += return_codes(program, conversion.encoded)
+    notes += return_codes(program, list(conversion.encoded.values()))
     for note in notes:
         log.info(note)
     verify(program)

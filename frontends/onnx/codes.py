@@ -8,7 +8,7 @@ of the file decode to reads these through `dequantize` again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,26 @@ class Encoded:
         ]
         return Encoded(self.name, self.codes.narrow(dim, start, length), *cut, self.axis)
 
+    def then(self, op: str, factor: torch.Tensor) -> Encoded | None:
+        """Less zero points ("Sub") or times scales ("Mul"), where these are the first and of a form that codes have."""
+        shape = (1,) * (2 - factor.ndim) + tuple(factor.shape)
+        along = [i for i, n in enumerate(shape) if n != 1]
+        axis = along[0] if along else self.axis
+        fits = len(along) <= 1 and len(shape) == 2 and (not along or shape[axis] == self.codes.shape[axis])
+        crossed = along and self.zero is not None and self.zero.ndim and axis != self.axis
+        if (
+            not fits
+            or crossed
+            or self.scale.ndim
+            or self.scale != 1
+            or (op == "Sub" and self.zero is not None)
+        ):
+            return None
+        numbers = factor.float().reshape(-1 if along else ())
+        if op == "Sub":
+            return replace(self, zero=numbers, axis=axis)
+        return replace(self, scale=numbers, axis=axis)
+
     def decoded(self) -> torch.Tensor:
         return dequantize(self.codes, self.scale, self.zero, axis=self.axis)
 
@@ -48,6 +68,28 @@ class Encoded:
         codes = (self.codes.to(torch.int16) - 128).to(torch.int8)
         zero = (torch.zeros_like(self.scale) if self.zero is None else self.zero) - 128
         return Encoded(self.name, codes, self.scale, zero, self.axis)
+
+
+def decoded_by(
+    op: str, operands: Sequence[torch.Tensor], encoded: Encoded | None, name: str
+) -> Encoded | None:
+    """What a file's arithmetic on a stored matrix has decoded, by Cast, Sub and Mul; None where it is something else.
+
+    Args:
+        op: the operator.
+        operands: its operands, the codes or what has become of them first.
+        encoded: how the first operand came from codes, where it did.
+        name: of the stored codes.
+    """
+    if op == "Cast" and encoded is None and operands[0].ndim == 2:
+        return Encoded(name, operands[0], torch.ones(()), None, 0)
+    if encoded is None:
+        return None
+    if op == "Transpose":
+        return encoded.transposed()
+    if op in ("Cast", "Identity"):
+        return encoded
+    return encoded.then(op, operands[1]) if op in ("Sub", "Mul") else None
 
 
 def return_codes(program: Program, encoded: Sequence[Encoded]) -> list[str]:
@@ -97,7 +139,10 @@ def _store(program: Program, name: str, part: Encoded) -> _Stored:
     ]
     if part.zero is not None and part.zero.any():
         parameters.append(add(f"{name}.zero_point", part.zero.contiguous()))
-    return _Stored(tuple(parameters), {"axis": part.axis} if part.scale.ndim else {})
+    return _Stored(
+        tuple(parameters),
+        {"axis": part.axis} if part.scale.ndim or (part.zero is not None and part.zero.ndim) else {},
+    )
 
 
 def _origins(encoded: Sequence[Encoded], weight: torch.Tensor) -> Iterator[tuple[Encoded, Encoded]]:

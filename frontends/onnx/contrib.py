@@ -71,7 +71,7 @@ def _sum(c: Call, x: int, skip: int, bias: int) -> fx.Node:
 
 
 @converts("EmbedLayerNormalization", domain=MICROSOFT)
-def _embed_layer_norm(c: Call) -> tuple[Any, ...]:
+def embed_layer_norm(c: Call) -> tuple[Any, ...]:
     """Word, position and segment embeddings, summed and normalised; the number of tokens that the mask shows; the
     sum."""
     words = c.build.embedding(non_negative(c, c.require(0), 0), c.node(2))
@@ -101,18 +101,25 @@ def _rotary(c: Call) -> fx.Node:
 @converts("Attention", domain=MICROSOFT)
 def _attention(c: Call) -> Any:
     """One product for queries, keys and values, then attention: input, weight, bias, mask, past, added scores."""
-    if c.given(4) or any(c.operator.outputs[1:]) or c.attribute("do_rotary", 0):
-        raise c.refuse("keeps keys and values, or rotates", fix="export the model without a cache")
+    if c.given(4):
+        raise c.refuse("keeps keys and values", fix="export the model without a cache")
     projected = c.build.matmul(c.node(0), c.node(1))
     projected = c.build.add(projected, c.node(2)) if c.given(2) else projected
+    return attention(c, projected, mask=3, added=5)
+
+
+def attention(c: Call, projected: fx.Node, mask: int, added: int | None) -> fx.Node:
+    """Attention between the parts of one projection, with a mask and added scores among the operator's operands."""
+    if any(c.operator.outputs[1:]) or c.attribute("do_rotary", 0):
+        raise c.refuse("keeps keys and values, or rotates", fix="export the model without a cache")
     width = size(projected)[2]
     sizes = c.attribute("qkv_hidden_sizes") or [width // 3] * 3
     parts, start = [], 0
     for length in sizes:
         parts.append(c.slice(projected, 2, start, start + length))
         start += length
-    mask = _mask(c, 3, size(projected)[0], size(projected)[1])
-    return _attend(c, *parts, mask, added=5)
+    seen = _mask(c, mask, size(projected)[0], size(projected)[1])
+    return _attend(c, *parts, seen, added)
 
 
 @converts("MultiHeadAttention", domain=MICROSOFT)
@@ -153,10 +160,10 @@ def _mask(c: Call, i: int, batch: Any, length: Any) -> fx.Node | None:
     return c.reshape(seen, (shape[0], 1, 1, shape[1]) if len(shape) == 2 else (shape[0], 1, *shape[1:]))
 
 
-def _attend(c: Call, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, added: int) -> fx.Node:
+def _attend(c: Call, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None, added: int | None) -> fx.Node:
     heads = c.attribute("num_heads")
     scale = c.attribute("scale", 0.0) or 1 / math.sqrt(size(q)[2] // heads)
-    if c.given(added):
+    if added is not None and c.given(added):
         scores = spread(c, c.node(added), (1,) * 4)
         mask = scores if mask is None else c.build.add(scores, c.build.where(mask, 0.0, float("-inf")))
     causal = bool(c.attribute("unidirectional", 0))

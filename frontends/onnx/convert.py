@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError
-from tersor.frontends.onnx import contrib, elementwise, layout, nn, quantized, reduction, selection, spatial  # noqa: F401
-from tersor.frontends.onnx.codes import Encoded
+from tersor.frontends.onnx import (  # noqa: F401  their converters are entered
+    contrib,
+    elementwise,
+    layout,
+    nn,
+    qoperator,
+    quantized,
+    reduction,
+    selection,
+    spatial,
+)
+from tersor.frontends.onnx.codes import Encoded, decoded_by
 from tersor.frontends.onnx.naming import restore_weight_names
+from tersor.frontends.onnx.products import scale_products
 from tersor.frontends.onnx.reader import (
     STANDARD,
     Graph,
@@ -50,8 +61,6 @@ _ADVICE = {
     "LSTM": "recurrent layers are not Transformers; there is no plan for them",
     "GRU": "recurrent layers are not Transformers; there is no plan for them",
     "RNN": "recurrent layers are not Transformers; there is no plan for them",
-    "QLinearConv": "export the model with QuantizeLinear and DequantizeLinear (QDQ format)",
-    "QAttention": "export the model with QuantizeLinear and DequantizeLinear (QDQ format)",
 }
 _ELSE = "export the model from torch, or without the optimisations that made this operator"
 
@@ -90,7 +99,7 @@ class Conversion:
         self.model, self.inputs, self.allow_nonfinite = model, inputs, allow_nonfinite
         self.program = Program()
         self.function = self.program.add_function(name, dims)
-        self.encoded: list[Encoded] = []
+        self.encoded: dict[str, Encoded] = {}  # by the parameter that holds the decoded values
         self.stored: dict[str, list[tuple[torch.Tensor, str]]] = defaultdict(list)
 
     def run(self) -> Program:
@@ -115,6 +124,7 @@ class Conversion:
                 for name, r in zip(graph.outputs, results, strict=True)
             }
         )
+        scale_products(self.function, self.encoded)
         restore_weight_names(self.function)
         self.program.drop_unused_parameters()
         return self.program
@@ -243,10 +253,8 @@ class Conversion:
         kept = {r for r in results if isinstance(r, fx.Node)}
         with torch.no_grad():
             _guarded(operator, lambda: execute(scratch, nodes, values, {}, keep=kept))
-        name = next((x.name for x in inputs if codes and _holds_codes(x)), "")
-        return tuple(
-            Known(values[r].clone(), name=name, codes=codes) if isinstance(r, fx.Node) else r for r in results
-        )
+        found = [Known(values[r].clone()) if isinstance(r, fx.Node) else r for r in results]
+        return tuple(_decoded(operator.op, inputs, x) if codes else x for x in found)
 
     def _materialize(self, build: Builder, x: Known) -> fx.Node:
         """A known value as a value of the program: a parameter, or built from dimensions."""
@@ -259,8 +267,6 @@ class Conversion:
             if x.is_number:
                 return build.full(shape=x.shape, value=x.number(), dtype=x.dtype)
             return build.parameter("constant", x.tensor)
-        if x.encoded is not None and not any(x.encoded is known for known in self.encoded):
-            self.encoded.append(x.encoded)
         # One stored tensor may be read as it is and, decoded, as something else.
         for tensor, name in self.stored[x.name]:
             if tensor is x.tensor or (tensor.dtype == x.tensor.dtype and torch.equal(tensor, x.tensor)):
@@ -268,6 +274,8 @@ class Conversion:
         self._check_finite(x)
         name = self.function.parameters.add(x.name, x.tensor)
         self.stored[x.name].append((x.tensor, name))
+        if x.encoded is not None:
+            self.encoded[name] = x.encoded
         return build.read(name)
 
     def _check_finite(self, x: Known) -> None:
@@ -381,6 +389,16 @@ def _is_constant(x: Known) -> bool:
     if x.tensor.nbytes > SMALL:
         return False
     return not (x.name and x.tensor.is_floating_point() and x.tensor.numel() > 1)
+
+
+def _decoded(op: str, inputs: list[Known], result: Known) -> Known:
+    """A result on stored codes, with the name and the codes it comes from."""
+    source = next(x for x in inputs if _holds_codes(x))
+    operands = inputs if source is inputs[0] or op != "Mul" else inputs[::-1]
+    encoded = decoded_by(op, [x.tensor for x in operands], operands[0].encoded, source.name)
+    if encoded is not None and not torch.equal(encoded.decoded(), result.tensor.float()):
+        encoded = None
+    return replace(result, name=source.name, codes=True, encoded=encoded)
 
 
 def _holds_codes(x: Known | None) -> bool:

@@ -13,7 +13,7 @@ from torch import fx
 from tersor.ir.matching import is_call
 from tersor.ir.program import Function
 
-_NUMBERED = re.compile(r"(val|onnx::\w+)_\d+|(permute|transpose|t)(_\d+)?")
+_NUMBERED = re.compile(r"((val|onnx::\w+)_\d+|(permute|transpose|t)(_\d+)?)(_q|_quantized)?")
 
 
 def restore_weight_names(function: Function) -> None:

@@ -1,8 +1,8 @@
-"""Quantized ONNX operators.
+"""Quantized ONNX operators: codes and what they stand for, products of codes.
 
 QuantizeLinear and DequantizeLinear of 8-bit codes become `quantize` and `dequantize`; stored weights are decoded first
-and get their codes back afterwards (`codes`). Products of integers are evaluated in float32: integers of 8 bits, and
-sums of their products up to 2^24, are exact there; larger sums are rounded to 24 bits.
+and get their codes back afterwards (`codes`). A product of integers is that of codes decoded with the scale 1, until
+the scales that follow it are found (`products`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tersor.ir.value import DTYPES
 _LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
 
 
-def _integers(c: Call, x: fx.Node, name: str) -> fx.Node:
+def as_integers(c: Call, x: fx.Node, name: str) -> fx.Node:
     """A float32 value of whole numbers within the type's range, as that type."""
     result = c.build.cast(x, dtype=name)
     result.meta[WHOLE] = True
@@ -42,10 +42,10 @@ def as_float(c: Call, x: fx.Node | Known) -> fx.Node:
 def _dequantize(c: Call) -> Any:
     """(x - zero point) * scale; a stored x is dequantized here and keeps its name."""
     zero = c.inputs[2] if c.given(2) else None
-    return _decoded(c, c.require(0), c.require(1), zero, c.attribute("axis", 1), c.attribute("block_size", 0))
+    return decoded(c, c.require(0), c.require(1), zero, c.attribute("axis", 1), c.attribute("block_size", 0))
 
 
-def _decoded(
+def decoded(
     c: Call,
     x: fx.Node | Known,
     scale: fx.Node | Known,
@@ -75,7 +75,7 @@ def _decoded_now(x: Known, scale: torch.Tensor, zero: torch.Tensor | None, axis:
     if zero is not None:
         centred = centred - _along(shape, zero, axis, block).float()
     values, encoded = (centred * spread).to(scale.dtype), None
-    name = x.name.removesuffix(".codes")
+    name = x.name.removesuffix(".codes").removesuffix("_quantized")
     if x.name and len(shape) == 2 and not block and x.dtype in CODES and scale.dtype == torch.float32:
         factors = [
             None if f is None else f.float().reshape(() if f.numel() == 1 else -1) for f in (scale, zero)
@@ -126,12 +126,12 @@ def _quantize(c: Call) -> Any:
     name = dtype(c.require(2)) if c.given(2) else dtype_name(code) if code else "uint8"
     if name not in _LIMITS or c.attribute("block_size", 0):
         raise c.refuse(f"makes {name}, or works in blocks", why="8 and 16 bits by channel are known")
-    return _encoded(
+    return encoded(
         c, c.require(0), c.require(1), c.inputs[2] if c.given(2) else None, c.attribute("axis", 1), name
     )
 
 
-def _encoded(
+def encoded(
     c: Call, x: fx.Node | Known, scale: fx.Node | Known, zero: fx.Node | Known | None, axis: int, name: str
 ) -> Any:
     low, high = _LIMITS[name]
@@ -148,16 +148,7 @@ def _encoded(
     codes = c.build.round(c.build.div(x, _factor(c, c.as_node(scale), x, axis)))
     if zero is not None and not _is_zero(zero):
         codes = c.build.add(codes, _factor(c, as_float(c, zero), x, axis))
-    return _integers(c, _clamped(c, codes, low, high), name)
-
-
-@converts("QLinearMatMul", since=10)
-def _qlinear_matmul(c: Call) -> fx.Node:
-    """Codes, scale and zero point of A, of B, scale and zero point of the result: decoded, multiplied, encoded."""
-    a, b = (
-        c.as_node(_decoded(c, *(c.require(i + j) for j in range(3)), axis)) for i, axis in ((0, -2), (3, -1))
-    )
-    return _encoded(c, c.build.matmul(a, b), c.require(6), c.require(7), -1, dtype(c.require(7)))
+    return as_integers(c, _clamped(c, codes, low, high), name)
 
 
 def _clamped(c: Call, x: fx.Node, low: int, high: int) -> fx.Node:
@@ -166,54 +157,50 @@ def _clamped(c: Call, x: fx.Node, low: int, high: int) -> fx.Node:
 
 @converts("DynamicQuantizeLinear", since=11)
 def _dynamic_quantize(c: Call) -> tuple[fx.Node, ...]:
-    codes, scale, zero = dynamic_codes(c, c.node(0))
-    return _integers(c, codes, "uint8"), scale, _integers(c, zero, "uint8")
+    codes, scale, zero = _dynamic_codes(c, c.node(0))
+    return codes, scale, as_integers(c, zero, "uint8")
 
 
-def dynamic_codes(c: Call, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """uint8 codes as float32, scale and zero point by the range of the whole tensor, which includes 0."""
+def _dynamic_codes(c: Call, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """uint8 codes, their scale and zero point, which is float32 here, by the range of the whole tensor and 0."""
     axes = tuple(range(len(size(x))))
     high = c.build.maximum(c.build.amax(x, dims=axes), 0.0)
     low = c.build.minimum(c.build.amin(x, dims=axes), 0.0)
     scale = c.build.div(c.build.sub(high, low), 255.0)
     scale = c.build.where(c.build.eq(scale, 0.0), 1.0, scale)
     zero = c.build.round(_clamped(c, c.build.div(c.build.neg(low), scale), 0, 255))
-    codes = _clamped(c, c.build.add(c.build.round(c.build.div(x, scale)), zero), 0, 255)
-    return codes, scale, zero
+    return c.build.quantize(x, scale, zero, dtype="uint8"), scale, zero
 
 
 @converts("MatMulInteger", since=10)
 def _matmul_integer(c: Call) -> fx.Node:
-    return _integers(c, c.build.matmul(_centred(c, 0, 2), _centred(c, 1, 3)), "int32")
-
-
-def _centred(c: Call, i: int, zero: int) -> fx.Node:
-    """Operand i less its zero point, which is a number, or one per row of A or column of B."""
-    x = c.require(i)
-    if not c.given(zero) or _is_zero(c.require(zero)):
-        return as_float(c, x)
-    point = c.require(zero)
-    if isinstance(x, Known) and isinstance(point, Known):
-        shifted = x.tensor.float() - point.tensor.float()
-        return c.as_node(Known(shifted, name=x.name))
-    point = as_float(c, point)
-    if i == 0 and len(size(point)) == 1 and size(point) != (1,):
-        point = c.reshape(point, (*size(point), 1))
-    return c.build.sub(as_float(c, x), c.reshape(point, ()) if size(point) == (1,) else point)
+    zeros = [c.inputs[i] if c.given(i) else None for i in (2, 3)]
+    return as_integers(c, product(c, (c.require(0), ONE, zeros[0]), (c.require(1), ONE, zeros[1])), "int32")
 
 
 @converts("MatMulIntegerToFloat", domain=MICROSOFT)
 def _matmul_integer_to_float(c: Call) -> fx.Node:
     """A, B, scale of A, scale of B, zero points, bias."""
-    result = c.build.matmul(_centred(c, 0, 4), _centred(c, 1, 5))
-    result = c.build.mul(c.build.mul(result, c.node(2)), c.node(3))
+    zeros = [c.inputs[i] if c.given(i) else None for i in (4, 5)]
+    result = product(c, *((c.require(i), c.require(2 + i), zeros[i]) for i in (0, 1)))
     return c.build.add(result, c.node(6)) if c.given(6) else result
 
 
 @converts("DynamicQuantizeMatMul", domain=MICROSOFT)
 def _dynamic_quantize_matmul(c: Call) -> fx.Node:
     """A is quantized by its range; B, its scale, its zero point, bias."""
-    codes, scale, zero = dynamic_codes(c, c.node(0))
-    result = c.build.matmul(c.build.sub(codes, zero), _centred(c, 1, 3))
-    result = c.build.mul(result, c.build.mul(c.node(2), scale))
+    weight = c.require(1), c.require(2), c.inputs[3] if c.given(3) else None
+    result = product(c, _dynamic_codes(c, c.node(0)), weight)
     return c.build.add(result, c.node(4)) if c.given(4) else result
+
+
+ONE = Known(torch.ones(()))
+"""The scale of codes that stand for themselves."""
+
+Coded = tuple[Any, Any, Any]
+"""Codes, scale and zero point (None: 0)."""
+
+
+def product(c: Call, a: Coded, b: Coded) -> fx.Node:
+    """Decoded a times decoded b; what a has per channel is per row, what b has is per column."""
+    return c.build.matmul(c.as_node(decoded(c, *a, axis=-2)), c.as_node(decoded(c, *b, axis=-1)))

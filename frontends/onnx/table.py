@@ -57,6 +57,10 @@ class Call:
         self.build, self.operator, self.inputs, self.attributes = build, operator, inputs, attributes
         self._materialize = materialize
 
+    def on(self, inputs: Sequence[fx.Node | Known | None], attributes: dict[str, Any]) -> Call:
+        """The same operator in other words: other operands and attributes."""
+        return Call(self.build, self.operator, inputs, attributes, self._materialize)
+
     # -- operands
 
     def given(self, i: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -29,8 +31,11 @@ class IntegerProducts(Pass):
 
     int8 activations become uint8 first, 128 more, with a zero point 128 more: exactly the same values.
 
-    Legal when the activations are in codes with one scale (or one per token) and a zero point that is a number, the
-    weights int8 with a scale per row and no zero point, and no sum can leave int32.
+    A zero point p that is found while the model runs, and zero points q of the weights, are taken off the sums:
+             %i = integer_linear(%a, @w.codes) - p (sum(w.codes) - K q) - q integer_linear(%a, @ones)
+
+    Legal when the activations are in codes with a scale and a zero point, or one of each per token, the weights int8
+    with a scale and a whole zero point per row, or one for all, and no sum can leave int32.
 
     Source: Jacob et al. 2018, section 2.2. The result differs from the decoded layer's by the rounding of f32 sums and
     of the bias (at most half of m).
@@ -45,6 +50,7 @@ class IntegerProducts(Pass):
         for function in program.functions.values():
             for node in function.calls("quantize"):
                 _make_unsigned(function, node, self.name)
+        products = {function: _Products(function, self.name) for function in program.functions.values()}
         for function, linear in self.select(program):
             x, weight = decoded(linear.args[0]), decoded(linear.args[1])
             if x is None and weight is None:
@@ -55,7 +61,7 @@ class IntegerProducts(Pass):
                 result.skip(linear, reason)
                 continue
             result.change(linear, "sums in int32")
-            function.replace(linear, _integer(function, linear, x, weight, self.name))
+            function.replace(linear, products[function].integer(linear, x, weight))
         drop_unread(program)
         return result
 
@@ -89,50 +95,119 @@ def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decod
         return "its weights are not stored int8 codes"
     if weight.group is not None or weight.axis not in (None, 0) or scale.ndim > 1:
         return "its weights do not have one scale per row"
-    points = function.parameter(weight.zero)
-    if bool(points.any()) if points is not None else number(function, weight.zero) != 0.0:
-        return "its weights have a zero point"
+    points = _points(function, weight)
+    if points is None or not torch.equal(points, points.round()):
+        return "its weights' zero point is not a stored whole number, or one per row"
     if x.codes.meta["value"].dtype != "uint8":
         return f"its input's codes are {x.codes.meta['value'].dtype}, not uint8"
     if x.axis is not None or x.group is not None:
         return "its input has a scale per channel"
-    zero = number(function, x.zero)
-    if zero is None or zero != round(zero):
+    if _is_computed(function, x.zero):
+        if x.zero.meta["value"].shape not in ((), (*x.codes.meta["value"].shape[:-1], 1)):
+            return "its input has zero points that are neither one nor one per token"
+    elif (zero := number(function, x.zero)) is None or zero != round(zero):
         return "its input's zero point is not one whole number"
     if bias_of(linear) is not None and function.parameter(bias_of(linear)) is None:
         return "its bias is computed"
-    largest = 255 * codes.to(torch.int64).abs().sum(1).max()
+    # of codes and of zero points alike: every term by itself, and all together
+    largest = 255 * (codes.to(torch.int64).abs().sum(1) + codes.shape[1] * points.to(torch.int64).abs()).max()
     if 2 * int(largest) > SAFE_SUM:
         return f"sums over {codes.shape[1]} inputs could leave int32"
     return None
 
 
-def _integer(function: Function, linear: fx.Node, x: Decoded, weight: Decoded, made_by: str) -> fx.Node:
-    """The layer in whole numbers, in front of the linear one."""
-    build = function.builder(before=linear, made_by=made_by)
-    codes, scale = function.parameter(weight.codes), function.parameter(weight.scale)
-    bias, name = bias_of(linear), weight.codes.target.removesuffix(".codes")
-    correction = -int(number(function, x.zero)) * codes.to(torch.int64).sum(1)
-    one = function.parameter(x.scale)
-    if one is not None and one.numel() == 1:
-        multiplier = (one.double().reshape(()) * scale.double()).float().expand(codes.shape[0])
-        start = correction
-        if bias is not None:
-            wanted = torch.round(function.parameter(bias).double() / multiplier.double())
-            start = correction + wanted.to(torch.int64) if wanted.abs().max() < SAFE_SUM // 2 else correction
-            if start is not correction:
-                bias = None
-        sums = _sums(build, linear, x, weight, start)
-        y = build.mul(sums, build.parameter(f"{name}.multiplier", multiplier))
-    else:
-        sums = _sums(build, linear, x, weight, correction)
-        y = build.mul(build.mul(sums, weight.scale), x.scale)
-    return y if bias is None else build.add(y, bias)
+def _points(function: Function, weight: Decoded) -> torch.Tensor | None:
+    """The zero points of a layer's weights, stored, one for every row or one for all; None when they are neither."""
+    if not isinstance(weight.zero, fx.Node):
+        return torch.tensor(number(function, weight.zero))
+    points = function.parameter(weight.zero)
+    return points if points is not None and points.ndim <= 1 else None
 
 
-def _sums(build: Builder, linear: fx.Node, x: Decoded, weight: Decoded, start: torch.Tensor) -> fx.Node:
-    """Codes times codes, from ``start`` on, as f32; the product takes the layer's site."""
-    name = weight.codes.target.removesuffix(".codes")
-    start = build.parameter(f"{name}.start", start.to(torch.int32))
-    product = build.emit("integer_linear", x.codes, weight.codes, start, site=linear.meta.pop("site", None))
-    return build.cast(product, dtype="float32")
+def _is_computed(function: Function, value: fx.Node | float | None) -> bool:
+    return isinstance(value, fx.Node) and function.parameter(value) is None
+
+
+class _Products:
+    """Layers in whole numbers; what several layers of one input need of it is made once.
+
+    sum (a - p)(c - q) = sum a c - p (sum c - K q) - q sum a, with the activations' zero point p and the weights' q.
+    """
+
+    def __init__(self, function: Function, made_by: str):
+        self.function, self.made_by = function, made_by
+        self._made: dict[tuple[str, fx.Node], fx.Node] = {}
+
+    def integer(self, linear: fx.Node, x: Decoded, weight: Decoded) -> fx.Node:
+        """The layer, in front of the linear one."""
+        function = self.function
+        build = function.builder(before=linear, made_by=self.made_by)
+        codes, scale = function.parameter(weight.codes), function.parameter(weight.scale)
+        bias, name = bias_of(linear), weight.codes.target.removesuffix(".codes")
+        points = _points(function, weight).to(torch.int64).expand(codes.shape[0])
+        weights = codes.to(torch.int64).sum(1) - codes.shape[1] * points
+        known = not _is_computed(function, x.zero)
+        start = -int(number(function, x.zero)) * weights if known else None
+        one = function.parameter(x.scale)
+        static = known and one is not None and one.numel() == 1
+        if static:
+            multiplier = (one.double().reshape(()) * scale.double()).float().expand(codes.shape[0])
+            if bias is not None:
+                wanted = torch.round(function.parameter(bias).double() / multiplier.double())
+                if wanted.abs().max() < SAFE_SUM // 2:
+                    start, bias = start + wanted.to(torch.int64), None
+        sums = self._sums(build, linear, x, weight, start)
+        if not known:
+            sums = build.sub(sums, build.mul(self._zero(x), _stored(build, f"{name}.sums", weights)))
+        if points.any():
+            sums = build.sub(sums, build.mul(self._code_sums(x), _stored(build, f"{name}.zero", points)))
+        sums = build.cast(sums, dtype="float32")
+        if static:
+            y = build.mul(sums, build.parameter(f"{name}.multiplier", multiplier))
+        else:
+            scales = (
+                weight.scale
+                if scale.ndim
+                else build.parameter(f"{name}.scales", scale.expand(codes.shape[0]))
+            )
+            y = build.mul(build.mul(sums, scales), x.scale)
+        return y if bias is None else build.add(y, bias)
+
+    def _sums(
+        self, build: Builder, linear: fx.Node, x: Decoded, weight: Decoded, start: torch.Tensor | None
+    ) -> fx.Node:
+        """Codes times codes, from ``start`` on; the product takes the layer's site."""
+        name = weight.codes.target.removesuffix(".codes")
+        first = () if start is None else (_stored(build, f"{name}.start", start),)
+        site = linear.meta.pop("site", None)
+        return build.emit("integer_linear", x.codes, weight.codes, *first, site=site)
+
+    def _zero(self, x: Decoded) -> fx.Node:
+        """A computed zero point for every row [..., 1]: so it meets the sums in their own kernel."""
+
+        def make(build: Builder) -> fx.Node:
+            rows, zero = (*x.codes.meta["value"].shape[:-1], 1), build.cast(x.zero, dtype="int32")
+            if zero.meta["value"].rank:
+                return zero
+            return build.expand(build.reshape(zero, shape=(1,) * len(rows)), shape=rows)
+
+        return self._once("zero", x, make)
+
+    def _code_sums(self, x: Decoded) -> fx.Node:
+        """The sum of the codes in every row [..., 1]: a product with ones."""
+
+        def make(build: Builder) -> fx.Node:
+            ones = torch.ones(1, x.codes.meta["value"].shape[-1], dtype=torch.int8)
+            return build.integer_linear(x.codes, build.parameter("ones", ones))
+
+        return self._once("sums", x, make)
+
+    def _once(self, what: str, x: Decoded, make: Callable[[Builder], fx.Node]) -> fx.Node:
+        """Made behind the codes and what decodes them, where every layer of this input can read it."""
+        if (what, x.node) not in self._made:
+            self._made[what, x.node] = make(self.function.builder(before=x.node, made_by=self.made_by))
+        return self._made[what, x.node]
+
+
+def _stored(build: Builder, name: str, numbers: torch.Tensor) -> fx.Node:
+    return build.parameter(name, numbers.to(torch.int32))

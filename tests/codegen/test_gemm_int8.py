@@ -161,6 +161,27 @@ def test_dynamic_scales(symbolic, integer_target):
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-3)
 
 
+def test_zero_points_are_taken_off_the_sums(integer_target):
+    """Of the activations, for every row, and of the weights, for every column: in int32, bit for bit."""
+    row, n, k = ChainInput("row", "int32"), 48, 65
+    steps = (Step("mul", (1, 2)), Step("sub", (0, 5)), Step("mul", (3, 4)), Step("sub", (6, 7)))
+    chain = Chain((ACCUMULATOR, row, START, row, START), (*steps, Step("cast", (8,), "float32")), (9,))
+    kernel = Gemm((21,), k, n, chain, panel_width(integer_target), dtype="uint8")
+    a, w = codes(21, k), weights(n, k)
+    zero, point = codes(21, 1).astype(np.int32), weights(n).astype(np.int32)
+    weight_sums, code_sums = w.astype(np.int32).sum(1) - k * point, a.astype(np.int32).sum(1, keepdims=True)
+    given = [
+        a,
+        pack([w], kernel.panel),
+        zero,
+        weight_sums.astype(np.int32),
+        code_sums.astype(np.int32),
+        point,
+    ]
+    (got,) = run_kernel(kernel, given, integer_target)
+    np.testing.assert_array_equal(got, (a.astype(np.int64) - zero) @ (w.astype(np.int64) - point[:, None]).T)
+
+
 def test_residual_in_codes(integer_target):
     """Both operands of the residual sum are dequantized, their sum is requantized."""
     residual = ChainInput("full", "uint8")

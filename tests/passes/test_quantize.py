@@ -255,6 +255,36 @@ def test_sums_that_could_overflow_stay_decoded():
     assert reasons(IntegerProducts(), program(emit)) == ["sums over 70000 inputs could leave int32"]
 
 
+@pytest.mark.parametrize("point", ["static", "one", "per token"])
+@pytest.mark.parametrize("points", [None, 7.0, torch.arange(-4.0, 4.0)], ids=["symmetric", "one", "per row"])
+def test_zero_points_are_taken_off_the_sums(points, point):
+    """Asymmetric weights, and activations whose zero point is found while the model runs."""
+
+    def emit(build, x, mask):
+        zero = float(ZERO)
+        per_token = point == "per token"
+        scale = build.dynamic_scale(x) if per_token else build.parameter("s", torch.tensor(SCALE))
+        if point != "static":
+            reach = {"dims": (-1,), "keepdim": True} if per_token else {"dims": (0, 1, 2)}
+            zero = build.round(build.add(build.mul(build.amax(x, **reach), 20.0), 90.0))
+        decoded = build.dequantize(build.quantize(x, scale, zero, dtype="uint8"), scale, zero)
+        codes = build.parameter("c", torch.randint(-128, 128, (8, WIDTH), dtype=torch.int8))
+        weights = [codes, build.parameter("ws", torch.linspace(0.01, 0.02, 8))]
+        weights += [build.parameter("wz", points) if isinstance(points, torch.Tensor) else points]
+        weight = build.dequantize(*weights, axis=0)
+        return {
+            name: build.linear(decoded, weight, build.parameter(name, torch.ones(8)), site=name)
+            for name in ("y", "z")
+        }
+
+    torch.manual_seed(0)
+    quantized = program(emit)
+    after = apply(IntegerProducts(), quantized)
+    assert error(quantized, after) < (2e-4 if point == "static" else 1e-5)
+    sums = [n for n in after.main.calls("integer_linear") if n.meta["value"].shape[-1] == 1]
+    assert len(sums) == (points is not None), "both layers read the sums of their codes"
+
+
 @pytest.mark.parametrize(
     "form", [{}, {"post_norm": True}, {"gated": True, "rms": True, "kv_heads": 2, "bias": False}]
 )
