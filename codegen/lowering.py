@@ -251,6 +251,11 @@ class Lowering:
             return self.weight(Weight((node.target,)))
         return self._values[node]
 
+    def witness(self, symbol: str) -> fx.Node:
+        """An input of which one dimension is the symbol: every named dimension is read off some input."""
+        dim = Dim.symbol(symbol)
+        return next(n for n in self.function.input_nodes if dim in n.meta["value"].shape)
+
     def view(self, node: fx.Node, shape: Shape) -> relax.Expr:
         """The value of a node in a shape that differs from its own in dimensions of size one at most."""
         own = node.meta["value"].shape

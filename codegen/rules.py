@@ -11,6 +11,7 @@ from tvm import relax
 from tersor.codegen import fusion, tiles
 from tersor.codegen.kernels import layout
 from tersor.codegen.kernels.attention import Attention
+from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.cache import CacheUpdate
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
@@ -117,6 +118,8 @@ def _token_codes(lowering: Lowering, node: fx.Node) -> relax.Expr:
 def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
     ids, table = node.args
     count, size = table.meta["value"].shape
+    if isinstance(count, Dim) or isinstance(size, Dim) or table.meta["value"].dtype != "float32":
+        return _selection(lowering, node, layout.IndexSelect, table, ids, 0)
     panel = 0
     if table.op == "get_attr":
         # a tied output projection has packed the table already: read that copy
@@ -457,14 +460,13 @@ def _expand(lowering: Lowering, node: fx.Node) -> relax.Expr:
 def _slice(lowering: Lowering, node: fx.Node) -> relax.Expr:
     x, value = node.args[0].meta["value"], node.meta["value"]
     dim, start = node.kwargs["dim"] % x.rank, node.kwargs.get("start", 0)
-    shapes = (x.shape, value.shape)
-    if isinstance(start, Dim):
-        # the kernel computes the start from the shapes, so their symbols stay as they are
-        kernel = layout.Slice(x.shape, dim, start, value.shape[dim], node.kwargs.get("step", 1), x.dtype)
-    else:
-        source, result = (opaque(s) for s in shapes)
-        kernel = layout.Slice(source, dim, start, result[dim], node.kwargs.get("step", 1), x.dtype)
-    return lowering.call(kernel, [lowering.value(node.args[0])], [value.shape])
+    source, result = opaque(x.shape), opaque(value.shape)
+    # the kernel computes the start from sizes that it sees as extents
+    unseen = start.symbols - {str(d) for d in (*source, *result)} if isinstance(start, Dim) else ()
+    witnesses = list(dict.fromkeys(lowering.witness(symbol) for symbol in sorted(unseen)))
+    specs = tuple(TensorSpec(opaque(w.meta["value"].shape), w.meta["value"].dtype) for w in witnesses)
+    kernel = layout.Slice(source, dim, start, result[dim], node.kwargs.get("step", 1), x.dtype, specs)
+    return lowering.call(kernel, [lowering.value(n) for n in (node.args[0], *witnesses)], [value.shape])
 
 
 @register_lowering("concat")
@@ -488,18 +490,18 @@ def _pad(lowering: Lowering, node: fx.Node) -> relax.Expr:
 
 @register_lowering("index_select")
 def _index_select(lowering: Lowering, node: fx.Node) -> relax.Expr:
-    return _selection(lowering, node, layout.IndexSelect)
+    return _selection(lowering, node, layout.IndexSelect, *node.args, node.kwargs["dim"])
 
 
 @register_lowering("gather")
 def _gather(lowering: Lowering, node: fx.Node) -> relax.Expr:
-    return _selection(lowering, node, layout.Gather)
+    return _selection(lowering, node, layout.Gather, *node.args, node.kwargs["dim"])
 
 
-def _selection(lowering: Lowering, node: fx.Node, kernel) -> relax.Expr:
-    x, index = (a.meta["value"] for a in node.args)
-    made = kernel(opaque(x.shape), opaque(index.shape), node.kwargs["dim"] % x.rank, x.dtype)
-    return lowering.call(made, [lowering.value(a) for a in node.args], [node.meta["value"].shape])
+def _selection(lowering: Lowering, node: fx.Node, kernel, x: fx.Node, index: fx.Node, dim: int) -> relax.Expr:
+    source, positions = x.meta["value"], index.meta["value"]
+    made = kernel(opaque(source.shape), opaque(positions.shape), dim % source.rank, source.dtype)
+    return lowering.call(made, [lowering.value(x), lowering.value(index)], [node.meta["value"].shape])
 
 
 @register_lowering("cache_update")

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from tersor.errors import InputError
 from tersor.ir.dims import Dim
 from tersor.ir.program import Function
 from tersor.ir.value import DTYPE_NAMES, DTYPES, Value
+from tersor.ir.verifier import describe
 
 Observer = Callable[[fx.Node, torch.Tensor], None]
 
@@ -65,7 +67,8 @@ def run(
         dtype: computes in this float type instead of the program's own ones (float64 for exact comparisons).
 
     Raises:
-        InputError: the inputs or states do not fit the signature.
+        InputError: the inputs or states do not fit the signature, or integers in them are positions outside of what
+            they select from.
     """
     values, sizes = bind(function, inputs, states)
     execute(
@@ -119,6 +122,9 @@ def execute(
 ) -> None:
     """Evaluates a run of nodes in place: ``values`` holds what they read from before, and at the end what is
     in ``keep`` and was there or was made here; everything else is freed at its last use.
+
+    Raises:
+        InputError: an operation reads or writes at a position that its tensor does not have.
     """
     last_use = {operand: node for node in nodes for operand in (node, *node.all_input_nodes)}
 
@@ -133,14 +139,41 @@ def execute(
         else:
             operands = fx.map_arg(node.args, values.__getitem__)
             attributes = {k: resolve(v, sizes) for k, v in node.kwargs.items()}
-            if dtype is not None and DTYPES.get(attributes.get("dtype"), torch.bool).is_floating_point:
-                attributes["dtype"] = DTYPE_NAMES[dtype]
-            values[node] = node.target(*operands, **attributes)
+            if dtype is not None and node.meta["value"].is_float:
+                operands = map_aggregate(operands, _integers_to(dtype, operands))
+                if DTYPES.get(attributes.get("dtype"), torch.bool).is_floating_point:
+                    attributes["dtype"] = DTYPE_NAMES[dtype]
+            values[node] = convert(_compute(node, operands, attributes))
             if observe is not None:
                 observe(node, values[node])
         for operand in (node, *node.all_input_nodes):
             if last_use[operand] is node and operand not in keep:
                 del values[operand]
+
+
+def _integers_to(dtype: torch.dtype, operands: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """Lets an operation that makes floats of integers alone make them in ``dtype``; torch would use float32."""
+    tensors: list[Any] = []
+    map_aggregate(operands, tensors.append)
+    alone = not any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors)
+
+    def widened(operand: Any) -> Any:
+        integers = isinstance(operand, torch.Tensor) and operand.dtype != torch.bool
+        return operand.to(dtype) if alone and integers else operand
+
+    return widened
+
+
+def _compute(node: fx.Node, operands: tuple[Any, ...], attributes: Mapping[str, Any]) -> torch.Tensor:
+    try:
+        return node.target(*operands, **attributes)
+    except (IndexError, RuntimeError) as error:
+        # torch has no class of its own for a position that is outside of a tensor
+        if isinstance(error, RuntimeError) and "out of bounds" not in str(error):
+            raise
+        raise InputError(
+            f"{node.target.name} reads or writes outside of a tensor", where=describe(node), why=str(error)
+        ) from error
 
 
 def resolve(attribute: Any, sizes: Mapping[str, int]) -> Any:

@@ -17,7 +17,9 @@ class Parameter:
     __slots__ = ("tensor", "value", "_digest")
 
     def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().contiguous()
+        # dimensions of size 1 may have any stride; who reads the bytes expects the usual ones
+        self.tensor = tensor.as_strided(tensor.shape, torch.empty(tensor.shape, device="meta").stride())
         self.value = Value.of(self.tensor)
         self._digest: str | None = None
 

@@ -42,7 +42,7 @@ def _samples(nodes: list[fx.Node], sizes: Sizes, seed: int) -> dict[str, torch.T
     for node in nodes:
         value = node.meta["value"]
         shape = evaluate_shape(value.shape, sizes)
-        rows, places = _selected_rows(node), _first_positions(node, sizes)
+        rows, places = _selected_rows(node, sizes), _first_positions(node, sizes)
         if value.is_float:
             tensor = torch.randn(shape, generator=generator)
         elif places is not None:
@@ -58,7 +58,7 @@ def _samples(nodes: list[fx.Node], sizes: Sizes, seed: int) -> dict[str, torch.T
     return made
 
 
-def _selected_rows(node: fx.Node) -> int | None:
+def _selected_rows(node: fx.Node, sizes: Sizes) -> int | None:
     """The smallest number of rows among the tables that an integer input selects from."""
     found = []
     for current, user in _readers(node, _PASSES_IDS_ON):
@@ -66,8 +66,7 @@ def _selected_rows(node: fx.Node) -> int | None:
             found.append(user.args[1].meta["value"].shape[0])
         elif user.target.name in ("index_select", "gather") and user.args[1] is current:
             found.append(user.args[0].meta["value"].shape[user.kwargs["dim"]])
-    sizes = [rows for rows in found if isinstance(rows, int)]
-    return min(sizes) if sizes else None
+    return min(evaluate_shape(tuple(found), sizes), default=None)
 
 
 def _first_positions(node: fx.Node, sizes: Sizes) -> int | None:

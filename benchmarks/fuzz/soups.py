@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import fx
 
 import tersor
 from benchmarks.fuzz.case import Outcome, Stage
-from benchmarks.fuzz.compare import IllConditioned, disagreement, spread
+from benchmarks.fuzz.compare import IllConditioned, Operands, Tensors, changed, disagreement, distance, spread
 from benchmarks.fuzz.worker import PEER
+from tersor.errors import InputError
 from tersor.frontends.onnx import convert  # noqa: F401  enters the converters
 from tersor.frontends.onnx.table import CONVERTERS
 from tersor.ir import Program, cost
@@ -171,6 +174,8 @@ class _Writer:
         rank = self._rank(inputs[0]) if inputs else 0
         if name == "NonZero" and not rank:
             return  # [0, 1] by the standard, [1, 1] in onnxruntime
+        if name == "ReduceLogSumExp" and self._code(inputs[0]) in (INT32, INT64):
+            return  # onnxruntime makes every e**x an integer before it adds them up, and loses most of the sum
         attributes = self._attributes(schema, rank)
         count = (
             schema.min_output
@@ -488,6 +493,8 @@ def compare_with_onnxruntime(
             ):
                 # what fractions without an integer (infinity, NaN) become is not defined
                 slack[name][reference == torch.iinfo(reference.dtype).min] = float("inf")
+        for name, depends in _depends_on_nan(program, inputs, ours).items():
+            slack[name][depends] = float("inf")
         try:
             wrong = disagreement(ours, {n: theirs[n] for n in ours}, slack)
         except IllConditioned:
@@ -506,6 +513,31 @@ def _keeps_empty_axis(stated: Sequence[int | str | None], theirs: torch.Tensor, 
     [0, 5, 2] stays [0, 5, 2]. The shapes that onnx infers, and its reference, follow the operators' definition.
     """
     return theirs.numel() == 0 and tuple(stated) == tuple(ours.shape) != tuple(theirs.shape)
+
+
+_ORDERED = {"amax", "amin", "argmax", "argsort", "max_pool2d", "sign"}
+
+
+def _depends_on_nan(program: Program, inputs: Tensors, ours: Tensors) -> dict[str, torch.Tensor]:
+    """Per result, the elements that change when NaN counts as the smallest or as the largest number.
+
+    onnxruntime 1.31 selects (ReduceMax, ReduceMin, ArgMax, ArgMin, Hardmax, TopK) by comparisons that NaN fails, so
+    that its place decides: the largest of [2, 1, NaN] is 2, that of [NaN, 1, 2] is NaN. Ours, numpy's, torch's and
+    that of onnx's reference is NaN. The sign of NaN, which ONNX does not define, is 0 in torch and NaN in onnxruntime.
+    """
+
+    def selects(node: fx.Node, operands: Operands, result: torch.Tensor, nan: float) -> torch.Tensor:
+        if node.target.name not in _ORDERED or not result.numel():
+            return result
+        first, *others = operands()
+        return node.target(first.nan_to_num(nan, math.inf, -math.inf), *others, **node.kwargs)
+
+    depends = {name: torch.zeros(value.shape, dtype=torch.bool) for name, value in ours.items()}
+    for nan in (-math.inf, math.inf):
+        others = changed(program.main, inputs, partial(selects, nan=nan))
+        for name, value in ours.items():
+            depends[name] |= distance(others[name], value) > 0
+    return depends
 
 
 class Soups:
@@ -533,7 +565,10 @@ class Soups:
         compiled = tersor.compile(program, threads=1, verify=False)
         for seed, sizes in enumerate(small_sizes(program)):
             inputs = inputs_for(program, sizes, seed)
-            expected, slack = spread(program.main, inputs, seed)
+            try:
+                expected, slack = spread(program.main, inputs, seed)
+            except InputError:
+                continue  # stored positions that these sizes do not have: onnxruntime has refused them
             stage("running")
             actual = {name: torch.as_tensor(value) for name, value in compiled(**inputs).items()}
             try:

@@ -90,7 +90,11 @@ class Permute(_Mapped):
 
 @dataclass(frozen=True)
 class Slice(_Mapped):
-    """``length`` elements from ``start`` along ``dim``, ``step`` apart; symbols of ``start`` occur in the shapes."""
+    """``length`` elements from ``start`` along ``dim``, ``step`` apart.
+
+    Symbols of ``start`` that are no extent of the input or output are read off the shapes of ``witnesses``, further
+    arguments of which nothing else is used.
+    """
 
     shape: Shape
     dim: int
@@ -98,9 +102,10 @@ class Slice(_Mapped):
     length: int | Dim
     step: int = 1
     dtype: str = "float32"
+    witnesses: tuple[TensorSpec, ...] = ()
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec(self.shape, self.dtype),)
+        return (TensorSpec(self.shape, self.dtype), *self.witnesses)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         shape = (*self.shape[: self.dim], self.length, *self.shape[self.dim + 1 :])

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx
 
-from tersor.errors import CaptureError
+from tersor.errors import CaptureError, InputError
 from tersor.ir.canonicalize.affine import is_stored
 from tersor.ir.dims import Dim, evaluate_shape
 from tersor.ir.interpreter import execute
@@ -118,11 +118,11 @@ def _evaluate(function: Function, cone: list[fx.Node], sizes: dict[str, int]) ->
     try:
         with torch.no_grad():
             execute(function, cone, values, sizes, keep={cone[-1]})
-    except (IndexError, RuntimeError) as error:  # a stored index that is outside of its table
+    except (InputError, RuntimeError) as error:  # a stored index that is outside of its table
         raise CaptureError(
             "a constant of the model cannot be computed",
             where=describe(cone[-1]),
-            why=f"{type(error).__name__}: {error}",
+            why=error.why if isinstance(error, InputError) else f"{type(error).__name__}: {error}",
         ) from error
     return values[cone[-1]]
 

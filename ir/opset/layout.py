@@ -109,7 +109,7 @@ def index_select(x, index, *, dim: int):
     """Slices of x along ``dim`` at the int64 positions ``index``, whose shape replaces the dimension."""
     dim = dim % x.ndim
     taken = torch.index_select(x, dim, index.reshape(-1))
-    return taken.reshape(*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
+    return taken.reshape((*x.shape[:dim], *index.shape, *x.shape[dim + 1 :]))
 
 
 def _infer_index_select(x: Value, index: Value, *, dim: int) -> Value:

@@ -11,12 +11,14 @@ import pytest
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import torch  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
 from benchmarks.fuzz.__main__ import main  # noqa: E402
 from benchmarks.fuzz.case import GOOD, Outcome, judged  # noqa: E402
+from benchmarks.fuzz.compare import disagreement, spread  # noqa: E402
 from benchmarks.fuzz.files import Files  # noqa: E402
 from benchmarks.fuzz.graphs import Graphs  # noqa: E402
 from benchmarks.fuzz.journal import Journal  # noqa: E402
@@ -26,6 +28,7 @@ from benchmarks.fuzz.summary import Summary  # noqa: E402
 from benchmarks.fuzz.watch import Watch  # noqa: E402
 from benchmarks.fuzz.worker import Result, Worker, run_here  # noqa: E402
 from tersor import frontends  # noqa: E402
+from tersor.ir import Program, Value  # noqa: E402
 
 
 @settings(max_examples=35)
@@ -63,6 +66,42 @@ def test_only_onnxruntimes_own_fault_with_empty_tensors_is_passed_over(end, labe
     made = onnx.shape_inference.infer_shapes(made)
     outcome = compare_with_onnxruntime(made.SerializeToString(), frontends.capture(made), lambda stage: None)
     assert outcome == Outcome("unchecked" if label else "right", label)
+
+
+def _least(of: str) -> onnx.ModelProto:
+    nodes = [helper.make_node(of, ["x"], ["z"]), helper.make_node("ReduceMin", ["z"], ["y"], keepdims=0)]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [3]), ("y", [])))
+    graph = helper.make_graph(nodes, "least", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("x", "ours", "kind"),
+    [
+        ([1.0, 4.0, 9.0], "Sqrt", "right"),
+        ([4.0, -1.0, 9.0], "Sqrt", "unchecked"),  # 2 in onnxruntime, NaN elsewhere
+        ([4.0, -1.0, 9.0], "Abs", "wrong"),
+        ([4.0, 9.0, 9.0], "Abs", "wrong"),
+    ],
+)
+def test_only_onnxruntimes_own_order_of_nan_is_passed_over(x, ours, kind):
+    made = _least("Sqrt").SerializeToString()
+    outcome = compare_with_onnxruntime(
+        made, frontends.capture(_least(ours)), lambda stage: None, lambda *_: {"x": torch.tensor(x)}
+    )
+    assert outcome.kind == kind
+
+
+@pytest.mark.parametrize(("x", "kind"), [(-5.5, "right"), (-4.0, "wrong")])
+def test_a_comparison_is_decided_by_what_a_kernel_may_round_away(x, kind):
+    program = Program()
+    function = program.add_function("main")
+    build = function.builder()
+    function.set_outputs({"y": build.le(0.0, build.gelu(function.add_input("x", Value("float32", (2,)))))})
+    expected, slack = spread(function, {"x": torch.tensor([1.0, x])})
+    assert expected["y"].tolist() == [True, False]  # gelu(-5.5) is -1e-7, and 0 in our kernel
+    wrong = disagreement({"y": torch.tensor([True, True])}, expected, slack)
+    assert (wrong is None) == (kind == "right")
 
 
 @pytest.fixture(scope="module")

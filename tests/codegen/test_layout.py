@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tersor.codegen.kernels import layout
+from tersor.codegen.kernels.base import TensorSpec
 from tersor.ir import Dim, ops
 from tersor.targets import resolve
 from tests.codegen.kernel_harness import run_kernel
@@ -44,6 +45,13 @@ def test_slice_to_a_symbolic_length():
 def test_slice_from_a_symbolic_start():
     x = torch.randn(3, 9)
     check(layout.Slice((B, T), 1, T - 1, 1), [x], x[:, -1:])
+
+
+def test_slice_from_a_start_over_a_size_that_only_another_input_has():
+    x, n = torch.randn(6, 2), torch.zeros(1, 3)
+    size = Dim.symbol("size_2_x_length")
+    kernel = layout.Slice((size, 2), 0, 2 * T - 1, 1, witnesses=(TensorSpec((1, T)),))
+    check(kernel, [x, n], x[5:6])
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])

@@ -86,6 +86,20 @@ CASES = {
         (LONG,),
         lambda b, ids: b.linear(b.embedding(ids, (t := weight(b, 50, 24))), b.read(t.target)),
     ),
+    "embedding in a table of dynamic rows": (
+        (LONG, X),
+        lambda b, ids, x: b.embedding(ids, b.sum(x, dims=(0,))),
+    ),
+    "embedding in a table of dynamic width": (
+        (X,),
+        lambda b, x: b.embedding(
+            b.parameter("i", torch.tensor([3, 0])), b.permute(b.reshape(x, shape=(B * T, 24)), dims=(1, 0))
+        ),
+    ),
+    "embedding in a table of integers": (
+        (LONG,),
+        lambda b, ids: b.embedding(ids, b.parameter("t", torch.arange(12).reshape(4, 3))),
+    ),
     "softmax": ((X,), lambda b, x: b.softmax(x, dim=-1)),
     "softmax over another dimension": ((X,), lambda b, x: b.softmax(x, dim=1)),
     "log softmax": ((X,), lambda b, x: b.log_softmax(x, dim=2)),
@@ -107,6 +121,14 @@ CASES = {
     "slice": ((X,), lambda b, x: b.slice(x, dim=2, start=3, end=20, step=2)),
     "slice to the length": ((X,), lambda b, x: b.add(x, b.slice(weight(b, 20, 24), dim=0, end=T))),
     "last position": ((X,), lambda b, x: b.slice(x, dim=1, start=T - 1)),
+    "last of doubled positions": (
+        (X,),
+        lambda b, x: b.slice(b.concat((x, x), dim=1), dim=1, start=2 * T - 1),
+    ),
+    "last rows of a flattened batch": (
+        (X,),
+        lambda b, x: b.slice(b.reshape(x, shape=(B * T, 24)), dim=0, start=B * T - T, end=B * T - T + 1),
+    ),
     "concat": ((X, X), lambda b, x, y: b.concat((x, y, x), dim=1)),
     "pad": ((X,), lambda b, x: b.pad(x, pads=(1, 2, 0, 3), value=0.5)),
     "index select": ((X,), lambda b, x: b.index_select(x, b.parameter("i", torch.tensor([[3, 0]])), dim=2)),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rewriting import B, T, canonical, names, program_of, rewritten
 
 from tersor.errors import CaptureError
-from tersor.ir import Dim, Range, Value, run
+from tersor.ir import Dim, Program, Range, Value, run
 from tersor.ir.canonicalize import canonicalize, indices
 from tersor.ir.canonicalize.affine import Affine, Positions, Predicate, from_tensor, lower_bound
 from tersor.ir.canonicalize.constants import fold_constants
@@ -311,6 +311,19 @@ def test_a_table_over_a_dimension_is_made_for_its_maximum():
     assert names(program) == ["slice", "mul"]
     (table,) = program.parameters.values()
     assert tuple(table.value.shape) == (1, 40, 1)
+
+
+def test_a_column_that_is_the_same_in_every_row_is_stored_once():
+    program = Program()
+    function = program.add_function("main", {"n": Range(1, 9)})
+    n = Dim.symbol("n")
+    function.add_input("x", Value("float32", (n,)))
+    b = function.builder()
+    table = b.full(shape=(n, 24), value=2, dtype="int32")
+    function.set_outputs({"y": b.index_select(table, b.parameter("i", torch.tensor(3)), dim=1)})
+    canonicalize(program)
+    (stored,) = program.parameters.values()
+    assert stored.tensor.tolist() == [2] and [node.target.name for node in function.calls()] == ["expand"]
 
 
 def test_a_table_that_depends_on_the_size_itself_stays():

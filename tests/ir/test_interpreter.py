@@ -130,6 +130,60 @@ def test_float64_mode_takes_casts_to_any_float_type_along():
     assert result["n"].tolist() == [0, 1, 2] and result["n"].dtype == torch.int64
 
 
+def test_float64_mode_makes_floats_of_integers_in_float64():
+    program = Program()
+    function = program.add_function("main")
+    n, m = (function.add_input(name, Value(dtype, (3,))) for name, dtype in (("n", "int64"), ("m", "bool")))
+    build = function.builder()
+    values = [build.minimum(n, 0.1), build.div(n, 3), build.sqrt(n), build.where(m, 0.5, -1.0)]
+    weight = build.parameter("w", torch.ones(2, 3))
+    function.set_outputs({f"y{i}": build.linear(value, weight) for i, value in enumerate(values)})
+    n, m = torch.tensor([2**24 + 1, 2, 3]), torch.tensor([True, False, True])
+    result = run(function, {"n": n, "m": m}, dtype=torch.float64)
+    exact = [n.double().clamp(max=0.1), n.double() / 3, n.double().sqrt(), torch.where(m, 0.5, -1.0).double()]
+    for value, expected in zip(result.values(), exact, strict=True):
+        torch.testing.assert_close(value, expected.sum().expand(2), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("index_select", -1), ("embedding", 4), ("gather", 4), ("scatter", 9), ("cache_update", 4)],
+)
+def test_positions_outside_are_an_error_that_says_where(name, at):
+    program = Program()
+    function = program.add_function("main")
+    x, index = (
+        function.add_input("x", Value("float32", (4, 2))),
+        function.add_input("i", Value("int64", (1, 2))),
+    )
+    build = function.builder()
+    places = build.reshape(build.slice(index, dim=1, end=1), shape=(1,))
+    made = {
+        "index_select": lambda: build.index_select(x, index, dim=0),
+        "embedding": lambda: build.embedding(index, x),
+        "gather": lambda: build.gather(x, index, dim=0),
+        "scatter": lambda: build.scatter(x, index, build.slice(x, dim=0, end=1), dim=0),
+        "cache_update": lambda: build.cache_update(x, build.slice(x, dim=0, end=1), places, dim=0),
+    }[name]()
+    made.meta["module"] = "block.1"
+    function.set_outputs({"y": made})
+    with pytest.raises(InputError, match=rf"{name} reads or writes outside[^\n]*\n.*where: .*block.1"):
+        run(function, {"x": torch.ones(4, 2), "i": torch.tensor([[at, 0]])})
+
+
+def test_sampled_ids_lie_in_a_table_of_dynamic_rows():
+    program = Program()
+    function = program.add_function("main", {"a": Range(1, 9)})
+    ids, table = (
+        function.add_input("i", Value("int64", (50,))),
+        function.add_input("t", Value("float32", (A, 3))),
+    )
+    function.set_outputs({"y": function.builder().embedding(ids, table)})
+    for size in (1, 9):
+        found = sample_inputs(function, {"a": size})["i"]
+        assert 0 <= found.min() and found.max() == size - 1
+
+
 @pytest.mark.parametrize("name", small_models.ALL)
 def test_models_give_the_same_in_float64_up_to_rounding(name):
     function = small_models.ALL[name]().main

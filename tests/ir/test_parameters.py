@@ -48,6 +48,14 @@ def test_digest_sees_through_strides():
     assert Parameter(tensor.T).digest == Parameter(tensor.T.contiguous()).digest != Parameter(tensor).digest
 
 
+def test_bytes_are_row_major_where_a_size_of_one_has_any_stride():
+    column = torch.arange(6, dtype=torch.int32).reshape(2, 3)[:, :1][:1].clone()
+    odd = torch.arange(6, dtype=torch.int32).as_strided((1,), (3,))
+    parameter = Parameter(odd)
+    assert parameter.tensor.stride() == (1,) and parameter.tensor.data_ptr() == odd.data_ptr()
+    assert parameter.digest == Parameter(column.reshape(1)).digest
+
+
 def test_parameters_carry_no_gradient():
     assert not Parameter(torch.nn.Parameter(torch.ones(2))).tensor.requires_grad
 

@@ -207,7 +207,7 @@ def test_inputs_that_do_not_fit_are_an_error_and_made_up_ones_that_do_not_run_a_
     assert [step.modified for step in report.steps] == [True, True]
     assert (
         len(report.notes) == 1
-        and "does not run on inputs made from its signature (IndexError" in report.notes[0]
+        and "does not run on inputs made from its signature (InputError" in report.notes[0]
     )
 
 
@@ -226,7 +226,7 @@ def test_a_program_that_no_longer_runs_is_stopped(made):
             result.change("block.1.ffn", "shuffled")
             return result
 
-    failing(Shuffle(), made, "its result does not run: IndexError")
+    failing(Shuffle(), made, "its result does not run: InputError")
 
 
 def test_a_misspelt_mode_is_refused():
