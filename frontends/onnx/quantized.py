@@ -174,8 +174,13 @@ def _dynamic_codes(c: Call, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
 
 @converts("MatMulInteger", since=10)
 def _matmul_integer(c: Call) -> fx.Node:
-    zeros = [c.inputs[i] if c.given(i) else None for i in (2, 3)]
-    return as_integers(c, product(c, (c.require(0), ONE, zeros[0]), (c.require(1), ONE, zeros[1])), "int32")
+    """A product without zero points is one already; others are those of decoded codes."""
+    a, b = c.require(0), c.require(1)
+    zeros = [c.inputs[i] if c.given(i) and not _is_zero(c.require(i)) else None for i in (2, 3)]
+    plain = zeros == [None, None] and isinstance(a, fx.Node) and isinstance(b, Known)
+    if plain and (dtype(a), dtype(b)) == ("uint8", "int8") and len(size(b)) == 2:
+        return c.build.integer_linear(a, c.as_node(Known(b.tensor.t().contiguous(), name=b.name)))
+    return as_integers(c, product(c, (a, ONE, zeros[0]), (b, ONE, zeros[1])), "int32")
 
 
 @converts("MatMulIntegerToFloat", domain=MICROSOFT)

@@ -157,6 +157,18 @@ def test_sums_without_scales_stay_whole_numbers():
         assert torch.equal(made(**X)["y"], expected)
 
 
+def test_products_without_zero_points_are_exact_at_any_size():
+    """Sums of 200 times 255 times 127 leave the whole numbers that float32 has."""
+    wide, inputs = (FLOAT, ["batch", 800]), {"x": torch.full((2, 800), 255.0)}
+    nodes = [node("Cast", "x", "codes", to=UINT8), node("MatMulInteger", "codes w", "y")]
+    w = np.full((800, 3), 127, np.int8) - np.eye(800, 3, dtype=np.int8)
+    model = file(nodes, {"w": w}, {"x": wide}, TensorProto.INT32)
+    program = frontends.capture(model)
+    assert operations(program) == {"cast", "integer_linear"}
+    y = program(**inputs)["y"]
+    assert torch.equal(y, torch.from_numpy(run_there(model, inputs)["y"])) and y.min() > 2**24
+
+
 def test_scales_that_something_else_reads_between_stay_outside():
     nodes = [*integer_layer("w", "z")[:-1], node("Add", "w.float w.product", "y")]
     model = file([ENCODE, *nodes], stored_weight("int8", per_channel=True))
