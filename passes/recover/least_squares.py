@@ -19,6 +19,15 @@ from tersor.passes.quantize.places import bias_of, plain_weight, readers
 from tersor.passes.recover.reference import correctable, counterparts
 from tersor.passes.registry import register
 
+SPARSE = 0.1
+"""A weight of which this part is 0 is sparse on purpose; a single 0 in a dense one may become something else."""
+
+PATTERNS = 16
+"""Up to so many different patterns of zeros in its rows, a weight is solved for exactly."""
+
+STEPS = 100
+"""Of conjugate gradients, where there are more patterns; the error falls in each."""
+
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What "auto" tries: with some ten tokens for each input little is best, with fewer much."""
 
@@ -34,9 +43,10 @@ class LeastSquares(Pass):
     After:   %y = linear(%x, @v, @c)       V, c = argmin ||Y - X V^T - c||^2 + ridge * t ||V - W||^2
 
     X are the layer's inputs as they are now, with everything before it removed, factorized or made sparse and
-    corrected; Y are its outputs before that; t = tr(X^T X) / K. Weights that are 0 stay 0, so sparse patterns do. Each
-    token counts by 1 / |y|^2, so that errors are relative ones, as in recover.bias. Layers are fitted in order, block
-    by block, and changed only where that lowers the error on held-out data. A layer without a bias gets none.
+    corrected; Y are its outputs before that; t = tr(X^T X) / K. Patterns of zeros stay: columns of V are 0 where those
+    of W are, and in a sparse W every weight that is 0. Each token counts by 1 / |y|^2, so that errors are relative
+    ones, as in recover.bias. Layers are fitted in order, block by block, and changed only where that lowers the error
+    on held-out data. A layer without a bias gets none.
 
     Belongs behind each pass that removes structure, and before any that rounds: fitted weights are on no grid. Legal
     when the weight is a float32 parameter of no other layer of ``main`` and read by linear layers only, the bias a
@@ -229,20 +239,16 @@ class _Moments:
     def solution(
         self, weight: torch.Tensor, bias: bool, ridge: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The best weight [N, K] with the zeros of this one, and bias [N] where there is one; float64."""
+        """The best weight [N, K] with the pattern of this one, and bias [N] where there is one; float64."""
         gram, cross = self.gram, self.cross
         if bias:  # of the best bias for any weight
             gram = gram - self.x[:, None] * self.x / self.weights
             cross = cross - self.y[:, None] * self.x / self.weights
         damp = ridge * gram.diagonal().mean().item()
-        new = weight.clone()
-        patterns, row_of = (weight != 0).unique(dim=0, return_inverse=True)
-        for i, pattern in enumerate(patterns):
-            columns, rows = pattern.nonzero()[:, 0], (row_of == i).nonzero()
-            if len(columns) and damp > 0:
-                left = gram[columns][:, columns] + damp * torch.eye(len(columns), dtype=gram.dtype)
-                right = cross[rows, columns] + damp * weight[rows, columns]
-                new[rows, columns] = torch.linalg.solve(left, right.T).T
+        new = weight
+        if damp > 0:
+            left = gram + damp * torch.eye(len(gram), dtype=gram.dtype)
+            new = _solved(left, cross + damp * weight, weight, _pattern(weight))
         return new, (self.y - new @ self.x) / self.weights if bias else None
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
@@ -251,3 +257,47 @@ class _Moments:
         if bias is not None:
             lost = lost + 2 * bias @ (weight @ self.x - self.y) + self.weights * bias.square().sum()
         return max(lost.item(), 0.0) / self.count
+
+
+def _pattern(weight: torch.Tensor) -> torch.Tensor:
+    """Which weights [N, K] may be other than 0."""
+    filled = weight != 0
+    live = filled.any(0)
+    dense = filled[:, live].double().mean() > 1 - SPARSE
+    return live.expand_as(weight) if dense else filled
+
+
+def _solved(
+    left: torch.Tensor, right: torch.Tensor, start: torch.Tensor, pattern: torch.Tensor
+) -> torch.Tensor:
+    """V [N, K] of this pattern that is nearest to V left = right, in the norm of the positive definite ``left``."""
+    patterns, row_of = pattern.unique(dim=0, return_inverse=True)
+    if len(patterns) > PATTERNS:
+        return _conjugate_gradients(left, right, start, pattern)
+    new = torch.zeros_like(start)
+    for i, kept in enumerate(patterns):
+        columns, rows = kept.nonzero()[:, 0], (row_of == i).nonzero()
+        if len(columns):
+            factor = torch.linalg.cholesky(left[columns][:, columns])
+            new[rows, columns] = torch.cholesky_solve(right[rows, columns].T, factor).T
+    return new
+
+
+def _conjugate_gradients(
+    left: torch.Tensor, right: torch.Tensor, start: torch.Tensor, pattern: torch.Tensor
+) -> torch.Tensor:
+    """The same for rows that have patterns of their own, in `STEPS` steps from ``start``, scaled by the diagonal."""
+    scale = left.diagonal().sqrt()
+    left, found = left / scale / scale[:, None], start * scale * pattern
+    rest = (right / scale - found @ left) * pattern
+    direction, power = rest, rest.square().sum(1, keepdim=True)
+    enough = 1e-20 * power
+    for _ in range(STEPS):
+        if (power <= enough).all():
+            break
+        image = (direction @ left) * pattern
+        length = power / (direction * image).sum(1, keepdim=True).clamp(min=1e-300)
+        found, rest = found + length * direction, rest - length * image
+        before, power = power, rest.square().sum(1, keepdim=True)
+        direction = rest + power / before.clamp(min=1e-300) * direction
+    return found / scale

@@ -8,7 +8,7 @@ import torch
 from tersor.errors import PipelineError
 from tersor.ir import Program, run
 from tersor.passes import Context, Lossy, Pass, PassResult, Pipeline
-from tersor.passes.recover.least_squares import LeastSquares
+from tersor.passes.recover.least_squares import LeastSquares, _Moments
 from tests.passes.check_pass import check_pass
 from tests.passes.programs import Transformer, program
 
@@ -124,6 +124,32 @@ def test_what_held_out_data_contradicts_is_not_kept():
     (left,) = step.skips
     assert after is made and left.reason == "its outputs would not be nearer on held-out data"
     assert left.figures["error_after"] > 0.99 * left.figures["error_before"]
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_patterns_of_zeros_are_solved_for_alike_whatever_their_number(group):
+    """Against the least squares of each row by itself."""
+    x = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    y, w = x @ weight().double().T, without_half().double()
+    if group:
+        keep = torch.rand(OUTPUTS, WIDTH // group, group, generator=torch.Generator().manual_seed(2))
+        w = weight().double() * (keep.argsort(-1) < 2).reshape(OUTPUTS, WIDTH)
+    w[:, 3] = 0.0
+    moments = _Moments.none(WIDTH, OUTPUTS)
+    moments.add(x, y)
+    new, _ = moments.solution(w, False, 1e-9)
+    assert torch.equal(new == 0, w == 0)
+    a = y.norm(dim=1, keepdim=True)
+    for row, found, wanted in zip(w, new, (y / a).T, strict=True):
+        best = torch.linalg.lstsq((x / a)[:, row != 0], wanted[:, None]).solution[:, 0]
+        torch.testing.assert_close(found[row != 0], best, atol=1e-4, rtol=1e-4)
+
+
+def test_single_zeros_of_a_dense_weight_are_no_pattern():
+    w = weight() + 0.1
+    w[torch.arange(OUTPUTS), torch.arange(OUTPUTS)] = 0
+    after, _ = recover(layer(w), layer(), batches())
+    assert (after.parameters["w"].tensor != 0).all()
 
 
 # -- the protocol
