@@ -9,7 +9,7 @@ from torch import fx
 
 from tersor.ir import Program
 from tersor.passes.base import PassResult
-from tersor.passes.calibration import Gram, Request, Step, sequential
+from tersor.passes.calibration import Gram, Pieces, Request, Step, sequential
 from tersor.passes.context import Context
 from tersor.passes.quantize.error_feedback import Curvature, output_error, round_with_feedback
 from tersor.passes.quantize.places import drop_unread
@@ -30,6 +30,18 @@ class _Rounded:
     @classmethod
     def of(cls, weight: torch.Tensor, coded: Coded, how: str, **figures: float) -> _Rounded:
         return cls(coded, how, coded.figures(weight) | figures)
+
+    @classmethod
+    def kept(cls, pieces: Pieces, values: tuple[str, str]) -> _Rounded | None:
+        """What an earlier run made of these inputs and this weight; None when none came so far."""
+        if (found := pieces.load(*values)) is None:
+            return None
+        tensors, note = found
+        return cls(Coded(tensors["codes"], tensors["scale"]), note["how"], note["figures"])
+
+    def keep(self, pieces: Pieces, values: tuple[str, str]) -> None:
+        note = {"how": self.how, "figures": self.figures}
+        pieces.store(values, {"codes": self.coded.codes, "scale": self.coded.scale}, note)
 
 
 @register("quantize.gptq")
@@ -74,13 +86,13 @@ class GPTQ(WeightCodes):
         weights = self.weights(program, result)
         if not weights:
             return result
-        left, data, seed = list(weights), context.calibration, context.seed
+        left, data, seed, pieces = list(weights), context.calibration, context.seed, Pieces(self, context)
         fit = sequential(program, data, seed=seed, title=f"{self.name}, block by block")
         held_out = sequential(program, data, split="held_out", seed=seed, title=None)
         for step, judge in zip(fit, held_out, strict=True):
             for linears in self._lots(step, left):
                 new = {n.args[1].target: n for n in reversed(linears) if n.args[1].target not in done}
-                for name, rounded in self._rounded(new, weights, step, judge).items():
+                for name, rounded in self._rounded(new, weights, step, judge, pieces).items():
                     done[name] = rounded, self.store(program, name, rounded.coded)
                 for linear in linears:
                     self._write(program, linear, *done[linear.args[1].target], result)
@@ -107,11 +119,25 @@ class GPTQ(WeightCodes):
         return list(by_input.values())
 
     def _rounded(
-        self, layers: dict[str, fx.Node], weights: dict[fx.Node, torch.Tensor], step: Step, judge: Step
-    ) -> dict[str, _Rounded]:
-        """The weights of these layers in codes, by name."""
+        self, layers: dict[str, fx.Node], weights: dict[fx.Node, torch.Tensor], step: Step, judge: Step,
+        pieces: Pieces,
+    ) -> dict[str, _Rounded]:  # fmt: skip
+        """The weights of these layers in codes, by name; those that an earlier run had finished are taken from it."""
         if not layers:
             return {}
+        digests, parameters = step.program.main.value_digests(), step.program.parameters
+        keys = {name: (digests[n.args[0]], parameters[name].digest) for name, n in layers.items()}
+        found = {name: kept for name in layers if (kept := _Rounded.kept(pieces, keys[name])) is not None}
+        if rest := {name: linear for name, linear in layers.items() if name not in found}:
+            for name, rounded in self._fitted(rest, weights, step, judge).items():
+                found[name] = rounded
+                rounded.keep(pieces, keys[name])
+        return found
+
+    def _fitted(
+        self, layers: dict[str, fx.Node], weights: dict[fx.Node, torch.Tensor], step: Step, judge: Step
+    ) -> dict[str, _Rounded]:
+        """The same for layers that are not finished."""
         fit = step.gather(Request(n, Gram()) for n in layers.values())
         held_out = judge.gather(Request(n, Gram(), split="held_out") for n in layers.values())
         curvatures: dict[fx.Node, Curvature | None] = {}  # layers of one input share its

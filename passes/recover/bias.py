@@ -9,7 +9,7 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.passes.base import Lossy, Pass, PassResult
-from tersor.passes.calibration import Request, Samples, Statistics, Step, calibrate, sequential
+from tersor.passes.calibration import Pieces, Request, Samples, Statistics, Step, calibrate, sequential
 from tersor.passes.calibration.requests import Split
 from tersor.passes.context import Context
 from tersor.passes.quantize.places import bias_of, decoded, drop_unread
@@ -64,6 +64,7 @@ class BiasCorrection(Pass):
             [self._output(before[linear], split) for linear in places for split in SPLITS],
             data, seed=context.seed, cache=context.cache, title=f"{self.name}, outputs before",
         )  # fmt: skip
+        pieces, then = Pieces(self, context), context.reference.main.value_digests()
         fit = sequential(program, data, seed=context.seed, title=f"{self.name}, block by block")
         held_out = sequential(program, data, split="held_out", seed=context.seed, title=None)
         for step, judge in zip(fit, held_out, strict=True):
@@ -72,9 +73,15 @@ class BiasCorrection(Pass):
                 if linear in places:
                     lots.setdefault(linear.args[0], []).append(linear)
             for linears in lots.values():
-                shifts = self._shifts(linears, before, wanted, step, judge)
-                for linear, shift in shifts.items():
-                    self._correct(program, linear, places[linear], shift, result)
+                now = program.main.value_digests()
+                keys = {n: (now[n], then[before[n]]) for n in linears}
+                shifts = {n: shift for n in linears if (shift := _Shift.kept(pieces, keys[n])) is not None}
+                if rest := [n for n in linears if n not in shifts]:
+                    shifts |= self._shifts(rest, before, wanted, step, judge)
+                for linear in linears:
+                    if linear in rest and shifts[linear] is not None:
+                        shifts[linear].keep(pieces, keys[linear])
+                    self._correct(program, linear, places[linear], shifts[linear], result)
         drop_unread(program)
         return result
 
@@ -153,6 +160,16 @@ class _Shift:
         lost, weights = _errors(*held_out)
         errors = ((d.square() * weights).sum().item() / len(d) for d in (lost, lost - shift))
         return cls(shift, *errors)
+
+    @classmethod
+    def kept(cls, pieces: Pieces, values: tuple[str, str]) -> _Shift | None:
+        """What an earlier run found for a layer as it is now and as it was; None when none came so far."""
+        if (found := pieces.load(*values)) is None:
+            return None
+        return cls(found[0]["value"], *found[1])
+
+    def keep(self, pieces: Pieces, values: tuple[str, str]) -> None:
+        pieces.store(values, {"value": self.value}, [self.error_before, self.error_after])
 
 
 _Pair = tuple[torch.Tensor, torch.Tensor]

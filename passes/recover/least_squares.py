@@ -12,7 +12,7 @@ from torch import fx
 from tersor.ir import Function, Program
 from tersor.ir.block import blocks
 from tersor.passes.base import Lossy, Pass, PassResult
-from tersor.passes.calibration import Step, sequential
+from tersor.passes.calibration import Pieces, Step, sequential
 from tersor.passes.calibration.requests import Split
 from tersor.passes.context import Context
 from tersor.passes.quantize.places import bias_of, plain_weight, readers
@@ -30,6 +30,9 @@ STEPS = 100
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What "auto" tries: with some ten tokens for each input little is best, with fewer much."""
+
+EXACT = 1e-6
+"""Errors up to this are those of the sums that they are computed from."""
 
 GAIN = 0.99
 """A layer changes where its error on held-out data falls at least to this fraction."""
@@ -85,7 +88,7 @@ class LeastSquares(Pass):
         places = correctable(self, program, before, obstacle, lambda n: str(n.args[1].target), result)
         if not places:
             return result
-        passes_by = {
+        runs = {
             split: (
                 sequential(
                     program, data, split=split, seed=context.seed,
@@ -95,53 +98,67 @@ class LeastSquares(Pass):
             )
             for split in _SPLITS
         }  # fmt: skip
-        for now in zip(*(steps for steps, _ in passes_by.values()), strict=True):
+        pieces, then = Pieces(self, context), reference.main.value_digests()
+        for now in zip(*(steps for steps, _ in runs.values()), strict=True):
             lots: dict[fx.Node, list[fx.Node]] = {}
             for linear in now[0].calls("linear"):
                 if linear in places:
                     lots.setdefault(linear.args[0], []).append(linear)
             for linears in lots.values():
-                pairs = {linear: before[linear] for linear in linears}
-                found = [
-                    teacher.moments(step, pairs)
-                    for step, (_, teacher) in zip(now, passes_by.values(), strict=True)
-                ]
+                digests = program.main.value_digests()
+                keys = {n: (digests[n], then[before[n]]) for n in linears}
+                fits = {n: fit for n in linears if (fit := _Fit.kept(pieces, keys[n])) is not None}
+                pairs = {n: before[n] for n in linears if n not in fits}
+                if pairs:
+                    moments = [
+                        teacher.moments(step, pairs)
+                        for step, (_, teacher) in zip(now, runs.values(), strict=True)
+                    ]
+                    fits |= {n: self._fit(program, n, *(found[n] for found in moments)) for n in pairs}
                 for linear in linears:
-                    self._fit(program, linear, places[linear], *(m[linear] for m in found), result)
+                    if linear in pairs and isinstance(fits[linear], _Fit):
+                        fits[linear].keep(pieces, keys[linear])
+                    self._write(program, linear, places[linear], fits[linear], result)
         return result
 
     def _fit(
-        self, program: Program, linear: fx.Node, others: list[fx.Node], fit: _Moments | str,
-        held_out: _Moments | str, result: PassResult,
-    ) -> None:  # fmt: skip
-        """Fits a layer, and those of other functions that share its parameters, where that helps."""
+        self, program: Program, linear: fx.Node, fit: _Moments | str, held_out: _Moments | str
+    ) -> _Fit | str:
+        """The best of a layer's fits, or why there is none."""
         for moments in (fit, held_out):
             if isinstance(moments, str):
-                result.skip(linear, moments)
-                return
+                return moments
         bias = bias_of(linear)
         weight = program.parameters[linear.args[1].target].tensor.double()
         start = None if bias is None else program.parameters[bias.target].tensor.double()
-        candidates = [
-            (ridge, *fit.solution(weight, start is not None, ridge))
-            for ridge in (RIDGES if self.ridge == "auto" else (self.ridge,))
-        ]
-        errors = [held_out.error(w, b) for _, w, b in candidates]
+        ridges = RIDGES if self.ridge == "auto" else (self.ridge,)
+        candidates = [fit.solution(weight, start is not None, ridge) for ridge in ridges]
+        errors = [held_out.error(*candidate) for candidate in candidates]
         best = errors.index(min(errors))
-        ridge, new, shift = candidates[best]
         figures = {
             "error_before": held_out.error(weight, start),
             "error_after": errors[best],
-            "ridge": ridge,
+            "ridge": ridges[best],
             "tokens_per_input": fit.count / weight.shape[1],
         }
-        if not figures["error_after"] <= GAIN * figures["error_before"]:
-            result.skip(linear, "its outputs would not be nearer on held-out data", **figures)
-            return
-        result.change(linear, "fitted to its outputs before", **figures)
-        program.parameters[linear.args[1].target] = new.float()
-        if bias is not None:
-            self._move_bias(program, (linear, *others), bias.target, shift.float())
+        new, shift = candidates[best]
+        return _Fit(new.float(), None if shift is None else shift.float(), figures)
+
+    def _write(
+        self, program: Program, linear: fx.Node, others: list[fx.Node], fit: _Fit | str, result: PassResult
+    ) -> None:
+        """Gives a layer, and those of other functions that share its parameters, its fit where that helps."""
+        if isinstance(fit, str):
+            result.skip(linear, fit)
+        elif fit.figures["error_before"] <= EXACT:
+            result.skip(linear, "its outputs are what they were", **fit.figures)
+        elif not fit.figures["error_after"] <= GAIN * fit.figures["error_before"]:
+            result.skip(linear, "its outputs would not be nearer on held-out data", **fit.figures)
+        else:
+            result.change(linear, "fitted to its outputs before", **fit.figures)
+            program.parameters[linear.args[1].target] = fit.weight
+            if fit.bias is not None:
+                self._move_bias(program, (linear, *others), bias_of(linear).target, fit.bias)
 
     def _move_bias(
         self, program: Program, layers: tuple[fx.Node, ...], name: str, value: torch.Tensor
@@ -160,6 +177,27 @@ class LeastSquares(Pass):
 _SPLITS: tuple[Split, Split] = ("fit", "held_out")
 
 _UNREACHED = "no calibration data reaches it"
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A layer's new weight f32 [N, K], bias f32 [N] where it has one, and what was measured."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    figures: dict[str, float]
+
+    @classmethod
+    def kept(cls, pieces: Pieces, values: tuple[str, str]) -> _Fit | None:
+        """What an earlier run found for a layer as it is now and as it was; None when none came so far."""
+        if (found := pieces.load(*values)) is None:
+            return None
+        tensors, figures = found
+        return cls(tensors["weight"], tensors.get("bias"), figures)
+
+    def keep(self, pieces: Pieces, values: tuple[str, str]) -> None:
+        tensors = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+        pieces.store(values, tensors, self.figures)
 
 
 class _Teacher:

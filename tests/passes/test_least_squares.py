@@ -179,7 +179,7 @@ def in_codes() -> Program:
 
 def test_a_layer_that_lost_nothing_is_left_alone():
     after, step = recover(made := layer(), layer(), batches())
-    assert after is made and step.skips[0].figures["error_before"] < 1e-6
+    assert after is made and step.skips[0].reason == "its outputs are what they were"
 
 
 def duplicated(layers: int = 2) -> Program:
