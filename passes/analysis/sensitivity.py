@@ -35,7 +35,7 @@ from tersor.passes.calibration import (
     calibrate,
 )
 from tersor.passes.calibration.padding import Padding, Tokens
-from tersor.passes.calibration.sweep import does_not_run, progress
+from tersor.passes.calibration.sweep import progress, running
 from tersor.passes.context import Context
 from tersor.passes.gates import Measure
 from tersor.passes.quantize.bf16 import BFloat16
@@ -116,13 +116,8 @@ def analyze(
         padding = Padding(program.main)
         for index, batch in enumerate(held_out):
             tokens = padding.of(batch.inputs, batch.mask)
-            try:
-                with torch.no_grad():
-                    _walk(program.main, tried, variants, batch, tokens, advance)
-            except TersorError:
-                raise
-            except Exception as error:  # whatever torch says to ids outside of a table
-                raise does_not_run(index, error) from error
+            with running(index):
+                _walk(program.main, tried, variants, batch, tokens, advance)
     notes = [*dataset.notes]
     shares: Mapping[fx.Node, float] = {}
     if measure is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tersor.errors import PipelineError, TersorError
+from tersor.errors import PipelineError
 from tersor.ir import Program
 from tersor.ir.block import Block, BlockState, blocks, start
 from tersor.ir.interpreter import Observer
@@ -25,7 +25,7 @@ from tersor.passes.calibration.batches import Batches, Dataset
 from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.requests import Request, Split, Statistics
 from tersor.passes.calibration.statistics import Statistic
-from tersor.passes.calibration.sweep import Gatherer, check_finite, does_not_run, progress
+from tersor.passes.calibration.sweep import Gatherer, check_finite, progress, running
 
 
 @dataclass
@@ -162,10 +162,5 @@ def sequential(
 
 
 def _run(block: Block, state: BlockState, index: int, observe=None) -> BlockState:
-    try:
-        with torch.no_grad():
-            return block.run(state, observe)
-    except TersorError:
-        raise
-    except Exception as error:  # whatever torch says to ids outside of a table
-        raise does_not_run(index, error) from error
+    with running(index):
+        return block.run(state, observe)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -92,22 +92,30 @@ def _sweep(function: Function, wanted: Wanted, batches: Iterable[Batch], seed: i
         tokens = padding.of(batch.inputs, batch.mask)
         for node in function.input_nodes:
             gather(node, batch.inputs[node.target], tokens, index)
-        try:
-            with torch.no_grad():
-                run(function, batch.inputs, observe=gather.observer(tokens, index))
-        except TersorError:
-            raise
-        except Exception as error:  # whatever torch says to ids outside of a table
-            raise does_not_run(index, error) from error
+        with running(index):
+            run(function, batch.inputs, observe=gather.observer(tokens, index))
         advance()
 
 
-def does_not_run(index: int, error: Exception) -> InputError:
-    return InputError(
-        f"calibration batch {index} does not run",
-        why=f"{type(error).__name__}: {error}",
-        fix="give inputs that the model itself accepts",
-    )
+@contextmanager
+def running(index: int) -> Iterator[None]:
+    """Runs batch ``index``; an InputError says of it what went wrong."""
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as error:  # whatever torch says to inputs that a model cannot take
+        ours = isinstance(error, TersorError)
+        if ours and (not isinstance(error, InputError) or error.where == _batch(index)):
+            raise
+        raise InputError(
+            f"{_batch(index)} does not run",
+            why=str(error) if ours else f"{type(error).__name__}: {error}",
+            fix="give inputs that the model itself accepts",
+        ) from error
+
+
+def _batch(index: int) -> str:
+    return f"calibration batch {index}"
 
 
 def check_finite(node: fx.Node, rows: torch.Tensor, index: int) -> None:
@@ -115,7 +123,7 @@ def check_finite(node: fx.Node, rows: torch.Tensor, index: int) -> None:
     if not torch.isfinite(rows).all():
         raise InputError(
             f"{in_words(node)} is NaN or infinite",
-            where=f"calibration batch {index}",
+            where=_batch(index),
             why="the model overflows on this data, or a row of its masks hides everything",
             fix="leave such samples out of the calibration data",
         )
