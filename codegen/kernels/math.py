@@ -18,6 +18,9 @@ from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels.chain import CODES, Chain, Const
 
+LONG_POLYNOMIAL = 7
+"""Coefficients from which a polynomial is evaluated in two halves at once."""
+
 ROUND = 12582912.0
 """1.5 * 2**23: adding it rounds an f32 below 2**22 to an integer (half to even), left in the low mantissa bits."""
 
@@ -418,7 +421,14 @@ def _sin_reduced(x: Expr, multiple: Expr, shifted: Expr) -> Expr:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
-    """Horner's rule, lowest power first."""
+    """The value at x, lowest power first; long ones as two in x**2, which do not wait for each other."""
+    if len(coefficients) < LONG_POLYNOMIAL:
+        return _horner(coefficients, x)
+    square = bind(x * x)
+    return bind(_horner(coefficients[::2], square) + x * _horner(coefficients[1::2], square))
+
+
+def _horner(coefficients: tuple[float, ...], x: Expr) -> Expr:
     result = constant(coefficients[-1], x)
     for coefficient in reversed(coefficients[:-1]):
         result = result * x + coefficient
