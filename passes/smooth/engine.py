@@ -20,7 +20,7 @@ from tersor.passes.smooth.error import Activations, Observed, Rounding, Trial
 from tersor.passes.smooth.places import Place, hidden_place, norm_place, value_place
 from tersor.passes.weights import WeightChange, apply_changes, is_plain_linear
 
-KINDS = ("value", "hidden", "norm", "residual")
+KINDS = ("value", "hidden", "activation", "norm", "residual")
 """Kinds of places in the order in which they change: norms last, since their s depends on all rows of the weights
 behind them, which the others change."""
 

@@ -8,6 +8,8 @@ addition). The kinds:
 * ``residual``: others read it too, such as the residual stream of a post-norm model, and get it back.
 * ``value``: values under an attention, up to its output projection; the rows of a softmax sum to one.
 * ``hidden``: what goes through relu, or the factor of a product that is no activation, up to the next layer.
+* ``activation``: the result of another element-wise operation, such as GELU, through which no scale passes. It is
+  multiplied by 1/s, which costs next to nothing where it is made, in the epilogue of the layer before.
 """
 
 from __future__ import annotations
@@ -141,9 +143,11 @@ def value_place(function: Function, attention: fx.Node) -> Place | str:
 
 
 def hidden_place(function: Function, down: fx.Node) -> Place | str | None:
-    """The place before a linear layer whose input scales with an earlier layer's rows; None where no layer is before.
+    """The place before a linear layer whose input is made element by element; otherwise what stands in the way, or None
+    where the input is an attention's, a norm's or another layer's.
 
-    relu(x / s) = relu(x) / s for positive s, and a product scales with either factor; no other activation does.
+    relu(x / s) = relu(x) / s for positive s, and a product scales with either factor: there an earlier layer's rows or
+    the factor absorb. No other operation lets a scale through: what it makes gets a factor.
     """
     value = down.args[0]
     if not is_call(value) or is_call(value, "attention", "layer_norm", "rms_norm", "linear"):
@@ -151,6 +155,16 @@ def hidden_place(function: Function, down: fx.Node) -> Place | str | None:
     consumers = tuple(u for u in value.users if _reads_alone(function, u, value))
     if down not in consumers:
         return None
+    kind, absorb = "hidden", _absorbing(function, value, consumers)
+    if isinstance(absorb, str):
+        if value.target.elementwise is None:
+            return absorb
+        kind, absorb = "activation", _factor(value, consumers)
+    return Place(kind, function, down, value, consumers, False, absorb)
+
+
+def _absorbing(function: Function, value: fx.Node, consumers: tuple[fx.Node, ...]) -> Absorb | str:
+    """How what is before a value absorbs a scale, through relu and products; otherwise what stands in the way."""
     node, path = value, []
     while is_call(node, "relu", "mul"):
         if others := [u for u in node.users if u not in (consumers if node is value else path)]:
@@ -159,24 +173,41 @@ def hidden_place(function: Function, down: fx.Node) -> Place | str | None:
         if is_call(node, "relu"):
             node = node.args[0]
             continue
+        if (index := next(_vectors(function, node), None)) is not None:
+            return _in_factor(node, index)
         factors = [a for a in node.args if isinstance(a, fx.Node) and _same_width(a, node)]
         linears = [f for f in factors if is_plain_linear(function, f) and factors.count(f) == 1]
         if not linears:
             return "no factor of its input is a linear layer with plain weights"
         node = linears[-1]
     if not is_plain_linear(function, node):
-        return (
-            f"its input comes through {in_words(node)}, through which no scale passes"
-            if is_call(node)
-            else None
-        )
+        return f"its input comes through {in_words(node)}, through which no scale passes"
     if others := [u for u in node.users if u not in path]:
         return f"{site_of(node)} is also read by {in_words(others[0])}"
 
     def absorb(change: WeightChange, s: torch.Tensor, z: torch.Tensor | None) -> None:
         _absorb_in_rows(change, function, node, s, z)
 
-    return Place("hidden", function, down, value, consumers, False, absorb)
+    return absorb
+
+
+def _in_factor(multiply: fx.Node, index: int) -> Absorb:
+    """The factor that a product has already takes 1/s in."""
+
+    def absorb(change: WeightChange, s: torch.Tensor, z: torch.Tensor | None) -> None:
+        change.derived[multiply, index] = Derivation(("over", *s.tolist()), lambda t: t.double() / s)
+
+    return absorb
+
+
+def _factor(value: fx.Node, consumers: tuple[fx.Node, ...]) -> Absorb:
+    """The linear layers read the value times 1/s."""
+
+    def absorb(change: WeightChange, s: torch.Tensor, z: torch.Tensor | None) -> None:
+        spared = frozenset(value.users).difference(consumers)
+        change.affine[value] = Affine(spared, f"{site_of(consumers[0])}.input.smooth", 1 / s)
+
+    return absorb
 
 
 def _reads_alone(function: Function, user: fx.Node, value: fx.Node) -> bool:
@@ -214,17 +245,19 @@ def _give_back(
 ) -> None:
     """The readers other than linear layers get v' s + z; a factor that is there from an earlier time takes s in."""
     others = [user for user in norm.users if user not in consumers]
-    factor = next(_vectors(function, others[0], norm, "mul"), None) if len(others) == 1 else None
+    multiply = others[0]
+    factor = None
+    if len(others) == 1 and is_call(multiply, "mul") and norm in multiply.args:
+        factor = next(_vectors(function, multiply), None)
     if factor is None:
         change.affine[norm] = Affine(frozenset(consumers), f"{name}.residual", s, z)
         return
-    multiply = others[0]
     given = parameter(function, multiply, factor).double()
     change.derived[multiply, factor] = Derivation(("times", *s.tolist()), lambda t: t.double() * s)
     if z is None:
         return
     users = list(multiply.users)
-    added = next(_vectors(function, users[0], multiply, "add"), None) if len(users) == 1 else None
+    added = next(_vectors(function, users[0]), None) if len(users) == 1 and is_call(users[0], "add") else None
     if added is None:
         change.affine[multiply] = Affine(frozenset(), f"{name}.residual", shift=z * given)
     else:
@@ -232,11 +265,10 @@ def _give_back(
         change.derived[users[0], added] = Derivation(key, lambda t: t.double() + z * given)
 
 
-def _vectors(function: Function, node: fx.Node, value: fx.Node, operation: str) -> Iterator[int]:
-    """Positions at which ``node``, that operation on ``value``, has a parameter with a number per channel."""
-    if is_call(node, operation) and value in node.args:
-        width = value.meta["value"].shape[-1]
-        for index in (0, 1):
-            tensor = function.parameter(node.args[index])
-            if tensor is not None and tensor.shape == (width,):
-                yield index
+def _vectors(function: Function, node: fx.Node) -> Iterator[int]:
+    """Positions at which a product or a sum has a parameter with a number per channel."""
+    width = node.meta["value"].shape[-1:]
+    for index in (0, 1):
+        tensor = function.parameter(node.args[index])
+        if tensor is not None and tensor.shape == width:
+            yield index

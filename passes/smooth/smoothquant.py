@@ -27,8 +27,8 @@ class SmoothQuant(Smoothing):
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), over all layers that read x together. A second run finds s = 1.
 
     Legal at the places of `tersor.passes.smooth.places`: norms (those that the residual stream reads too get a
-    multiplication there), values under attention (equal s in a group of heads), factors of products and relu. Kept
-    only where it lowers the held-out error of rounding.
+    multiplication there), values under attention (equal s in a group of heads), factors of products and relu; what
+    other activations make gets a factor. Kept only where it lowers the held-out error of rounding.
 
     Source: Xiao et al. 2023 (SmoothQuant), eq. 4; the extra places as in AWQ (Lin et al. 2024).
 

@@ -294,20 +294,58 @@ def test_branches_that_share_a_norm_share_scales():
         )
 
 
-def test_relu_lets_a_scale_through_and_gelu_none():
-    def emit(build, x, mask, activation="relu"):
+def ffn(activation: str) -> Program:
+    """up -> activation -> down, one channel between them far wider than the others."""
+
+    def emit(build, x, mask):
         make = Weights(build)
         up = make.tensor(48, 32)
         up[3] *= 50
         hidden = getattr(build, activation)(build.linear(x, build.parameter("up", up), site="up"))
         return {"y": make.linear(hidden, "down", 32, 48)}
 
-    made = program(emit, width=32)
+    return program(emit, width=32)
+
+
+def test_relu_lets_a_scale_through():
+    made = ffn("relu")
     after = apply(SmoothQuant(), made, data(32))
     assert after.parameters["up"].tensor[3].abs().max() < made.parameters["up"].tensor[3].abs().max() / 2
-    untouched = program(lambda *a: emit(*a, activation="gelu"), width=32)
-    _, report = Pipeline([SmoothQuant()]).run(untouched, calibration=data(32))
-    assert "gelu" in report.steps[0].skips[0].reason
+    assert not any(node.target.name == "mul" for _, node in after.nodes() if node.op == "call_function")
+
+
+def test_what_gelu_makes_gets_a_factor_once():
+    made = ffn("gelu")
+    after = apply(SmoothQuant(alpha=0.2), made, data(32))
+    assert torch.equal(after.parameters["up"].tensor, made.parameters["up"].tensor)
+    (factor,) = (name for name in after.parameters if name not in made.parameters)
+    grown = after.parameters["down.weight"].tensor / made.parameters["down.weight"].tensor
+    torch.testing.assert_close(grown, (1 / after.parameters[factor].tensor).expand_as(grown))
+    assert after.parameters[factor].tensor.argmin() == 3
+    stronger = apply(SmoothQuant(alpha=0.6), after, data(32))
+    assert set(stronger.parameters) == set(after.parameters), "the factor that is there takes the rest in"
+    assert not torch.equal(stronger.parameters[factor].tensor, after.parameters[factor].tensor)
+
+
+def test_readers_that_are_no_layers_keep_what_gelu_made():
+    def emit(build, x, mask):
+        make = Weights(build)
+        up = make.tensor(32, 32)
+        up[3] *= 50
+        hidden = build.gelu(build.linear(x, build.parameter("up", up), site="up"))
+        return {"y": build.add(make.linear(hidden, "down", 32, 32), hidden)}
+
+    apply(SmoothQuant(), program(emit, width=32), data(32))  # checks that the outputs stay
+
+
+def test_no_factor_is_put_behind_a_change_of_shape():
+    def emit(build, x, mask):
+        make = Weights(build)
+        both = build.concat([make.linear(x, "left", 32, 32), make.linear(x, "right", 32, 32)], dim=-1)
+        return {"y": make.linear(both, "down", 32, 64)}
+
+    found = reasons(SmoothQuant(), program(emit, width=32), data(32))
+    assert found["down"] == "its input comes through concat, through which no scale passes"
 
 
 def test_zeros_in_weights_stay():
@@ -346,7 +384,7 @@ def test_every_place_that_is_left_alone_has_a_reason():
     found = reasons(SmoothQuant(kinds=("norm",), skip=("block.0.ffn.up",)), made, data(32))
     assert found["block.0.ffn.norm"] == "it would change block.0.ffn.up, named in skip="
     assert found["block.0.attention.output"] == "kinds= leaves out places of kind 'value'"
-    assert "no scale passes" in found["block.0.ffn.down"]
+    assert found["block.0.ffn.down"] == "kinds= leaves out places of kind 'activation'"
     assert found["block.0.attention.query_norm"] == "no linear layer with plain weights reads it"
 
 
