@@ -117,6 +117,7 @@ class Pass(ABC):
         provides: facts that hold at the sites it changed; the manager checks that they do.
         invalidates: facts that it may end; ending one that is not listed is an error.
         calibrated: whether it needs calibration data (a property where that depends on the configuration).
+        optional: whether it is left out, instead of refused, where it needs calibration data and there is none.
         recovers: whether it works towards ``context.reference``, the program before the lossy passes.
     """
 
@@ -132,6 +133,7 @@ class Pass(ABC):
     provides: ClassVar[Set[str]] = frozenset()
     invalidates: ClassVar[Set[str]] = frozenset()
     calibrated: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
     recovers: ClassVar[bool] = False
 
     def __init_subclass__(cls, **arguments: Any) -> None:

@@ -115,11 +115,13 @@ class Manager:
         return after
 
     def _reasons_to_leave_out(self, pass_: Pass, version: _Version) -> list[str]:
-        """What the pass needs and had been given by a stage that was taken back.
+        """What a pass that is left out lacks: data that it can do without, or the work of a stage that was taken back.
 
         Raises:
             PipelineError: its facts do not fit for another reason.
         """
+        if pass_.calibrated and pass_.optional and self.context.calibration is None:
+            return ["it goes by calibration data, and there is none"]
         unmet = facts.unmet(pass_, version.program, self.context.records)
         if all(u.required and u.fact in self._reverted for u in unmet):
             return [f"it {u}; stage {self._reverted[u.fact]!r}, which gave it, was reverted" for u in unmet]

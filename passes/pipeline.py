@@ -205,13 +205,13 @@ class Pipeline:
         """
         from tersor.passes import recipes  # they are made of pipelines
 
-        needing = [p.name for p in self.passes if p.calibrated]
+        needing = _needing_data(self.passes)
         if given or not needing:
             return
         free = {name: recipes.get(name).passes for name in recipes.names()}
         stages = {p.stage for p in self.passes}
         near = max(
-            (name for name, passes in free.items() if not any(p.calibrated for p in passes)),
+            (name for name, passes in free.items() if not _needing_data(passes)),
             key=lambda name: (
                 len(stages & {p.stage for p in free[name]}),
                 difflib.SequenceMatcher(None, name, self.name).ratio(),
@@ -232,6 +232,11 @@ class Pipeline:
 
 def _passes_of(step: Pass | Stage) -> tuple[Pass, ...]:
     return step.passes if isinstance(step, Stage) else (step,)
+
+
+def _needing_data(passes: Iterable[Pass]) -> list[str]:
+    """Names of the passes that cannot do without calibration data."""
+    return [p.name for p in passes if p.calibrated and not p.optional]
 
 
 def _config_of(step: Pass | Stage) -> dict[str, Any]:

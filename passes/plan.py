@@ -72,7 +72,8 @@ class Plan:
         }
         return {
             "pass": pass_.name, "config": pass_.config(), "summary": summary(type(pass_)), "gate": gate,
-            "numerics": str(pass_.numerics), "order": pass_.stage, "calibrated": pass_.calibrated, **facts,
+            "numerics": str(pass_.numerics), "order": pass_.stage, "calibrated": pass_.calibrated,
+            "optional": pass_.optional, **facts,
         }  # fmt: skip
 
 
@@ -85,6 +86,6 @@ def _facts_of(pass_: Pass) -> Iterator[str]:
     kinds = (("requires", "needs"), ("forbids", "not where"), ("provides", "gives"), ("invalidates", "ends"))
     named = [f"{word} {', '.join(sorted(held))}" for kind, word in kinds if (held := getattr(pass_, kind))]
     if pass_.calibrated:
-        named.append("needs calibration data")
+        named.append("left out without calibration data" if pass_.optional else "needs calibration data")
     if named:
         yield "; ".join(named)

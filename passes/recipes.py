@@ -84,8 +84,16 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         ),
     ),
     "int8-dynamic": (
-        "8-bit weights and activations, scales found while it runs: no data needed",
-        (*CLEANUP, *FOLDS, "quantize.rtn", "quantize.dynamic", ATTENTION, "quantize.integers"),
+        "8-bit weights and activations, scales found while it runs: needs no data, and is smoothed with some",
+        (
+            *CLEANUP,
+            *FOLDS,
+            {"pass": "smooth.smoothquant", "activations": "token", "optional": True},
+            "quantize.rtn",
+            "quantize.dynamic",
+            ATTENTION,
+            "quantize.integers",
+        ),
     ),
     "quantized": (
         "a model that comes with 8-bit codes as it is: integer products where weights and inputs have them",

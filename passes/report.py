@@ -53,7 +53,8 @@ class StepReport:
         numerics: its declared class, in words.
         stage: the gated stage it ran in; None outside of one.
         status: ``changed`` and ``unchanged`` are derived from the program; ``skipped``: it could not run because a
-            stage was taken back; ``reverted``: it ran and its stage was taken back.
+            stage was taken back, or did not since it is optional and there is no calibration data; ``reverted``: it ran
+            and its stage was taken back.
         seconds: time of the pass itself.
         changes, skips: places it changed or left alone, with reasons.
         before, after: sizes of the program.

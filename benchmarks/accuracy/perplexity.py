@@ -19,7 +19,7 @@ from benchmarks.accuracy.smollm2 import load
 from benchmarks.accuracy.variants import names, pipeline
 
 Logits = Callable[[np.ndarray], np.ndarray]
-RECIPES = "int8-dynamic,int8-dynamic-smoothed,int8,int8-unsmoothed"
+RECIPES = "int8-dynamic,int8-dynamic-unsmoothed,int8,int8-unsmoothed"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

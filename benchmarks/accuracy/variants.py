@@ -1,4 +1,4 @@
-"""Named recipes with one step taken out or put in, so that its effect can be seen beside them."""
+"""Named recipes with one step taken out, so that its effect can be seen beside them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ SMOOTHING = "smooth.smoothquant"
 
 VARIANTS: dict[str, Callable[[], Pipeline]] = {
     "int8-unsmoothed": lambda: get("int8").remove(SMOOTHING),
-    "int8-dynamic-smoothed": lambda: get("int8-dynamic").insert(
-        {"pass": SMOOTHING, "activations": "token"}, before="quantize.rtn"
-    ),
+    "int8-dynamic-unsmoothed": lambda: get("int8-dynamic").remove(SMOOTHING),
 }
 
 

@@ -48,12 +48,14 @@ class Smoothing(Pass):
         activations: "tensor" for static grids, "token" for dynamic ones.
         kinds: kinds of places to look at (`tersor.passes.smooth.places`).
         samples: rows of a value that candidates are tried on, and as many held out to judge by.
+        optional: whether the pass is left out, instead of refused, where there is no calibration data.
     """
 
     bits: int = 8
     activations: Activations = "tensor"
     kinds: tuple[str, ...] = KINDS
     samples: int = 256
+    optional: bool = False
 
     numerics = Equivalent(1e-5)
     stage = "smooth"

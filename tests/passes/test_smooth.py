@@ -7,7 +7,7 @@ import torch
 
 from tersor.errors import PipelineError
 from tersor.ir import Program, run
-from tersor.passes import Context, Pipeline
+from tersor.passes import Context, Fidelity, Pipeline, recipes
 from tersor.passes.calibration import Calibration, Dataset, MinMax, Request, Samples, calibrate
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.smooth.engine import Candidate, Smoothing
@@ -456,3 +456,30 @@ def test_rounding_error_of_exact_codes_is_nothing():
     )
     assert Trial(observed, grid_points, Rounding()).error() < 1e-12
     assert Trial(observed, grid_points + 0.5, Rounding()).error() > 1e-6
+
+
+# -- where data is welcome and not needed
+
+
+def test_dynamic_codes_are_smoothed_where_there_is_data():
+    made, batches = normed(outlying()), data(256)
+    recipe = ["smooth.smoothquant", "quantize.rtn", "quantize.dynamic", "quantize.bf16", "quantize.integers"]
+    assert [p.name for p in recipes.get("int8-dynamic").passes][-5:] == recipe
+    assert "left out without calibration data" in str(recipes.get("int8-dynamic").explain())
+    bare, report = recipes.get("int8-dynamic").run(made)
+    step = report.step("smooth.smoothquant")
+    assert (step.status, step.notes) == ("skipped", ["it goes by calibration data, and there is none"])
+    assert step.notes[0] in str(report)
+    unsmoothed, _ = recipes.get("int8-dynamic").remove("smooth.smoothquant").run(made, calibration=batches)
+    assert bare.digest() == unsmoothed.digest()
+    smoothed, report = recipes.get("int8-dynamic").run(made, calibration=batches)
+    assert report.step("smooth.smoothquant").modified
+    judge = Fidelity(made, [{"x": batch["x"].flip(0)} for batch in batches])
+    assert judge(smoothed)["sqnr_db"] > judge(bare)["sqnr_db"] + 10
+
+
+def test_what_cannot_do_without_data_is_still_refused():
+    with pytest.raises(PipelineError, match="needs calibration data"):
+        Pipeline([SmoothQuant()]).run(normed(outlying()))
+    after, _ = Pipeline([SmoothQuant(optional=True)]).run(made := normed(outlying()))
+    assert after is made
