@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 from torch import fx
 
 from tersor.errors import ProgramError, TersorError
 from tersor.ir.dialect import Op
-from tersor.ir.dims import Dim, Shape, shape_symbols
-from tersor.ir.program import Function, Program, infer, is_state, state_problem
+from tersor.ir.dims import Dim, Shape, evaluate_shape, shape_symbols
+from tersor.ir.program import Function, Program, Range, infer, is_state, state_problem
 from tersor.ir.value import Value
 
 
@@ -38,6 +39,16 @@ def describe(node: fx.Node) -> str:
     """A node's name with its provenance, for messages."""
     origin = [f"{k} {node.meta[k]}" for k in ("site", "module", "source", "made_by") if node.meta.get(k)]
     return f"%{node.name}" + (f" ({', '.join(origin)})" if origin else "")
+
+
+def negative_at(number: int | Dim, dims: Mapping[str, Range]) -> dict[str, int] | None:
+    """Sizes, each an end of its range, for which a number over named dimensions is negative; None: there are none."""
+    names = sorted(shape_symbols((number,)))
+    for extremes in product(*((dims[n].min, dims[n].max) for n in names)):
+        sizes = dict(zip(names, extremes, strict=True))
+        if evaluate_shape((number,), sizes)[0] < 0:
+            return sizes
+    return None
 
 
 def _problems(program: Program, function: Function) -> list[str]:
@@ -148,4 +159,19 @@ def _node_problem(function: Function, node: fx.Node) -> str | None:
         inferred = infer(node.target, node.args, node.kwargs)
     except TersorError as error:
         return error.what + (f" ({error.why})" if error.why else "")
-    return None if inferred == value else f"says {value}, its operands give {inferred}"
+    if inferred != value:
+        return f"says {value}, its operands give {inferred}"
+    return _outside(function, node) if node.target.name == "slice" else None
+
+
+def _outside(function: Function, node: fx.Node) -> str | None:
+    """Nothing at run time finds a slice that leaves its dimension."""
+    given = node.target.bind(node.args, node.kwargs)
+    total = _shape(given["x"])[given["dim"]]
+    end = total if given["end"] is None else given["end"]
+    for spare in (given["start"], total - end):
+        sizes = negative_at(spare, function.dims)
+        if sizes is not None:
+            at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            return f"reads {given['start']} to {end} of {total}, which is outside at {at or 'all sizes'}"
+    return None

@@ -6,9 +6,7 @@ the reference is repeated in float64 and with noise of a few units in the last p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -45,9 +43,6 @@ _FLOORS = {"erf": 1.3e-6, "gelu": 6e-7}
 """Noise of operations whose kernels state an absolute error (`tersor.codegen.kernels.math`): most of a small result."""
 
 Tensors = Mapping[str, torch.Tensor]
-Operands = Callable[[], list[Any]]
-Change = Callable[[fx.Node, Operands, torch.Tensor], torch.Tensor]
-"""From an operation, its operands and its result to another result."""
 
 
 def spread(
@@ -56,53 +51,51 @@ def spread(
     """The results in float32, and for each element how far rounding moves it (inf where it is unknown)."""
     with torch.no_grad():
         expected = run(function, inputs)
-        others = [run(function, inputs, dtype=torch.float64)]
-        generator = torch.Generator().manual_seed(seed)
+        slack = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in expected.items()}
 
-        def shaken(value: torch.Tensor, sign: float, floor: float = 0.0) -> torch.Tensor:
-            finite = torch.nan_to_num(value, 0.0, 0.0, 0.0).abs()
-            noise = sign * torch.randn(value.shape, generator=generator)
-            return value + noise * (NOISE * (finite + 0.1 * finite.max().clamp(min=1.0)) + floor)
+        def allow(others: Tensors) -> None:
+            for name, reference in expected.items():
+                slack[name] = torch.maximum(slack[name], distance(others[name], reference))
 
-        def shake(node: fx.Node, operands: Operands, value: torch.Tensor, sign: float) -> torch.Tensor:
-            if value.dtype != torch.float32 or not value.numel() or node.target.name in _VIEWS:
-                return value
-            if node.target.name in _NORMS:  # the differences that it takes are rounded too
-                first, *others = operands()
-                value = node.target(shaken(first, sign), *others, **node.kwargs)
-            return shaken(value, sign, _FLOORS.get(node.target.name, 0.0))
-
+        allow(run(function, inputs, dtype=torch.float64))
         for i in range(REPEATS):
             for sign in (1.0, -1.0):  # an edge that lies near is crossed by one of the two
-                generator.manual_seed(seed + i)
-                others.append(changed(function, inputs, partial(shake, sign=sign)))
-    slack = {}
-    for name, reference in expected.items():
-        moved = torch.zeros(reference.shape, dtype=torch.float64)
-        for other in others:
-            moved = torch.maximum(moved, distance(other[name], reference))
-        slack[name] = moved
+                allow(_shaken(function, inputs, sign * NOISE, torch.Generator().manual_seed(seed + i)))
     return expected, slack
 
 
-def changed(function: Function, inputs: Tensors, change: Change) -> dict[str, torch.Tensor]:
-    """The results where every operation gives what ``change`` makes of its result."""
+def _shaken(
+    function: Function, inputs: Tensors, scale: float, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """The results with noise behind every operation; ``scale`` is `NOISE`, either way."""
+
+    def shaken(value: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+        finite = torch.nan_to_num(value, 0.0, 0.0, 0.0).abs()
+        noise = torch.randn(value.shape, generator=generator)
+        return value + noise * scale * (finite + 0.1 * finite.max().clamp(min=1.0) + floor / NOISE)
+
     seen: dict[fx.Node, torch.Tensor] = {}
 
-    def value(operand: Any) -> Any:
-        if not isinstance(operand, fx.Node):
-            return operand
-        if operand.op == "placeholder":
-            return inputs[operand.target]
-        return seen[operand] if operand in seen else function.parameter(operand)
+    def shake(node: fx.Node, value: torch.Tensor) -> None:
+        if value.dtype == torch.float32 and value.numel():
+            if node.target.name in _NORMS:  # the differences that it takes are rounded too
+                operands = [_value(a, function, inputs, seen) for a in node.args]
+                value.copy_(node.target(shaken(operands[0]), *operands[1:], **node.kwargs))
+            if node.target.name not in _VIEWS:
+                value.copy_(shaken(value, _FLOORS.get(node.target.name, 0.0)))
+        seen[node] = value
 
-    def observe(node: fx.Node, result: torch.Tensor) -> None:
-        other = change(node, lambda: [value(a) for a in node.args], result)
-        if other is not result:
-            result.copy_(other)
-        seen[node] = result
+    return run(function, inputs, observe=shake)
 
-    return run(function, inputs, observe=observe)
+
+def _value(
+    operand: object, function: Function, inputs: Tensors, seen: Mapping[fx.Node, torch.Tensor]
+) -> torch.Tensor | None:
+    if not isinstance(operand, fx.Node):
+        return None
+    if operand.op == "placeholder":
+        return inputs[operand.target]
+    return seen[operand] if operand in seen else function.parameter(operand)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

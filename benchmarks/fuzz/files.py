@@ -14,7 +14,8 @@ import tersor
 from benchmarks.fuzz.case import Outcome, Stage
 from benchmarks.fuzz.mutations import mutate
 from benchmarks.fuzz.originals import originals
-from benchmarks.fuzz.soups import compare_with_onnxruntime, random_model, sample_inputs_of
+from benchmarks.fuzz.peer import compare_with_onnxruntime, sample_inputs_of
+from benchmarks.fuzz.soups import random_model
 from benchmarks.fuzz.watch import Watch
 
 SECRET = bytes(range(1, 256)) * 64

@@ -11,8 +11,8 @@ import tersor
 from benchmarks.fuzz.case import Outcome, Stage
 from benchmarks.fuzz.compare import IllConditioned, Tensors, disagreement, spread
 from benchmarks.fuzz.modules import Replayed, axes_of, random_module
+from benchmarks.fuzz.peer import compare_with_onnxruntime, sample_inputs_of
 from benchmarks.fuzz.programs import random_program
-from benchmarks.fuzz.soups import compare_with_onnxruntime, sample_inputs_of
 from tersor.codegen.compare import probe_sizes
 from tersor.ir import Program, verify
 from tersor.ir.canonicalize import canonicalize

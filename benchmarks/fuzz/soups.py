@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import fx
 
 import tersor
 from benchmarks.fuzz.case import Outcome, Stage
-from benchmarks.fuzz.compare import IllConditioned, Operands, Tensors, changed, disagreement, distance, spread
+from benchmarks.fuzz.compare import IllConditioned, disagreement, spread
+from benchmarks.fuzz.peer import compare_with_onnxruntime, inputs_for, small_sizes
 from benchmarks.fuzz.worker import PEER
 from tersor.errors import InputError
 from tersor.frontends.onnx import convert  # noqa: F401  enters the converters
 from tersor.frontends.onnx.table import CONVERTERS
-from tersor.ir import Program, cost
-from tersor.ir.dims import evaluate_shape
-from tersor.ir.samples import sample_inputs
+from tersor.ir import Program
 
 OPSETS = range(11, 24)
 UNKNOWN = (
@@ -39,7 +35,6 @@ UNKNOWN = (
     "Scan",
 )
 """Operators that are known to have no converter, or had none: refused, whatever their operands are."""
-RUN = 32 << 20  # bytes that running a captured program may take
 COMPILED = 6  # per cent of the captured ones
 WIDTHS = (1, 2, 3, 4, 6, 8)
 FLOAT, INT64, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL
@@ -410,134 +405,6 @@ def _type_name(code: int | None) -> str:
     """As in schemas: ``tensor(float)``."""
     names = {FLOAT: "float", DOUBLE: "double", HALF: "float16"}
     return f"tensor({names.get(code) or TensorProto.DataType.Name(code or 0).lower()})"
-
-
-# -- comparing
-
-
-def inputs_for(program: Program, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Numbers of every type; whole ones are small and not negative."""
-    generator, made = torch.Generator().manual_seed(seed), {}
-    for name, value in program.main.inputs.items():
-        shape = evaluate_shape(value.shape, sizes)
-        if value.is_float:
-            made[name] = torch.randn(shape, generator=generator).to(value.torch_dtype)
-        else:
-            made[name] = torch.randint(0, 2 if value.dtype == "bool" else 4, shape, generator=generator).to(
-                value.torch_dtype
-            )
-    return made
-
-
-def sample_inputs_of(program: Program, sizes: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Ids that are rows of their tables, masks of ones and zeros."""
-    return sample_inputs(program.main, sizes, seed)
-
-
-def small_sizes(program: Program) -> list[dict[str, int]]:
-    """A few assignments of sizes within the ranges."""
-    dims = program.main.dims
-    return [{n: max(r.min, min(r.max, want + i)) for i, (n, r) in enumerate(dims.items())} for want in (1, 3)]
-
-
-def too_large(program: Program, sizes: Mapping[str, int]) -> bool:
-    """Whether running it at these sizes takes more memory than a fuzzed program may."""
-    return max(f.peak_bytes for f in cost(program, sizes).functions.values()) > RUN
-
-
-Inputs = Callable[[Program, Mapping[str, int], int], dict[str, torch.Tensor]]
-
-
-def compare_with_onnxruntime(
-    content: bytes | str, program: Program, stage: Stage, inputs_for: Inputs = inputs_for
-) -> Outcome:
-    """Runs both at a few sizes; says nothing where onnxruntime refuses the model or the inputs."""
-    stage(PEER)
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception:  # its exceptions have no common class
-        return Outcome("unchecked", "onnxruntime refuses the model")
-    checked, why = 0, "onnxruntime refuses the inputs"
-    for seed, sizes in enumerate(small_sizes(program)):
-        if too_large(program, sizes):
-            continue
-        inputs = inputs_for(program, sizes, seed)
-        stage(PEER)
-        try:
-            names = [o.name for o in session.get_outputs()]
-            feeds = {i.name: inputs[i.name].numpy() for i in session.get_inputs() if i.name in inputs}
-            found = session.run(names, feeds)
-            theirs = {n: torch.from_numpy(np.array(v)) for n, v in zip(names, found, strict=True)}
-        except Exception:
-            continue
-        stage("torch")
-        try:
-            ours, slack = spread(program.main, inputs, seed)
-        except Exception as error:
-            return Outcome("wrong", "does not run", f"at {sizes}: {type(error).__name__}: {error}\n{program}")
-        stated = {o.name: o.shape for o in session.get_outputs()}
-        if any(_keeps_empty_axis(stated[n], theirs[n], ours[n]) for n in ours):
-            why = "onnxruntime contradicts the file"
-            continue
-        for name, reference in theirs.items():
-            if (
-                reference.dtype in (torch.int32, torch.int64)
-                and name in slack
-                and reference.shape == slack[name].shape
-            ):
-                # what fractions without an integer (infinity, NaN) become is not defined
-                slack[name][reference == torch.iinfo(reference.dtype).min] = float("inf")
-        for name, depends in _depends_on_nan(program, inputs, ours).items():
-            slack[name][depends] = float("inf")
-        try:
-            wrong = disagreement(ours, {n: theirs[n] for n in ours}, slack)
-        except IllConditioned:
-            why = "rounding decides"
-            continue
-        if wrong:
-            return Outcome("wrong", "captured", f"at {sizes}: {wrong}\n{program}")
-        checked += 1
-    return Outcome("right") if checked else Outcome("unchecked", why)
-
-
-def _keeps_empty_axis(stated: Sequence[int | str | None], theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Whether onnxruntime returned no elements in a shape that the file rules out, and we the shape that it states.
-
-    onnxruntime 1.31 does not reduce tensors without elements: ReduceSum over an axis of length 0 keeps it, ArgMin of
-    [0, 5, 2] stays [0, 5, 2]. The shapes that onnx infers, and its reference, follow the operators' definition.
-    """
-    return theirs.numel() == 0 and tuple(stated) == tuple(ours.shape) != tuple(theirs.shape)
-
-
-_ORDERED = {"amax", "amin", "argmax", "argsort", "max_pool2d", "sign"}
-
-
-def _depends_on_nan(program: Program, inputs: Tensors, ours: Tensors) -> dict[str, torch.Tensor]:
-    """Per result, the elements that change when NaN counts as the smallest or as the largest number.
-
-    onnxruntime 1.31 selects (ReduceMax, ReduceMin, ArgMax, ArgMin, Hardmax, TopK) by comparisons that NaN fails, so
-    that its place decides: the largest of [2, 1, NaN] is 2, that of [NaN, 1, 2] is NaN. Ours, numpy's, torch's and
-    that of onnx's reference is NaN. The sign of NaN, which ONNX does not define, is 0 in torch and NaN in onnxruntime.
-    """
-
-    def selects(node: fx.Node, operands: Operands, result: torch.Tensor, nan: float) -> torch.Tensor:
-        if node.target.name not in _ORDERED or not result.numel():
-            return result
-        first, *others = operands()
-        return node.target(first.nan_to_num(nan, math.inf, -math.inf), *others, **node.kwargs)
-
-    depends = {name: torch.zeros(value.shape, dtype=torch.bool) for name, value in ours.items()}
-    for nan in (-math.inf, math.inf):
-        others = changed(program.main, inputs, partial(selects, nan=nan))
-        for name, value in ours.items():
-            depends[name] |= distance(others[name], value) > 0
-    return depends
 
 
 class Soups:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tersor.ir import Program, verify
+from tersor.ir import Program, Range, verify
 from tersor.ir.canonicalize import canonicalize
 from tersor.ir.canonicalize.indices import TableTooShort
 
@@ -52,7 +52,7 @@ def capture(
     from tersor.frontends.onnx.reader import read_model
 
     read = read_model(model)
-    limits: dict[str, int] = {}
+    limits: dict[str, Range] = {}
     while True:
         inputs, dims, assumed = read_signature(read, dynamic, example_inputs, limits)
         try:
@@ -61,9 +61,11 @@ def capture(
             notes = canonicalize(program)
             break
         except TableTooShort as error:
-            if error.dim not in assumed or not 1 <= error.limit < limits.get(error.dim, dims[error.dim].max):
+            before = limits.get(error.dim, dims.get(error.dim)) if error.dim in assumed else None
+            after = error.fitting(before) if before else None
+            if after in (None, before):
                 raise
-            limits[error.dim] = error.limit  # nobody asked for the range that is too large
+            limits[error.dim] = after  # nobody asked for the range that is too large
     notes += return_codes(program, list(conversion.encoded.values()))
     for note in notes:
         log.info(note)

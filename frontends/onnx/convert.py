@@ -252,7 +252,10 @@ class Conversion:
         values: dict[fx.Node, torch.Tensor] = {}
         kept = {r for r in results if isinstance(r, fx.Node)}
         with torch.no_grad():
-            _guarded(operator, lambda: execute(scratch, nodes, values, {}, keep=kept))
+            try:
+                _guarded(operator, lambda: execute(scratch, nodes, values, {}, keep=kept))
+            except InputError as error:  # the place is the operator, not a node of the scratch program
+                raise InputError(error.what, why=error.why) from error
         found = [Known(values[r].clone()) if isinstance(r, fx.Node) else r for r in results]
         return tuple(_decoded(operator.op, inputs, x) if codes else x for x in found)
 

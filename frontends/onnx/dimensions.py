@@ -21,14 +21,14 @@ def read_signature(
     model: Model,
     dynamic: DynamicSpec | None,
     examples: Mapping[str, Any] | Sequence[Any] | None,
-    limits: Mapping[str, int],
+    limits: Mapping[str, Range],
 ) -> tuple[dict[str, Value], dict[str, Range], set[str]]:
     """Inputs by name, the ranges of the dimensions in their shapes, and the dimensions whose range was assumed.
 
     A size that the file names is a dimension of that name; what ``dynamic`` says about an axis goes for all axes of
     the same name in the file. Ranges that neither it nor the file gives are 1 to 8 for a batch (a first axis, unless
     its name says that it is a length) and 1 to 512 for any other, or up to the example's size where that is larger;
-    ``limits`` are what the model's tables were found to hold.
+    ``limits`` are the ranges that what the model reads was found to allow.
 
     Raises:
         InputError: ``dynamic`` or the examples do not fit the file.
@@ -45,9 +45,7 @@ def read_signature(
     ranges = {name: bounds for name, bounds in given.values()}
     for (_, axis), dim in dims.items():
         default = DEFAULT_BATCH if _is_batch(dim, axis) else DEFAULT_OTHER
-        assumed = model.ranges.get(dim, default)
-        largest = min(assumed.max, limits.get(dim, assumed.max))
-        ranges.setdefault(dim, Range(assumed.min, max(largest, assumed.min)))
+        ranges.setdefault(dim, limits.get(dim) or model.ranges.get(dim, default))
     given_names = {name for name, _ in given.values()}
     _fit_examples(inputs, dims, ranges, given_names, examples)
     values = {}

@@ -225,8 +225,7 @@ def _position(c: Call, index: int | Dim, total: int | Dim) -> int | Dim:
         pass
     raise TableTooShort(
         f"{c.operator} cuts at {index} of {total}",
-        rows=total,
-        end=index,
+        spare=total - index,
         why="whether that lies inside depends on the dynamic sizes",
         fix="narrow the range of the dimension, so that it does for all sizes",
     )

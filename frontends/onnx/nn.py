@@ -196,6 +196,7 @@ def _lp_norm(c: Call) -> fx.Node:
         raise c.refuse(f"is of order {p}", why="orders 1 and 2 are known")
     powers = c.build.abs(x) if p == 1 else c.build.mul(x, x)
     norm = c.build.sum(powers, dims=(axis,), keepdim=True)
+    norm = c.build.where(c.build.eq(norm, 0.0), 1.0, norm)  # where all is zero, so is the result
     return c.build.div(x, norm if p == 1 else c.build.sqrt(norm))
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import operator
-from itertools import product
+from collections.abc import Mapping
 
 from torch import fx
 
 from tersor.errors import CaptureError
 from tersor.ir.canonicalize.affine import Affine, Number, Positions, known, lower_bound
-from tersor.ir.dims import Dim, shape_symbols
-from tersor.ir.interpreter import resolve
+from tersor.ir.dims import Dim, evaluate_shape, shape_symbols
 from tersor.ir.matching import Match, P, Rule
-from tersor.ir.program import Builder
-from tersor.ir.verifier import describe
+from tersor.ir.program import Builder, Range
+from tersor.ir.verifier import describe, negative_at
 
 
 def _run(affine: Affine) -> tuple[Number, Number, set[int]] | None:
@@ -42,39 +41,58 @@ def _index(m: Match) -> Affine | None:
 
 
 class TableTooShort(CaptureError):
-    """A table has fewer rows than the dynamic dimensions allow to be read.
+    """Rows are read that a table does not have at some of the sizes that the dynamic dimensions may take.
 
     Attributes:
-        dim: the dimension that is too large, where there is only one.
-        limit: the largest size for which the table suffices.
+        dim: the dimension that decides it, where there is only one.
+        least, most: the sizes of it between which all rows are there.
     """
 
-    def __init__(self, what: str, *, rows: Number, end: Number, **details: str):
+    def __init__(self, what: str, *, spare: Number, **details: str | None):
+        """``spare``: how many rows more there are than are read; negative where they are too few."""
         super().__init__(what, **details)
-        names = sorted(shape_symbols((end, rows)))
-        slack = Dim.symbol(names[0]) + (rows - end) if len(names) == 1 else None
-        self.dim = names[0] if isinstance(slack, int) else None
-        self.limit = slack if isinstance(slack, int) else 0
+        names = sorted(shape_symbols((spare,)))
+        constant = evaluate_shape((spare,), dict.fromkeys(names, 0))[0]
+        slope = evaluate_shape((spare,), dict.fromkeys(names, 1))[0] - constant
+        linear = len(names) == 1 and spare == slope * Dim.symbol(names[0]) + constant
+        self.dim = names[0] if linear else None
+        self.least = -(constant // slope) if linear and slope > 0 else 1
+        self.most = constant // -slope if linear and slope < 0 else None
+
+    def fitting(self, bounds: Range) -> Range | None:
+        """The part of the dimension's range for which all rows are there."""
+        least = max(self.least, bounds.min)
+        most = bounds.max if self.most is None else min(self.most, bounds.max)
+        return Range(least, most) if least <= most else None
+
+
+def check_inside(
+    start: Number, end: Number, rows: Number, dims: Mapping[str, Range], what: str, where: str | None = None
+) -> None:
+    """Rows beyond either end of a table are an error of the signature, and nobody would find it at run time.
+
+    Raises:
+        TableTooShort: start < 0 or end > rows at some of the dimensions' sizes.
+    """
+    for spare in (start, rows - end):
+        sizes = negative_at(spare, dims)
+        if sizes is not None:
+            at = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise TableTooShort(
+                what,
+                spare=spare,
+                where=where,
+                why=f"positions {start} to {end} of {rows} are read, and the signature allows {at or 'it'}",
+                fix=f"narrow the range of {' or '.join(sizes) or 'positions'}, or name the same dimensions for all "
+                "inputs that go together",
+            )
 
 
 def _check_inside(m: Match, table: fx.Node, dim: int) -> None:
-    """Positions that run past a table are an error of the signature, and nobody would find it at run time."""
     start, count, _ = _run(_index(m))
-    rows, end = table.meta["value"].shape[dim], start + count
-    names = sorted(shape_symbols((end - rows,)))
-    for extremes in product(*((m.function.dims[n].min, m.function.dims[n].max) for n in names)):
-        sizes = dict(zip(names, extremes, strict=True))
-        if resolve(end - rows, sizes) > 0:
-            at = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise TableTooShort(
-                f"{rows} rows are too few for the dynamic dimensions",
-                rows=rows,
-                end=end,
-                where=describe(table),
-                why=f"rows up to {end} are read, and the signature allows {at or 'it'}",
-                fix=f"narrow the range of {' or '.join(names) or 'positions'}, or name the same dimensions for all "
-                "inputs that go together",
-            )
+    rows = table.meta["value"].shape[dim]
+    what = f"{rows} rows are too few for the dynamic dimensions"
+    check_inside(start, start + count, rows, m.function.dims, what, describe(table))
 
 
 def _embeds_run(m: Match) -> str | None:

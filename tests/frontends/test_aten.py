@@ -190,6 +190,18 @@ def test_at_dynamic_sizes(dynamic, name):
     compare(dynamic, name)
 
 
+@pytest.mark.parametrize("position", [1, -2])
+def test_a_position_that_small_inputs_lack_is_refused(position):
+    class Model(nn.Module):
+        def forward(self, x):
+            return x[:, position]
+
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(capture(Model(), (x,), {"x": {1: ("length", 2, 8)}})(x=x)["output"], x[:, position])
+    with pytest.raises(CaptureError, match=r"allows length 1(.|\n)*narrow the range of length"):
+        capture(Model(), (x,), {"x": {1: ("length", 1, 8)}})
+
+
 @pytest.mark.parametrize(
     ("function", "part"),
     [

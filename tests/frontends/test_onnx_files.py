@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from tersor import frontends  # noqa: E402
 from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError  # noqa: E402
+from tersor.ir import Range  # noqa: E402
 
 WEIGHT = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
 
@@ -187,7 +188,7 @@ def test_axes_that_go_only_at_some_sizes_are_refused():
 
 def test_constants_that_cannot_be_computed():
     tensors = {"table": np.zeros((2, 2), np.int64), "at": np.array([5, 0])}
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match=r"outside of a tensor\n.*where: /look/Gather"):
         frontends.capture(model([node("Gather", "table at", "y", name="/look/Gather")], tensors))
 
 
@@ -333,3 +334,21 @@ def test_without_the_package(monkeypatch):
     with pytest.raises(InputError, match=r"pip install") as caught:
         frontends.capture("model.onnx")
     assert "tersor[onnx]" in caught.value.fix
+
+
+@pytest.mark.parametrize(("position", "least"), [(0, 1), (2, 3), (-1, 1), (-3, 3)])
+def test_assumed_ranges_start_where_all_that_is_read_is_there(position, least):
+    nodes = [node("Gather", "x at", "y", axis=1)]
+    made = model(nodes, {"at": np.array(position)}, [floats("x", "batch", "length", 4)])
+    program, x = frontends.capture(made), torch.randn(2, 5, 4)
+    assert program.main.dims["length"] == Range(least, 512)
+    assert torch.equal(program(x=x)["y"], x[:, position])
+    if least > 1:
+        with pytest.raises(CaptureError, match="narrow the range of length"):
+            frontends.capture(made, dynamic={"x": {1: ("length", 1, 8)}})
+
+
+def test_a_position_that_no_size_has_is_refused():
+    made = model([node("Gather", "x at", "y")], {"at": np.array(9)})
+    with pytest.raises(CaptureError, match="Gather.* reads what is not there"):
+        frontends.capture(made)

@@ -301,6 +301,7 @@ CASES = {
     ),
     "InstanceNormalization": model("InstanceNormalization", [X], {1: VECTOR[:3].copy(), 2: VECTOR[3:6].copy()}),
     "LpNormalization": model("LpNormalization", [X], axis=1),
+    "LpNormalization of zeros": model("LpNormalization", [X * (X > 1)], axis=-1, p=1),
     "Attention": model("Attention", [X, X, X], opset=23, is_causal=1),
     "Attention, capped": model("Attention", [X * 3, X * 3, X], opset=23, softcap=1.5),
     "Attention, merged": model(

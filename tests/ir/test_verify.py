@@ -130,6 +130,11 @@ def _example_outside(program):
     program.main.example = {"n": program.main.dims["n"].max + 1}
 
 
+def _slice_outside(program):
+    build = program.main.builder()
+    program.main.set_outputs({"y": build.slice(only(program, "gelu"), dim=0, start=N - 2, end=N - 1)})
+
+
 VIOLATIONS = {
     "no value": (_drop_value, r"%gelu: has no value metadata"),
     "stale shape": (_stale_shape, r"%gelu: says float32\[n, 5\], its operands give float32\[n, 4\]"),
@@ -159,6 +164,7 @@ VIOLATIONS = {
     "inputs repeat": (_same_input, "2 inputs called 'x'"),
     "function's name": (_renamed, "function 'main' calls itself 'other'"),
     "example outside": (_example_outside, "'main': the example has size .* for 'n', outside its range"),
+    "slice outside": (_slice_outside, r"%slice_1: reads n - 2 to n - 1 of n, which is outside at n = 1"),
     "another store": (_other_store, "reads another program's parameters"),
 }
 
