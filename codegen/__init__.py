@@ -8,9 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"build": "tersor.codegen.compiler", "register_lowering": "tersor.codegen.lowering"}
+_HOME = {
+    "build": "tersor.codegen.compiler",
+    "export_c": "tersor.codegen.export.writer",
+    "prepare": "tersor.codegen.compiler",
+    "register_lowering": "tersor.codegen.lowering",
+}
 
-__all__ = ["build", "register_lowering"]
+__all__ = ["build", "export_c", "prepare", "register_lowering"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def write_artifact(
     size += len(head) + len(module_bytes) + len(report_text) + (1 << 20)
     with new_artifact(Path(path), size, overwrite) as folder:
         _write(folder / MODULE, [module_bytes])
-        _write(folder / WEIGHTS, _weight_blocks(head, weights))
+        _write(folder / WEIGHTS, chain([head], weight_blocks(weights)))
         _write(folder / REPORT, [report_text.encode()])
         write_manifest(folder, manifest)
     return Path(path)
@@ -71,8 +72,8 @@ def _check_weights(weights: Mapping[str, np.ndarray], manifest: Manifest) -> Non
         )
 
 
-def _weight_blocks(head: bytes, weights: Mapping[str, np.ndarray]) -> Iterable[bytes | memoryview]:
-    yield head
+def weight_blocks(weights: Mapping[str, np.ndarray]) -> Iterable[bytes | memoryview]:
+    """The bytes of a file of weights behind its header."""
     for tensor in weights.values():
         # A reshape of a contiguous array copies nothing; 0-d arrays become one element.
         flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)

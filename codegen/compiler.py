@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tvm
 from tvm import relax
@@ -52,25 +53,47 @@ LOWERING_PASSES = (
 """Relax to VM code. Every operation is a kernel of ours by now, so there is nothing to legalise or fuse."""
 
 
-def build(
-    program: Program,
-    target: Target,
-    path: Path,
-    *,
-    recipe: str = "custom",
-    threads: int | None = None,
-    tune_minutes: float = 0.0,
-    verify: bool = True,
-    report: Mapping[str, Any] | None = None,
-    progress: Progress = lambda step: None,
-) -> None:
-    """Writes the artifact for ``program`` to the folder ``path``.
+@dataclass(frozen=True)
+class Compilation:
+    """A program lowered for a target: what an artifact is made of, and a C export.
+
+    program: the final one; legal: the same in operations that have kernels. tuning: the records that were used.
+    """
+
+    program: Program
+    legal: Program
+    lowered: Lowered
+    target: Target
+    tuning: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def signatures(self) -> dict[str, FunctionSignature]:
+        """How each function is called."""
+        return {name: signature(f, self.lowered.weights[name]) for name, f in self.legal.functions.items()}
+
+    @property
+    def states(self) -> dict[str, TensorType]:
+        """What sessions keep, of all functions."""
+        return {
+            name: TensorType(name, v.dtype, _spell(v.shape))
+            for f in self.legal.functions.values()
+            for name, v in f.states.items()
+        }
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """All weights by name, in the layouts that kernels read."""
+        distinct = {w.name: w for ws in self.lowered.weights.values() for w in ws}
+        return {name: w.load(self.legal.parameters) for name, w in distinct.items()}
+
+
+def prepare(
+    program: Program, target: Target, tune_minutes: float = 0.0, progress: Progress = lambda step: None
+) -> Compilation:
+    """Makes kernels and their calls of a program.
 
     Raises:
-        TargetError: the target has too little memory, or is no x86-64 CPU.
-        CompileError: something in the program has no lowering, or the code generator failed.
-        BudgetError: the compiled code disagrees with the program (``verify``).
-        ArtifactError: the folder cannot be written.
+        TargetError: no code is generated for the target, or it has too little memory.
+        CompileError: something in the program has no lowering.
     """
     verify_program(program)
     check_target(program, target)
@@ -79,24 +102,40 @@ def build(
     lowered, tuned = lowering.lower(legal, target), ()
     if tune_minutes > 0:
         lowered, tuned = tune(legal, lowered, target, tune_minutes, progress)
+    return Compilation(program, legal, lowered, target, tuned)
+
+
+def build(
+    compilation: Compilation,
+    path: Path,
+    *,
+    recipe: str = "custom",
+    threads: int | None = None,
+    verify: bool = True,
+    report: Mapping[str, Any] | None = None,
+    progress: Progress = lambda step: None,
+) -> None:
+    """Writes the artifact for a lowered program to the folder ``path``.
+
+    Raises:
+        CompileError: the code generator failed.
+        BudgetError: the compiled code disagrees with the program (``verify``).
+        ArtifactError: the folder cannot be written.
+    """
+    target = compilation.target
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         scratch = Path(folder)
         progress("generating code")
-        generate_code(lowered.module, target, scratch / "module.so")
+        generate_code(compilation.lowered.module, target, scratch / "module.so")
         progress("packing weights")
-        distinct = {w.name: w for ws in lowered.weights.values() for w in ws}
-        arrays = {name: w.load(legal.parameters) for name, w in distinct.items()}
+        arrays = compilation.weights()
         manifest = Manifest(
-            functions={name: signature(f, lowered.weights[name]) for name, f in legal.functions.items()},
-            states={
-                name: TensorType(name, v.dtype, _spell(v.shape))
-                for f in legal.functions.values()
-                for name, v in f.states.items()
-            },
+            functions=compilation.signatures,
+            states=compilation.states,
             target={key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
             versions=versions(),
             recipe=recipe,
-            tuning=tuned,
+            tuning=compilation.tuning,
             threads=threads,
         )
 
@@ -112,9 +151,8 @@ def build(
         if verify and not missing_on_host(target):
             progress("comparing with the program")
             write(scratch / "unverified.tersor")
-            manifest = replace(
-                manifest, verified=True, errors=compare_all(program, scratch / "unverified.tersor", threads)
-            )
+            errors = compare_all(compilation.program, scratch / "unverified.tersor", threads)
+            manifest = replace(manifest, verified=True, errors=errors)
         progress("saving")
         write(path)
 

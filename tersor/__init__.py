@@ -23,6 +23,7 @@ _HOME = {
     "to_onnx": "tersor.frontends.onnx.export",
     "load": "tersor.codegen.runtime",
     "CompiledModel": "tersor.codegen.runtime",
+    "CrossCompiled": "tersor.cross",
     "Analysis": "tersor.passes.analysis",
     "Calibration": "tersor.passes",
     "Pipeline": "tersor.passes",

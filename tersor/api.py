@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tersor.codegen.runtime import CompiledModel, load
 from tersor.codegen.runtime.folder import check_place
 from tersor.codegen.runtime.threads import check as check_threads
-from tersor.errors import InputError, PipelineError
+from tersor.cross import CrossCompiled
+from tersor.errors import InputError, PipelineError, TargetError
 from tersor.ir.program import Program
 from tersor.passes import Context, Pipeline, load_plugins
 from tersor.passes.gates import Fidelity
@@ -76,7 +78,7 @@ def compile(
     cache: str | Path | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
-) -> CompiledModel:
+) -> CompiledModel | CrossCompiled:
     """Compiles a model to native code for a target: capture, the recipe's passes, code generation, comparison.
 
     Args:
@@ -96,10 +98,14 @@ def compile(
         output: folder to save the artifact to (as ``compiled.save`` does).
         progress: called with the name of each step as it starts.
 
+    Returns:
+        The model, to be called, saved and exported; for a target whose code this machine cannot run a
+        `CrossCompiled`, to be exported. ``compiled.export_c(folder)`` writes it as plain C.
+
     Raises:
         TersorError: the subclass says which step failed; nothing half-written stays behind.
     """
-    from tersor.codegen import build
+    from tersor.codegen import build, export_c, prepare
     from tersor.codegen.latency import Latency
 
     report_step = progress or (lambda step: None)
@@ -109,6 +115,13 @@ def compile(
     if isinstance(tune_minutes, bool) or not isinstance(tune_minutes, int | float) or tune_minutes < 0:
         raise InputError(
             f"tune_minutes is {tune_minutes!r}", fix="give a number of minutes, or 0 for no tuning"
+        )
+    foreign = bool(missing_on_host(resolved)) or resolved.os not in (None, "linux")
+    if foreign and output is not None:
+        raise TargetError(
+            f"there is no artifact for target {resolved.name!r}",
+            why="artifacts run in a Python process of this machine",
+            fix="leave out output, and export C: compiled.export_c(folder), or --export-c FOLDER",
         )
     pipeline.check_data(calibration is not None)
     folder = _scratch_folder() if output is None else check_place(output)
@@ -122,18 +135,22 @@ def compile(
         progress=report_step,
     )
     program, report = pipeline.run(program, context, calibration=calibration)
+    compilation = prepare(program, resolved, tune_minutes, report_step)
+    exporter = partial(export_c, compilation, progress=report_step)
+    if foreign:
+        return CrossCompiled(resolved, compilation.signatures, report.to_dict(), exporter)
     build(
-        program,
-        resolved,
+        compilation,
         folder,
         recipe=pipeline.name,
         threads=threads,
-        tune_minutes=tune_minutes,
         verify=verify,
         report=report.to_dict(),
         progress=report_step,
     )
-    return load(folder, threads=threads, temporary=output is None)
+    compiled = load(folder, threads=threads, temporary=output is None)
+    compiled.exporter = exporter
+    return compiled
 
 
 def explain(recipe: Recipe = "fp32", *, target: str | Target = "native") -> str:

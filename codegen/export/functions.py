@@ -191,7 +191,7 @@ class _Splitter:
         )
         views, known = [], [begin, end]
         while True:
-            free = undefined_vars(_sequence([*views, body]), known)
+            free = _free(_sequence([*views, body]), known)
             missing = [v for v in scope.views if any(v.buffer.same_as(f) for f in free)]
             if not missing:
                 break
@@ -323,6 +323,26 @@ def _map(stmt: S.Stmt, leaf: Callable[[S.Stmt], S.Stmt]) -> S.Stmt:
     if isinstance(stmt, S.While):
         return S.While(stmt.condition, _map(stmt.body, leaf))
     return leaf(stmt)
+
+
+def _free(stmt: S.Stmt, known: list[Var]) -> list[Var]:
+    """The variables that a statement needs from outside, those in the shapes of its buffers included."""
+    declared: list[Var] = []
+    inside = list(known)
+
+    def leaf(stmt: S.Stmt) -> S.Stmt:
+        if isinstance(stmt, S.DeclBuffer | S.AllocBuffer):
+            declared.append(stmt.buffer)
+        elif isinstance(stmt, S.Bind):
+            inside.append(stmt.var)
+        return stmt
+
+    _map(stmt, leaf)
+    found = list(undefined_vars(stmt, known))
+    for buffer in [*found, *declared]:
+        for extent in buffer.ty.shape if is_buffer_var(buffer) else ():
+            found += [v for v in undefined_vars(extent, inside) if not any(v.same_as(f) for f in found)]
+    return found
 
 
 def _contains(stmt: S.Stmt, kind: type) -> bool:

@@ -99,6 +99,8 @@ class CompiledModel:
         self._tensors = weights.read(files[WEIGHTS], str(folder / WEIGHTS))
         self._module = _load_module(folder / MODULE)
         self._lock = threading.Lock()
+        self.exporter: Callable[..., Path] | None = None
+        """What `export_c` calls: set by the compiler, as an artifact holds no kernels to export."""
         self.functions: Mapping[str, CompiledFunction] = {
             name: CompiledFunction(self, name, signature) for name, signature in manifest.functions.items()
         }
@@ -177,6 +179,26 @@ class CompiledModel:
                     copy.flush()
                     os.fsync(copy.fileno())
         return Path(path)
+
+    def export_c(
+        self, path: str | os.PathLike[str], *, name: str = "model", compiler: str | None = None
+    ) -> Path:
+        """Write the model as plain C to the folder `path`: header, library, weights, sources; returns the folder.
+
+        name        begins every symbol and file name: name.h, libname.a
+        compiler    a command that compiles C for the target, instead of the one that is found
+
+        Raises ArtifactError (this model was loaded, not compiled; the folder cannot be written), InputError (the
+        name), CompileError (there is no C compiler, or it fails).
+        """
+        if self.exporter is None:
+            raise ArtifactError(
+                "this model cannot be exported as C",
+                where=str(self.path),
+                why="it was loaded from an artifact, which holds code for this machine's runtime only",
+                fix="compile it: tersor.compile(...).export_c(...), or tersor compile MODEL --export-c FOLDER",
+            )
+        return self.exporter(path, name=name, compiler=compiler)
 
     def __repr__(self) -> str:
         lines = [

@@ -30,9 +30,9 @@ DTYPES = {
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
-def header(tensors: Mapping[str, np.ndarray]) -> bytes:
+def header(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
     """The file's first bytes, up to the data; `padding` tells how many zeros follow each tensor."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
 
     def entry(tag: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:

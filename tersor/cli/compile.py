@@ -1,10 +1,11 @@
-"""Compile a model to an artifact.
+"""Compile a model to an artifact, or to plain C.
 
 The model is a folder of transformers (config.json and safetensors) or an ONNX file. The artifact is a folder
-that `tersor run`, `tersor bench` and `tersor.load` take.
+that `tersor run`, `tersor bench` and `tersor.load` take; --export-c writes a folder of C for programs without
+Python, on this machine or another.
 
     tersor compile ./all-MiniLM-L6-v2 -o minilm.tersor
-    tersor compile model.onnx -o model.tersor
+    tersor compile model.onnx --target raspberry-pi-5 --recipe int8-dynamic --export-c out/
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ from pathlib import Path
 
 from tersor.cli import options as shared
 from tersor.cli.output import Steps, folder_bytes, human
+from tersor.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_model(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="the artifact to write")
+    parser.add_argument("--export-c", type=Path, metavar="OUT", help="the folder of C to write")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact to write"
+        "--name",
+        default="model",
+        metavar="NAME",
+        help="what its symbols and files begin with (default: model)",
+    )
+    parser.add_argument(
+        "--cc", metavar="COMMAND", help="a C compiler for the target (default: the machine's, or zig)"
     )
     shared.add_target(parser)
     shared.add_recipe(parser)
@@ -46,6 +56,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     import tersor
 
+    if options.output is None and options.export_c is None:
+        raise InputError("nothing to write", fix="give -o FOLDER, --export-c FOLDER, or both")
     example = shared.read_npz(options.input) if options.input else None
     dynamic = shared.dynamic_of(options, options.model, example)
     with Steps() as steps:
@@ -63,6 +75,9 @@ def execute(options: argparse.Namespace) -> int:
             output=options.output,
             progress=steps,
         )
+        if options.export_c is not None:
+            compiled.export_c(options.export_c, name=options.name, compiler=options.cc)
     print(compiled)
-    print(f"wrote {options.output} ({human(folder_bytes(options.output))})")
+    for folder in filter(None, (options.output, options.export_c)):
+        print(f"wrote {folder} ({human(folder_bytes(folder))})")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tersor.codegen.compiler import build
+from tersor.codegen.compiler import build, prepare
 from tersor.codegen.runtime import load
 from tersor.errors import CompileError
 from tersor.ir import Dim, Program, Range, Value, ops, register_op
@@ -33,7 +33,7 @@ def program(*inputs: Value, body: Callable) -> Program:
 
 def errors(made: Program, folder) -> list[float]:
     """Worst relative error at each of the sizes that the compiler probes (it raises beyond 1e-4)."""
-    build(made, resolve("native"), folder / "model.tersor", threads=1)
+    build(prepare(made, resolve("native")), folder / "model.tersor", threads=1)
     manifest = load(folder / "model.tersor", threads=1).manifest
     assert manifest.verified
     return [max(probe["errors"].values()) for probe in manifest.errors["main"]]
@@ -337,7 +337,7 @@ def test_everything_unsupported_is_listed_at_once(tmp_path):
         body=lambda b, x: (b.emit("test.unlowered", x), b.cast(x, dtype="float64"), b.cast(x, dtype="int16")),
     )
     with pytest.raises(CompileError) as caught:
-        build(made, resolve("native"), tmp_path / "model.tersor")
+        build(prepare(made, resolve("native")), tmp_path / "model.tersor")
     assert all(
         word in str(caught.value) for word in ("'test.unlowered'", "float64", "int16", "register_lowering")
     )
@@ -347,11 +347,11 @@ def test_everything_unsupported_is_listed_at_once(tmp_path):
 def test_tuning_is_recorded_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     made = program(Value("float32", (16, 24)), body=CASES["linear"][1])
-    build(made, resolve("native"), tmp_path / "model.tersor", tune_minutes=1)
+    build(prepare(made, resolve("native"), tune_minutes=1), tmp_path / "model.tersor")
     (record,) = load(tmp_path / "model.tersor", threads=1).manifest.tuning
     lines = (tmp_path / "cache/tersor/tuning.jsonl").read_text().splitlines()
     assert record["kernel"].startswith("gemm_24x40") and len(lines) == 1
-    build(made, resolve("native"), tmp_path / "again.tersor", tune_minutes=1)
+    build(prepare(made, resolve("native"), tune_minutes=1), tmp_path / "again.tersor")
     again = load(tmp_path / "again.tersor", threads=1)
     assert again.manifest.tuning[0]["key"] == record["key"]
     assert len((tmp_path / "cache/tersor/tuning.jsonl").read_text().splitlines()) == 1

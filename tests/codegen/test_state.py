@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tersor.codegen.compare import compare
-from tersor.codegen.compiler import build
+from tersor.codegen.compiler import build, prepare
 from tersor.codegen.lowering import lower
 from tersor.codegen.runtime import Manifest, load
 from tersor.codegen.runtime.manifest import _digest as manifest_digest
@@ -24,7 +24,7 @@ POSITION = Value("int64", ())
 
 
 def compiled(program, folder, **options):
-    build(program, resolve("native"), folder / "model.tersor", threads=1, **options)
+    build(prepare(program, resolve("native")), folder / "model.tersor", threads=1, **options)
     return load(folder / "model.tersor", threads=1)
 
 
@@ -378,7 +378,7 @@ def test_states_count_for_the_targets_memory(tmp_path):
     )
     with pytest.raises(TargetError, match="states"):
         compiled_for = replace(resolve("native"), memory=1 << 30)
-        build(program, compiled_for, tmp_path / "large.tersor", verify=False)
+        prepare(program, compiled_for)
 
 
 @pytest.mark.parametrize("damage", ["shape", "dtype", "missing", "unlisted"])

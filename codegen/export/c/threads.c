@@ -44,11 +44,13 @@ typedef pthread_cond_t condition;
 #include <intrin.h>
 #define atomic_load(p) _InterlockedOr64(p, 0)
 #define atomic_store(p, v) ((void)_InterlockedExchange64(p, v))
+#define atomic_swap(p, v) _InterlockedExchange64(p, v)
 #define atomic_add(p, v) _InterlockedExchangeAdd64(p, v)
 #define relax() _mm_pause()
 #else
 #define atomic_load(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
 #define atomic_store(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
+#define atomic_swap(p, v) __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST)
 #define atomic_add(p, v) __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST)
 #if defined(__x86_64__) || defined(__i386__)
 #define relax() __asm__ __volatile__("pause" ::: "memory")
@@ -58,6 +60,10 @@ typedef pthread_cond_t condition;
 #define relax() ((void)0)
 #endif
 #endif
+
+int tersor_flag_set(int64_t *flag) { return atomic_swap(flag, 1) != 0; }
+
+void tersor_flag_clear(int64_t *flag) { atomic_store(flag, 0); }
 
 /* Looks at the next loop before a thread sleeps; some tens of microseconds, what the kernels between two loops take. */
 #define SPIN 2000

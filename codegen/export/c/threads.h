@@ -24,6 +24,10 @@ typedef void (*tersor_task)(const void *closure, void *scratch, int64_t begin, i
 /* Runs all iterations; returns when they are done. */
 void tersor_parallel(struct tersor_worker *worker, tersor_task task, const void *closure, int64_t count);
 
+/* A flag of several threads: sets it and returns what it was; clears it. */
+int tersor_flag_set(int64_t *flag);
+void tersor_flag_clear(int64_t *flag);
+
 /* Bytes of memory that a pool of so many threads (the caller included) takes, a multiple of 64. */
 size_t tersor_pool_bytes(int threads);
 

@@ -1,0 +1,231 @@
+"""Writes a compiled model as C: the folder that users build into their programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tersor.codegen.artifact import weight_blocks
+from tersor.codegen.export import SOURCES, example, source
+from tersor.codegen.export.functions import PlainKernel
+from tersor.codegen.export.memory import rounded
+from tersor.codegen.export.objects import object_code
+from tersor.codegen.export.plan import plan
+from tersor.codegen.export.source import Field, Interface
+from tersor.codegen.export.toolchain import Toolchain, toolchain
+from tersor.codegen.runtime.manifest import TensorType
+from tersor.codegen.runtime.weights import header, padding
+from tersor.errors import ArtifactError, CompileError, InputError
+from tersor.folders import may_replace, new_folder
+
+if TYPE_CHECKING:
+    from tersor.codegen.compiler import Compilation
+
+SIGNATURE, WEIGHTS, KERNELS = "signature.json", "weights.bin", "kernels.o"
+
+_STATIC = ("internal.h", "model.c", "threads.c", "threads.h")
+_COMPILED = ("model.c", "functions.c", "threads.c")
+_LIBRARIES = {"windows": "{}.dll", "macos": "lib{}.dylib"}
+
+
+def export_c(
+    compilation: Compilation,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "model",
+    compiler: str | None = None,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Path:
+    """Writes the folder ``path`` with a compiled model as plain C, and returns it.
+
+    ``name`` begins every symbol and names the files: ``name.h``, ``libname.a``, ``name.py``. ``compiler``: a command
+    that compiles C for the target; `toolchain` tells which one it is by default. Where there is none for Android
+    or iOS, the folder has sources and kernels only, for Gradle or Xcode to build. A folder of an earlier export is
+    replaced; on any failure it stays.
+
+    Raises:
+        InputError: the name is no C identifier.
+        CompileError: there is no C compiler, or it fails.
+        ArtifactError: the folder cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII):
+        raise InputError(f"{name!r} cannot be the name of a C export", fix="use letters, digits and _")
+    path = _check_place(path)
+    target, system = compilation.target, compilation.target.os or "linux"
+    try:
+        tools = toolchain(target, compiler)
+    except CompileError:
+        if compiler is not None or system not in ("android", "ios"):
+            raise
+        tools = None
+    progress("planning memory")
+    plans, kernels = plan(compilation.lowered.module, compilation.signatures, f"{name}_k_")
+    functions = source.interfaces(plans)
+    progress("generating code")
+    code = object_code(kernels, target)
+    progress("packing weights")
+    arrays = compilation.weights()
+    states = compilation.states
+    try:
+        with new_folder(path) as folder:
+            progress("writing C")
+            numbers, offsets = _write_weights(folder / WEIGHTS, arrays)
+            state_offsets, state_bytes = _place_states(states)
+            numbers |= {
+                "STATE_BYTES": state_bytes,
+                "WORKSPACE_BYTES": max(p.workspace for p in plans),
+                "SCRATCH_BYTES": rounded(max(p.scratch for p in plans)),
+            }
+            _write_sources(folder, name, target.name, functions, kernels, numbers, offsets, state_offsets)
+            (folder / "src" / KERNELS).write_bytes(code)
+            if tools is not None:
+                progress("compiling C")
+                _build(folder, name, tools)
+            signature = _signature(name, target.name, functions, states)
+            (folder / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {str(path)!r}; nothing was left there",
+            why=error.strerror or str(error),
+            fix="choose a folder on a disk that has room and that you may write to",
+        ) from error
+    return path
+
+
+def _check_place(path: str | os.PathLike[str]) -> Path:
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise ArtifactError(
+            f"cannot write {str(path)!r}",
+            why=f"the folder {str(path.parent)!r} does not exist",
+            fix="create it, or choose another place",
+        )
+    if not may_replace(path, SIGNATURE):
+        raise ArtifactError(
+            f"will not overwrite {str(path)!r}",
+            why="it exists and is not an exported model",
+            fix="choose another name, or remove it yourself",
+        )
+    return path
+
+
+def _write_weights(path: Path, arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], dict[str, int]]:
+    """The file of weights (safetensors); its numbers for layout.h, and where each weight begins."""
+    crc = 0
+    for block in weight_blocks(arrays):
+        crc = zlib.crc32(block, crc)
+    head = header(arrays, {"crc32": f"{crc:08x}"})
+    with open(path, "wb") as file:
+        file.write(head)
+        file.writelines(weight_blocks(arrays))
+    offsets, at = {}, len(head)
+    for name, array in arrays.items():
+        offsets[name] = at
+        at += array.nbytes + padding(array.nbytes)
+    numbers = {
+        "WEIGHTS_BYTES": at,
+        "WEIGHTS_CRC": crc,
+        "HEADER_BYTES": len(head),
+        "HEADER_CRC": zlib.crc32(head),
+    }
+    return numbers, offsets
+
+
+def _place_states(states: dict[str, TensorType]) -> tuple[dict[str, int], int]:
+    offsets, at = {}, 0
+    for name, state in states.items():
+        offsets[name] = at
+        at += rounded(int(np.prod(state.shape, dtype=np.int64)) * _bytes(state.dtype))
+    return offsets, at
+
+
+def _bytes(dtype: str) -> int:
+    return 1 if dtype == "bool" else int(re.search(r"\d+$", dtype)[0]) // 8
+
+
+def _write_sources(
+    folder: Path,
+    name: str,
+    target: str,
+    functions: list[Interface],
+    kernels: list[PlainKernel],
+    numbers: dict[str, int],
+    offsets: dict[str, int],
+    state_offsets: dict[str, int],
+) -> None:
+    sources = folder / "src"
+    sources.mkdir()
+
+    def write(file: Path, text: str) -> None:
+        text = text.replace("tersor_", f"{name}_").replace("TERSOR_", f"{name.upper()}_")
+        file.write_text(text.replace('"tersor.h"', f'"{name}.h"'), encoding="utf-8")
+
+    for file in _STATIC:
+        write(sources / file, (SOURCES / file).read_text(encoding="utf-8"))
+    write(sources / "layout.h", source.layout(numbers))
+    write(sources / "functions.c", source.functions_source(functions, kernels, offsets, state_offsets))
+    write(folder / f"{name}.h", source.header(functions))
+    write(folder / "main.c", example.main_source(functions))
+    (folder / "CMakeLists.txt").write_text(example.cmake(name), encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("loader.py"), folder / f"{name}.py")
+    session = sum(numbers[key] for key in ("STATE_BYTES", "WORKSPACE_BYTES", "SCRATCH_BYTES"))
+    sizes = {
+        "weights": numbers["WEIGHTS_BYTES"],
+        "session": session,
+        "thread": numbers["SCRATCH_BYTES"],
+    }
+    (folder / "README.md").write_text(example.readme(name, target, functions, sizes), encoding="utf-8")
+
+
+def _build(folder: Path, name: str, tools: Toolchain) -> None:
+    """The static library and the shared one."""
+    sources = folder / "src"
+    with tempfile.TemporaryDirectory(prefix="tersor-") as scratch:
+        objects = [sources / KERNELS]
+        for file in _COMPILED:
+            objects.append(Path(scratch, file).with_suffix(".o"))
+            tools.compile(sources / file, objects[-1], [f"-I{folder}"])
+        tools.archive(objects, folder / f"lib{name}.a")
+        library = _LIBRARIES.get(tools.system, "lib{}.so").format(name)
+        tools.link(objects, folder / library, shared=True)
+
+
+def _signature(
+    name: str, target: str, functions: list[Interface], states: dict[str, TensorType]
+) -> dict[str, Any]:
+    def tensor(field: Field) -> dict[str, Any]:
+        return {
+            "name": field.tensor.name,
+            "field": field.name,
+            "dtype": field.tensor.dtype,
+            "shape": list(field.tensor.shape),
+        }
+
+    return {
+        "name": name,
+        "target": target,
+        "functions": [
+            {
+                "name": f.plan.name,
+                "symbol": f.symbol,
+                "dims": {
+                    dim: {"field": f.dims[dim], "min": low, "max": high}
+                    for dim, (low, high) in f.plan.signature.dims.items()
+                },
+                "inputs": [tensor(field) for field in f.inputs],
+                "outputs": [tensor(field) for field in f.outputs],
+                "states": list(f.plan.signature.states),
+            }
+            for f in functions
+        ],
+        "states": {n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in states.items()},
+    }
