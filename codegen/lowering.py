@@ -19,6 +19,8 @@ from tersor.codegen.kernels.base import Kernel
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.kernels.inner_product import stored_words
+from tersor.codegen.kernels.prepare import Prepare, prepared
 from tersor.codegen.state import StateMemory
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
@@ -198,14 +200,12 @@ class Lowering:
             kernel = Elementwise(chain, shapes, opaque(shape))
             return self.call(kernel, [self.value(feed) for feed in feeds], [shape])
         weights = [fusion.stored_weight(anchor) for anchor in group.anchors]
-        n, k = weights[0].meta["value"].shape
-        panel = tiles.panel_width(self.target)
-        x = fusion.left_matrix(group.anchors[0])
-        gemm = Gemm(opaque(shape[:-1]), k, n, chain, panel, len(weights), x.meta["value"].dtype)
+        n = weights[0].meta["value"].shape[0]
+        gemm = self.gemm(group.anchors[0], n, chain, len(weights))
         join = "beside" if len(weights) > 1 else "stacked"
-        packed = self.weight(Weight(tuple(w.target for w in weights), panel, join))
+        packed = self.weight(Weight(tuple(w.target for w in weights), gemm.panel, join, gemm.words))
         extra = [self.view(feed, spec.shape) for feed, spec in zip(feeds, gemm.inputs()[2:], strict=True)]
-        return self.call(gemm, [self.value(x), packed, *extra], [shape])
+        return self.call(gemm, [self.left(group.anchors[0], gemm), packed, *extra], [shape])
 
     def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
         """Results the caller may keep: an input, a weight, a state or a value returned twice is copied."""
@@ -270,6 +270,23 @@ class Lowering:
             spec = weight.spec(self.function.parameters)
             self.weights[weight] = relax.Var(weight.name, relax.TensorType(spec.shape, spec.dtype))
         return self.weights[weight]
+
+    def gemm(self, anchor: fx.Node, n: int, chain: Chain, weights: int = 1) -> Gemm:
+        """The kernel for linear layers of one input, in the layout that the target reads."""
+        value = fusion.left_matrix(anchor).meta["value"]
+        *lead, k = value.shape
+        panel, words = tiles.panel_width(self.target), stored_words(value.dtype, self.target)
+        return Gemm(opaque(tuple(lead)), k, n, chain, panel, weights, value.dtype, words)
+
+    def left(self, anchor: fx.Node, gemm: Gemm) -> relax.Expr:
+        """The input of a linear layer as its kernel reads it."""
+        x = fusion.left_matrix(anchor)
+        if gemm.words is None:
+            return self.value(x)
+        *lead, k = x.meta["value"].shape
+        made = prepared(tuple(lead), k, gemm.words, gemm.dtype)
+        kernel = Prepare(gemm.lead, k, gemm.words, gemm.dtype)
+        return self.call(kernel, [self.value(x)], [made.shape])
 
     def call(
         self,

@@ -1,14 +1,15 @@
 """Layouts of constant weights: numpy functions that pack them once, at compile time, and undo it.
 
 Weights are packed as 32-bit *words* of elements that are neighbours along K: one f32, two bf16 or four int8, the
-first in the lowest bits. A *panel* is as many output columns as one register tile is wide. GEMM weights are stored
-panel after panel, inside a panel word k after word k, so that a kernel reads them as one linear stream:
-``[ceil(N / columns)][ceil(K / elements of a word)][width]``.
+first in the lowest bits; some instructions want more int8 numbers side by side (`Words`). A *panel* is as many output
+columns as one register tile is wide. GEMM weights are stored panel after panel, inside a panel word k after word k, so
+that a kernel reads them as one linear stream: ``[ceil(N / columns)][ceil(K / elements of a word)][width]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,46 +17,94 @@ ELEMENTS = {"float32": 1, "bfloat16": 2, "int8": 4}
 """Dtypes of weights that can be packed, with how many elements make a word."""
 
 
-def packed(n: int, k: int, dtype: str, panel: int, weights: int = 1) -> tuple[tuple[int, int, int], str]:
-    """Shape and dtype of ``weights`` matrices [n, k] packed together into panels of ``panel`` columns in all."""
-    shape = (-(-n // (panel // weights)), -(-k // ELEMENTS[dtype]), panel)
+OFFSET = 128
+"""What is taken from unsigned codes to multiply them as signed ones."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the elements of a row are gathered.
+
+    elements: neighbours along K that lie side by side.
+    sums: each panel ends with one more row of words, the int32 sums of its columns times `OFFSET`: what a kernel adds
+    that multiplies codes less `OFFSET`.
+    """
+
+    elements: int
+    sums: bool = False
+
+
+def packed(
+    n: int, k: int, dtype: str, panel: int, weights: int = 1, words: Words | None = None
+) -> tuple[tuple[int, int, int], str]:
+    """Shape and dtype of ``weights`` matrices [n, k] packed together into panels of ``panel`` columns in all.
+
+    ``words``: None is 32 bits, without sums.
+    """
+    words = words or Words(ELEMENTS[dtype])
+    width = panel * (words.elements // ELEMENTS[dtype])
+    shape = (-(-n // (panel // weights)), -(-k // words.elements) + words.sums, width)
     return shape, "float32" if dtype == "float32" else "int32"
 
 
-def pack(weights: Sequence[np.ndarray], panel: int) -> np.ndarray:
+def pack(weights: Sequence[np.ndarray], panel: int, words: Words | None = None) -> np.ndarray:
     """Pack matrices [N, K] (as of ``linear``: out = x @ w.T) for a kernel with as many accumulators.
 
     Matrices are float32, int8 or bfloat16, the last also as uint16 bit patterns (numpy has no bfloat16 of its own).
     Each gets ``panel // len(weights)`` columns of every panel, side by side; N and K are padded with zeros.
+    ``words``: None is 32 bits, without sums.
     ValueError when the matrices differ in shape or dtype or do not divide the panel.
     """
     if len({(w.shape, w.dtype) for w in weights}) != 1 or panel % len(weights):
         described = [f"{w.dtype} {w.shape}" for w in weights]
         raise ValueError(f"cannot pack {', '.join(described)} into panels of {panel} columns")
     (n, k), dtype = weights[0].shape, _element(weights[0])
+    words = words or Words(ELEMENTS[dtype])
     columns = panel // len(weights)
-    shape, word = packed(n, k, dtype, panel, len(weights))
+    shape, word = packed(n, k, dtype, panel, len(weights), words)
     result = np.empty(shape, word)
-    full = n // columns
+    steps, full = shape[1] - words.sums, n // columns
     for index, weight in enumerate(weights):
-        words = _words(weight, ELEMENTS[dtype], word)
-        part = result[:, :, index * columns : (index + 1) * columns]
-        part[:full] = words[: full * columns].reshape(full, columns, shape[1]).transpose(0, 2, 1)
-        if full < len(result):
-            part[full] = 0
-            part[full, :, : n - full * columns] = words[full * columns :].T
+        width = shape[2] // len(weights)
+        part = result[:, :, index * width : (index + 1) * width]
+        _place(part[:, :steps], _words(weight, words.elements, word), columns)
+        if words.sums:
+            sums = OFFSET * weight.sum(axis=1, dtype=np.int32)
+            part = result[:, steps, index * columns : (index + 1) * columns]
+            part[:full] = sums[: full * columns].reshape(full, columns)
+            if full < len(result):
+                part[full] = 0
+                part[full, : n - full * columns] = sums[full * columns :]
+    if words.sums:
+        result[:, steps, panel:] = 0
     return result
 
 
-def unpack(words: np.ndarray, n: int, k: int, dtype: str, weights: int = 1) -> list[np.ndarray]:
+def _place(part: np.ndarray, rows: np.ndarray, columns: int) -> None:
+    """Rows [n, steps, m] of words of m numbers each into panels [panels, steps, columns * m], padded with zeros."""
+    n, steps, m = rows.shape
+    full = n // columns
+    panels = rows[: full * columns].reshape(full, columns, steps, m).transpose(0, 2, 1, 3)
+    part[:full] = panels.reshape(full, steps, columns * m)
+    if full < len(part):
+        part[full] = 0
+        last = rows[full * columns :].transpose(1, 0, 2)
+        part[full, :, : last.shape[1] * m] = last.reshape(steps, -1)
+
+
+def unpack(
+    stored: np.ndarray, n: int, k: int, dtype: str, weights: int = 1, words: Words | None = None
+) -> list[np.ndarray]:
     """The matrices [n, k] of this dtype that ``pack`` was given; bfloat16 as uint16 bit patterns."""
-    panels, _, panel = words.shape
-    columns = panel // weights
-    element = {"bfloat16": "uint16"}.get(dtype, dtype)
+    words = words or Words(ELEMENTS[dtype])
+    stored = stored[:, : stored.shape[1] - words.sums]
+    panels, steps, width = stored.shape
+    element, share = {"bfloat16": "uint16"}.get(dtype, dtype), width // weights
+    m = words.elements // ELEMENTS[dtype]
     matrices = []
     for index in range(weights):
-        part = words[:, :, index * columns : (index + 1) * columns]
-        rows = np.ascontiguousarray(part.transpose(0, 2, 1)).reshape(panels * columns, -1)
+        part = stored[:, :, index * share : (index + 1) * share].reshape(panels, steps, share // m, m)
+        rows = np.ascontiguousarray(part.transpose(0, 2, 1, 3)).reshape(panels * (share // m), -1)
         matrices.append(rows.view(element)[:n, :k].copy())
     return matrices
 
@@ -68,7 +117,7 @@ def _element(weight: np.ndarray) -> str:
 
 
 def _words(weight: np.ndarray, elements: int, word: str) -> np.ndarray:
-    """The rows as words, the last one padded with zeros."""
+    """The rows as words [n, ceil(k / elements), 32-bit numbers of a word], the last one padded with zeros."""
     missing = -weight.shape[1] % elements
     whole = np.pad(weight, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(weight)
-    return whole.view(word)
+    return whole.view(word).reshape(len(weight), whole.shape[1] // elements, -1)

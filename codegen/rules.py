@@ -197,10 +197,11 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
 def _joined(lowering: Lowering, joined: fusion.Joined) -> relax.Expr:
     """Linear layers of one input as one, their outputs side by side."""
     x, sizes = fusion.left_matrix(joined.anchors[0]), [a.meta["value"].shape[-1] for a in joined.anchors]
-    value, n, panel = x.meta["value"], sum(sizes), tiles.panel_width(lowering.target)
-    weight = Weight(tuple(fusion.stored_weight(a).target for a in joined.anchors), panel)
-    gemm = Gemm(opaque(value.shape[:-1]), value.shape[-1], n, joined.chain, panel, dtype=value.dtype)
-    args = [lowering.value(x), lowering.weight(weight)]
+    value, n = x.meta["value"], sum(sizes)
+    gemm = lowering.gemm(joined.anchors[0], n, joined.chain)
+    sources = tuple(fusion.stored_weight(a).target for a in joined.anchors)
+    weight = lowering.weight(Weight(sources, gemm.panel, words=gemm.words))
+    args = [lowering.left(joined.anchors[0], gemm), weight]
     for kind, operands, spec in zip(
         (i.kind for i in joined.chain.inputs[1:]), joined.feeds, gemm.inputs()[2:], strict=True
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tersor.codegen.kernels.inner_product import InnerProduct, inner_product
 from tersor.targets import Target
 
 PANEL_VECTORS = 2
@@ -55,33 +56,40 @@ class GemmTile:
 
 
 def panel_width(target: Target) -> int:
-    """Columns of a packed panel of any dtype: 32 with AVX-512, 16 with AVX2."""
+    """Columns of a packed panel of any dtype: 32 with AVX-512, 16 with AVX2, 8 with NEON."""
     return PANEL_VECTORS * target.lanes("float32")
 
 
-def most_rows(target: Target, parts: int = 1) -> int:
+def most_rows(target: Target, product: InnerProduct | None = None) -> int:
     """Height of the tallest register tile: what the weight vectors leave of the registers, less a spare for LLVM.
 
-    ``parts``: into how many vectors the inner product takes a vector of weights apart.
+    ``product``: what is computed, by default f32.
     """
+    product = product or inner_product("float32", target)
     spare = PANEL_VECTORS + 2 if target.vector_registers <= 16 else PANEL_VECTORS + 6
-    return (target.vector_registers - spare) // PANEL_VECTORS - (parts - 1)
+    if target.arch == "armv7a" and "fma" not in target.features:
+        spare += 2  # products, before they are added
+    rows, columns = product.block
+    each = PANEL_VECTORS * product.lanes // columns  # registers for a block of rows
+    each += len(product.parts) if product.loads else 0
+    return (target.vector_registers - spare) // each * rows - (len(product.parts) - 1)
 
 
-def choose(target: Target, panels: int, parts: int = 1) -> GemmTile:
-    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2.
+def choose(target: Target, panels: int, product: InnerProduct | None = None) -> GemmTile:
+    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2, 8x8 with NEON.
 
-    ``parts``: as in ``most_rows``.
+    ``product``: as in ``most_rows``.
     """
-    most = most_rows(target, parts)
-    rows = min(8 - 2 * (parts - 1), most)  # what is taken apart needs registers too
-    streams = tuple(sorted({r for r in (1, 2, 4, rows, most) if r <= most}))
+    product = product or inner_product("float32", target)
+    most, step = most_rows(target, product), product.block[0]
+    rows = min(8 - 2 * (len(product.parts) - 1), most)  # what is taken apart needs registers too
+    streams = tuple(sorted({r for r in (step, 2, 4, rows, most) if r <= most}))
     return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
 
 
-def neighbours(tile: GemmTile, target: Target, parts: int = 1) -> tuple[GemmTile, ...]:
-    """Tiles that differ from this one in one respect; what tuning tries. ``parts``: as in ``most_rows``."""
-    heights = {h for h in (4, 6, 8, 10, 12) if h <= most_rows(target, parts)} - {tile.rows}
+def neighbours(tile: GemmTile, target: Target, product: InnerProduct | None = None) -> tuple[GemmTile, ...]:
+    """Tiles that differ from this one in one respect; what tuning tries. ``product``: as in ``most_rows``."""
+    heights = {h for h in (4, 6, 8, 10, 12) if h <= most_rows(target, product)} - {tile.rows}
     blocks = {1, 2, MOST_BLOCKS} - {tile.blocks}
     return (
         *(replace(tile, rows=height) for height in sorted(heights)),

@@ -186,9 +186,9 @@ def tune(
 
 def _search(kernel: Gemm, target: Target, deadline: float) -> Record | None:
     """The best of the analytic tile and its neighbours; None when there was no time to see them all."""
-    parts = len(inner_product(kernel.dtype, target).parts)
-    analytic = choose(target, kernel.panels, parts)
-    tiles = _distinct(kernel, target, (analytic, *neighbours(analytic, target, parts)))
+    product = inner_product(kernel.dtype, target)
+    analytic = choose(target, kernel.panels, product)
+    tiles = _distinct(kernel, target, (analytic, *neighbours(analytic, target, product)))
     times: list[float] = []
     for tile in tiles:
         if time.monotonic() > deadline:

@@ -21,17 +21,22 @@ class Weight:
     sources: names in the program's store; an int stands for that many zeros (an absent bias).
     panel: columns of a packed panel; None is the plain row-major layout.
     join: several sources are "stacked" along their first dimension, or put "beside" each other in every panel.
+    words: how a packed panel gathers elements; None for 32 bits.
     """
 
     sources: tuple[str | int, ...]
     panel: int | None = None
     join: Literal["stacked", "beside"] = "stacked"
+    words: packing.Words | None = None
 
     @property
     def name(self) -> str:
         """A name unique for this description: the sources, marked with what was done to them."""
         names = ("+" if self.join == "stacked" else "&").join(map(str, self.sources))
-        return names if self.panel is None else f"{names}|packed{self.panel}"
+        if self.panel is None:
+            return names
+        gathered = f"x{self.words.elements}" if self.words else ""
+        return f"{names}|packed{self.panel}{gathered}"
 
     def spec(self, store: ParameterStore) -> TensorSpec:
         """Shape and dtype in this layout."""
@@ -44,7 +49,7 @@ class Weight:
             )
         if self.panel is not None:
             beside = len(self.sources) if self.join == "beside" else 1
-            shape, dtype = packing.packed(shape[0], product(shape[1:]), dtype, self.panel, beside)
+            shape, dtype = packing.packed(shape[0], product(shape[1:]), dtype, self.panel, beside, self.words)
         return TensorSpec(shape, dtype)
 
     def load(self, store: ParameterStore) -> np.ndarray:
@@ -56,7 +61,7 @@ class Weight:
             arrays = [np.concatenate(arrays)]
         if self.panel is None:
             return arrays[0]
-        return packing.pack([a.reshape(len(a), -1) for a in arrays], self.panel)
+        return packing.pack([a.reshape(len(a), -1) for a in arrays], self.panel, self.words)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -400,11 +400,12 @@ class _Builder:
             for q in queries
         ]
 
-        def query_word(r: int, d: Expr) -> Expr:
-            return self.q.buffer[rows[r] + d] if self.queries is None else self.queries[r, d]
+        def query_words(r: int, d: Expr, count: int) -> Expr:
+            if self.queries is None:
+                return self.q.buffer[_run(rows[r] + d, count)]
+            return self.queries[r, _run(d, count)]
 
-        with T.serial(self.depth) as d:
-            sums.multiply(lambda r: query_word(r, d), lambda n: self.keys[block + n, d, self.ramp])
+        sums.accumulate(0, self.depth, query_words, lambda n, d: self.keys[block + n, d, self.ramp])
         for r, query in enumerate(queries):
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
@@ -468,11 +469,12 @@ class _Builder:
         """Some vectors of columns of the weighted sum."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
         sums = RegisterTile(len(queries), width, self.product)
-        with T.serial(_ceil_div(end, factor) - begin // factor) as step:
-            j = begin // factor + step
-            sums.multiply(
-                lambda r: self.weights[r, j], lambda n: self.values[j, T.ramp((first + n) * lanes, 1, lanes)]
-            )
+        sums.accumulate(
+            begin // factor,
+            _ceil_div(end, factor) - begin // factor,
+            lambda r, j, count: self.weights[r, _run(j, count)],
+            lambda n, j: self.values[j, T.ramp((first + n) * lanes, 1, lanes)],
+        )
         size = spec.heads * spec.value_dim
         for r, query in enumerate(queries):
             inverse, row = tirx.Broadcast(self.inverses[r], lanes), batch * self.q_len + query
@@ -506,6 +508,11 @@ def _transpose(vectors: list[Expr]) -> list[Expr]:
                 vectors[i + distance] = math.bind(tirx.Shuffle(pair, high))
         distance *= 2
     return vectors
+
+
+def _run(first: Expr, count: int) -> Expr:
+    """Indices of neighbours."""
+    return first if count == 1 else T.ramp(first, 1, count)
 
 
 def _ceil_div(a: loops.Extent, b: int) -> loops.Extent:

@@ -152,8 +152,11 @@ class _Builder:
         start = T.bind(start)
         sums = RegisterTile(height, PANEL_VECTORS, self.product)
         left = _place_in(place, self.kernel.a)
-        with T.serial(self.k) as k:
-            sums.multiply(lambda r: self.a[(*left, start + r, k)], lambda v: right(k, v))
+
+        def words(r: int, k: Expr, count: int) -> Expr:
+            return self.a[(*left, start + r, k if count == 1 else T.ramp(k, 1, count))]
+
+        sums.accumulate(0, self.k, words, lambda v, k: right(k, v))
         for v, (columns, mask) in enumerate(zip(self.columns, self.masks, strict=True)):
             for r in range(height):
                 if mask is None:

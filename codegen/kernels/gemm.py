@@ -24,10 +24,17 @@ from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import Arguments
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
-from tersor.codegen.kernels.inner_product import ACCUMULATORS, WEIGHTS, InnerProduct, inner_product
+from tersor.codegen.kernels.inner_product import (
+    ACCUMULATORS,
+    WEIGHTS,
+    InnerProduct,
+    inner_product,
+    stored_words,
+)
 from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
+from tersor.codegen.kernels.prepare import prepared
 from tersor.codegen.kernels.register_tile import RegisterTile
-from tersor.codegen.packing import packed
+from tersor.codegen.packing import Words, packed
 from tersor.codegen.tiles import (
     BLOCK_ROWS,
     CACHE_LINE,
@@ -64,6 +71,9 @@ class Gemm:
 
     Arguments: a, packed weights, the chain's other inputs in order ("full" [*lead, n], "column" [n],
     "row" [*lead, 1], "scalar" ()); then the outputs, which must not overlap any input.
+
+    ``words`` is how the weights' elements are gathered: ``inner_product.stored_words(dtype, target)``. Where it is not
+    None, a is what `Prepare` makes of it.
     ValueError when dtype, chain, panel and weights do not fit together.
     """
 
@@ -74,6 +84,7 @@ class Gemm:
     panel: int = 32
     weights: int = 1
     dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
+    words: Words | None = None
 
     def __post_init__(self) -> None:
         kinds = [value.kind for value in self.chain.inputs]
@@ -101,6 +112,13 @@ class Gemm:
         """Rows of the product: all leading dimensions together."""
         return product(self.lead)
 
+    @property
+    def left(self) -> TensorSpec:
+        """What a is."""
+        if self.words is not None:
+            return prepared(self.lead, self.k, self.words, self.dtype)
+        return TensorSpec((*self.lead, self.k), self.dtype)
+
     def name(self) -> str:
         parts = ["gemm"] + ([self.dtype] if self.dtype != "float32" else []) + [f"{self.k}x{self.n}"]
         parts += [str(self.rows)] if isinstance(self.rows, int) else []
@@ -110,8 +128,8 @@ class Gemm:
     def inputs(self) -> tuple[TensorSpec, ...]:
         shapes = {"full": (*self.lead, self.n), "column": (self.n,), "row": (*self.lead, 1), "scalar": ()}
         return (
-            TensorSpec((*self.lead, self.k), self.dtype),
-            TensorSpec(*packed(self.n, self.k, WEIGHTS[self.dtype], self.panel, self.weights)),
+            self.left,
+            TensorSpec(*packed(self.n, self.k, WEIGHTS[self.dtype], self.panel, self.weights, self.words)),
             *(TensorSpec(shapes[v.kind], v.dtype) for v in self.chain.inputs[self.weights :]),
         )
 
@@ -123,7 +141,9 @@ class Gemm:
         product = inner_product(self.dtype, target)
         if self.columns % product.lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {product.lanes}")
-        tile = tile or recorded_tile(self, target) or choose(target, self.panels, len(product.parts))
+        if self.words != stored_words(self.dtype, target):
+            raise ValueError(f"weights for {target.name} are packed as {product.words}, not {self.words}")
+        tile = tile or recorded_tile(self, target) or choose(target, self.panels, product)
         return _Builder(self, product, tile).function()
 
 
@@ -144,6 +164,9 @@ class _Builder:
         self.panels = gemm.panels
         self.words = gemm.k // product.factor  # complete ones
         self.tail = gemm.k % product.factor > 0
+        if gemm.words is not None:  # rows are filled up with zeros
+            self.words, self.tail = self.words + self.tail, False
+        self.width = gemm.inputs()[1].shape[2]
 
     def function(self) -> tirx.PrimFunc:
         gemm = self.gemm
@@ -170,7 +193,7 @@ class _Builder:
 
     def _schedule(self, m: int | Expr) -> None:
         """All panels, on several threads when there is enough to do."""
-        weight_bytes = 4 * self.panels * (self.words + self.tail) * self.gemm.panel
+        weight_bytes = 4 * self.panels * (self.words + self.tail) * self.width
         row_flops = weight_bytes // 2  # in f32's time: a word counts as one multiplication whatever it holds
         if isinstance(m, int):
             large = weight_bytes >= PARALLEL_BYTES or row_flops * m >= PARALLEL_FLOPS
@@ -198,30 +221,44 @@ class _Builder:
                 self._symbolic_rows(panel, m, block, blocks)
 
     def _static_rows(self, panel: Expr, m: int, block: Expr | int, blocks: int) -> None:
+        step = self.product.block[0]
+        whole = -(-m // step) * step
+
+        def rows(height: int, start: Expr | int) -> _Rows:
+            return _Rows(height, (lambda r: start + r) if whole == m else lambda r: T.min(start + r, m - 1))
+
         if m <= self.tile.streams[-1]:
-            self._stream(panel, _Rows(m, lambda r: r))
+            self._stream(panel, rows(whole, 0))
             return
-        parts = partition(m, self.tile.rows)
+        parts = [(count, height * step) for count, height in partition(whole // step, self.tile.rows // step)]
         total = sum(count for count, _ in parts)
         first_tile, first_row = 0, 0
         for count, height in parts:
             with _share_of(block, blocks, total, first_tile, first_tile + count) as i:
                 start = first_row + (i - first_tile) * height
-                self._shared(panel, _Rows(height, lambda r, start=start: start + r), i, total)
+                self._shared(panel, rows(height, start), i, total)
             first_tile, first_row = first_tile + count, first_row + count * height
 
     def _symbolic_rows(self, panel: Expr, m: Expr, block: Expr | int, blocks: Expr | int) -> None:
+        pairs = self.product.pairs
+        whole = T.bind((m + 1) // 2 * 2) if pairs else m
+
+        def last(r: Expr | int) -> Expr:
+            """Row r of a tile that begins with row 0, or the last one that has the same place in a pair."""
+            return T.min(T.min(r // 2 * 2, whole - 2) + r % 2, m - 1) if pairs else T.min(r, m - 1)
+
         def streams(heights: Sequence[int]) -> None:
             if not heights:
                 rows = self.tile.rows
                 total = T.ceildiv(m, rows)
                 with _share_of(block, blocks, total, 0, total) as i:
-                    start = T.bind(T.min(i * rows, m - rows))
-                    self._shared(panel, _Rows(rows, lambda r: start + r), i, total)
+                    start = T.bind(T.min(i * rows, whole - rows))
+                    at = (lambda r: T.min(start + r, m - 1)) if pairs else lambda r: start + r
+                    self._shared(panel, _Rows(rows, at), i, total)
                 return
             with T.If(m <= heights[0]):
                 with T.Then():
-                    self._stream(panel, _Rows(heights[0], lambda r: T.min(r, m - 1)))
+                    self._stream(panel, _Rows(heights[0], last))
                 with T.Else():
                     streams(heights[1:])
 
@@ -229,47 +266,63 @@ class _Builder:
 
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
-        ahead = self.tile.ahead // (4 * self.gemm.panel)
-        sums = RegisterTile(rows.height, self.vectors, self.product)
-        with T.serial(self.words) as k:
-            for column in range(0, self.gemm.panel, LINE):
-                self._prefetch(panel, k + ahead, column)
-            self._multiply(sums, panel, rows, k)
-        self._multiply_tail(sums, panel, rows)
+        ahead = self.tile.ahead // (4 * self.width)
+        group = self.product.group
+        sums = self._sums(panel, rows)
+        with T.serial(self.words // group) as i:
+            for number in range(group * self.width // LINE):
+                word, column = self._line(number)
+                self._prefetch(panel, i * group + (ahead + word), column)
+            sums.multiply(i * group, group, *self._operands(panel, rows))
+        self._rest(sums, panel, rows, self.words // group * group)
         self._epilogue(sums, panel, rows)
 
     def _shared(self, panel: Expr, rows: _Rows, tile: Expr, count: Expr | int) -> None:
         """One of the ``count`` tiles that read the panel; it prefetches as large a part of the next one."""
-        sums = RegisterTile(rows.height, self.vectors, self.product)
-        chunks, rest = divmod(self.words, CHUNK)
-        lines = self.gemm.panel // LINE
-        share = -(-CHUNK * lines // count) if isinstance(count, int) else T.ceildiv(CHUNK * lines, count)
+        sums = self._sums(panel, rows)
+        chunks = self.words // CHUNK
+        lines = CHUNK * self.width // LINE
+        share = -(-lines // count) if isinstance(count, int) else T.ceildiv(lines, count)
         with T.serial(chunks) as chunk:
             with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
-                number = (tile * chunks + chunk) * share + line
-                self._prefetch(panel + 1, number // lines, number % lines * LINE)
-            with T.serial(CHUNK) as k:
-                self._multiply(sums, panel, rows, chunk * CHUNK + k)
-        with T.serial(rest) as k:
-            self._multiply(sums, panel, rows, chunks * CHUNK + k)
-        self._multiply_tail(sums, panel, rows)
+                self._prefetch(panel + 1, *self._line((tile * chunks + chunk) * share + line))
+            sums.accumulate(chunk * CHUNK, CHUNK, *self._operands(panel, rows))
+        self._rest(sums, panel, rows, chunks * CHUNK)
         self._epilogue(sums, panel, rows)
+
+    def _sums(self, panel: Expr, rows: _Rows) -> RegisterTile:
+        """The accumulators of a tile, with what is owed to signed codes."""
+        start = None
+        if self.product.words.sums:
+            start = lambda r, v: self.w[panel, self.words + self.tail, self._vector(v)]  # noqa: E731
+        return RegisterTile(rows.height, self.vectors, self.product, start)
+
+    def _rest(self, sums: RegisterTile, panel: Expr, rows: _Rows, first: int) -> None:
+        """The words from ``first`` on, and the elements of k behind them that do not fill one."""
+        left, right = self._operands(panel, rows)
+        sums.accumulate(first, self.words - first, left, right)
+        if self.tail:  # the weights' words are padded with zeros
+            k = self.gemm.k
+            sums.multiply(self.words, 1, lambda r, *_: self.product.last_word(self.a, rows.at(r), k), right)
+
+    def _line(self, number: Expr | int) -> tuple[Expr | int, Expr | int]:
+        """Word and column where a line of a panel begins."""
+        if self.width < LINE:
+            return number * (LINE // self.width), 0
+        lines = self.width // LINE
+        return number // lines, number % lines * LINE
 
     def _vector(self, v: int, base: Expr | int = 0) -> Expr:
         return T.ramp(base + v * self.lanes, 1, self.lanes)
 
-    def _multiply(self, tile: RegisterTile, panel: Expr, rows: _Rows, k: Expr) -> None:
-        tile.multiply(
-            lambda r: self.product.word(self.a, rows.at(r), k), lambda v: self.w[panel, k, self._vector(v)]
-        )
+    def _operands(self, panel: Expr, rows: _Rows) -> tuple[Callable, Callable]:
+        """How a `RegisterTile` reads both matrices."""
 
-    def _multiply_tail(self, tile: RegisterTile, panel: Expr, rows: _Rows) -> None:
-        """The elements of k that do not fill a word; the weights' words are padded with zeros."""
-        if self.tail:
-            tile.multiply(
-                lambda r: self.product.last_word(self.a, rows.at(r), self.gemm.k),
-                lambda v: self.w[panel, self.words, self._vector(v)],
-            )
+        def left(r: int, k: Expr, count: int) -> Expr:
+            row = rows.at(r * 2) // 2 if self.product.pairs else rows.at(r)
+            return self.product.word(self.a, row, k, count)
+
+        return left, lambda v, k: self.w[panel, k, self._vector(v)]
 
     def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
         # Addresses past the end are harmless: a prefetch never faults.

@@ -1,13 +1,19 @@
-"""What one step of a matrix product does with a 32-bit word of each operand: the only part that knows dtypes and ISAs.
+"""How neighbouring elements of k are multiplied on each ISA: the only part that knows dtypes and instructions.
 
-Both operands are read as words that hold ``factor`` neighbouring elements of k: one f32, two bf16 or four bytes (lowest
-address in the lowest bits). A step broadcasts a word of the left matrix, multiplies it with a vector of words of the
-right one, a column each, and adds the sums over the word's elements to a vector of 32-bit accumulators.
+Both operands are read as *words* that hold ``factor`` neighbouring elements of k, lowest address in the lowest bits. A
+step multiplies some words of the left matrix with a vector of words of the right one and adds the products, summed
+over each word's elements, to a vector of accumulators, 32 bits each. How many results an accumulator belongs to, and
+which, differs:
+
+* AVX, and NEON with products by lane (``fmla v, v, v.s[i]``, ``sdot``): one row, a column in every lane. The
+  left word is repeated in all lanes. NEON takes it from a vector of four words of a row, which is loaded once for them.
+* NEON with matrix products (``usmmla``, ``bfmmla``): two rows by two columns. The rows come in pairs.
+* NEON without products of bytes: one row and column, its lanes are partial sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,7 +21,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels import bf16
+from tersor.codegen.kernels import bf16, neon
+from tersor.codegen.packing import ELEMENTS, Words
 from tersor.targets import Target
 
 Function = Callable[[Expr], Expr]
@@ -32,61 +39,137 @@ class InnerProduct:
     """How words are multiplied on one ISA.
 
     left: dtype of the left matrix in memory.
-    factor: elements of k in a word. accumulator: dtype of the sums. lanes: words in a vector.
+    words: how the right matrix is packed. accumulator: dtype of the sums. lanes: accumulators in a vector.
     parts: the pairs of functions that take out of a vector of words, left and right, what one ``step`` can multiply.
     step: ``step(sums, left, right)`` adds the product of such vectors to a vector of accumulators.
     body: the part of a kernel that calls ``step`` goes inside ``with body()``, which brings in what it needs.
+    group: neighbouring words of a row that are loaded as one vector, to be used one after the other.
+    block: rows and columns of the results that one vector of accumulators belongs to.
+    row: ``row(vectors, i)`` makes a vector of results, row i of a block, from the accumulators that hold it.
     """
 
     left: str
-    factor: int
+    words: Words
     accumulator: str
     lanes: int
     parts: tuple[tuple[Function, Function], ...]
     step: Callable[[Expr, Expr, Expr], Expr]
-    body: Callable[[], AbstractContextManager] = nullcontext
+    body: Callable[[], AbstractContextManager]
+    group: int
+    block: tuple[int, int]
+    row: Callable[[Sequence[Expr], int], Expr]
+
+    @property
+    def factor(self) -> int:
+        """Elements of k in a word."""
+        return self.words.elements
+
+    @property
+    def per_vector(self) -> int:
+        """Vectors of accumulators that hold the ``lanes`` results of a row."""
+        return self.lanes // self.block[1]
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the left matrix comes in pairs of rows, as `Prepare` writes it."""
+        return self.block[0] == 2
+
+    @property
+    def loads(self) -> bool:
+        """Whether the left operand of a step comes from a vector register rather than from memory."""
+        return self.group > 1 or self.block[1] < self.lanes
 
     def matrix(self, buffer: tirx.Buffer) -> tirx.Buffer:
         """The left matrix as ``word`` reads it; call it once all arguments are declared."""
-        if self.left != "bfloat16":
-            return buffer
+        rows, k = buffer.shape
         # TVM rewrites operations on bfloat16, a mere reinterpretation included
-        return T.decl_buffer(buffer.shape, "uint16", data=buffer.data)
+        dtype = "uint16" if self.left == "bfloat16" else buffer.dtype
+        if self.pairs:
+            return T.decl_buffer((rows, 2 * k), dtype, data=buffer.data)
+        return buffer if dtype == buffer.dtype else T.decl_buffer((rows, k), dtype, data=buffer.data)
 
-    def word(self, matrix: tirx.Buffer, row: Expr | int, index: Expr) -> Expr:
-        """Word ``index`` of a row of the left matrix [rows, k], all of it inside the row."""
+    def word(self, matrix: tirx.Buffer, row: Expr | int, index: Expr, count: int = 1) -> Expr:
+        """``count`` words of a row, or pair of rows, of the left matrix from word ``index`` on, all of them in it."""
         if self.factor == 1:
-            return matrix[row, index]
-        return T.reinterpret(matrix[row, T.ramp(index * self.factor, 1, self.factor)], dtype="int32")
+            return matrix[row, index if count == 1 else T.ramp(index, 1, count)]
+        size = self.factor * self.block[0]
+        elements = matrix[row, T.ramp(index * size, 1, count * size)]
+        return self._words(elements)
 
     def last_word(self, matrix: tirx.Buffer, row: Expr | int, k: int) -> Expr:
         """The incomplete word at the end of a row of k elements; nothing past the row is read."""
-        first, bits = k // self.factor * self.factor, 32 // self.factor
+        first = k // self.factor * self.factor
+        bits = 32 // self.factor
         parts = [
             tirx.shift_left(tirx.Cast("int32", matrix[row, at]), T.int32((at - first) * bits))
             for at in range(first, k)
         ]
         return sum(parts[1:], parts[0])
 
+    def _words(self, elements: Expr) -> Expr:
+        """A vector of elements as int32 numbers."""
+        lanes = elements.ty.dtype.bits * elements.ty.dtype.lanes // 32
+        return T.reinterpret(elements, dtype="int32" if lanes == 1 else f"int32x{lanes}")
+
+    def spread(self, words: Expr, index: int) -> Expr:
+        """Word ``index`` of a vector of them, or the only one, as the left operand of a step."""
+        lanes = words.ty.dtype.lanes
+        if self.block[1] < self.lanes:
+            return words
+        return T.broadcast(words, self.lanes) if lanes == 1 else tirx.Shuffle([words], [index] * self.lanes)
+
 
 def inner_product(dtype: str, target: Target) -> InnerProduct:
     """The product for a left matrix of this dtype on a target.
 
     * "float32" times f32: one fused multiply-add.
-    * "bfloat16" times bf16, sums in f32: vdpbf16ps, which treats denormals as zeros, or two f32 multiply-adds.
-    * "uint8" times int8, exact sums in int32: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes are
-      widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits.
+    * "bfloat16" times bf16, sums in f32: vdpbf16ps or bfmmla, which take denormals for zeros, or two f32 products.
+    * "uint8" times int8, exact sums in int32. x86: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes
+      are widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits. NEON:
+      usmmla, sdot or widening products; the last two multiply signed bytes, codes less 128 (`Prepare`, `Words.sums`).
     """
-    factor, parts, step, body = 1, _WHOLE, _fma, nullcontext
+    if "neon" in target.features:
+        return _neon(dtype, target)
+    words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
     if dtype == "bfloat16" and "avx512_bf16" in target.features:
-        factor, step, body = 2, bf16.dot, bf16.functions
+        step, body = bf16.dot, bf16.functions
     elif dtype == "bfloat16":
-        factor, parts = 2, _BF16_PAIR
+        parts = _BF16_PAIR
     elif dtype == "uint8":
-        factor, step = 4, _vnni_step
+        step = _vnni_step
         if ("vnni" if target.vector_bits == 512 else "avx_vnni") not in target.features:
             parts, step = _BYTE_PAIRS, _widened_step
-    return InnerProduct(dtype, factor, ACCUMULATORS[dtype], target.lanes("float32"), parts, step, body)
+    lanes = target.lanes("float32")
+    return InnerProduct(dtype, words, ACCUMULATORS[dtype], lanes, parts, step, body, 1, (1, lanes), _only)
+
+
+def _neon(dtype: str, target: Target) -> InnerProduct:
+    known, lanes = target.features, target.lanes("float32")
+    words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
+    group, block, row = lanes, (1, lanes), _only
+    if dtype == "bfloat16" and "bf16" in known:
+        words, step, body = Words(4), neon.bf16_matrix_step, neon.bf16_functions
+        group, block, row = 1, (2, 2), neon.matrix_row
+    elif dtype == "bfloat16":
+        parts = _BF16_PAIR
+    elif dtype == "uint8" and "i8mm" in known:
+        words, step, group, block, row = Words(8), neon.matrix_step, 1, (2, 2), neon.matrix_row
+    elif dtype == "uint8" and "dotprod" in known:
+        words, step = Words(4, sums=True), neon.dot_step
+    elif dtype == "uint8":
+        words, step, group, block = Words(16, sums=True), neon.widened_step(target.arch), 1, (1, 1)
+        row = neon.partial_sums
+    return InnerProduct(dtype, words, ACCUMULATORS[dtype], lanes, parts, step, body, group, block, row)
+
+
+WORDS = {dtype: Words(ELEMENTS[weight]) for dtype, weight in WEIGHTS.items()}
+"""Words of 32 bits, by dtype of the left matrix."""
+
+
+def stored_words(dtype: str, target: Target) -> Words | None:
+    """How weights for a left matrix of this dtype are packed for a target; None for words of 32 bits, without sums."""
+    words = inner_product(dtype, target).words
+    return None if words == WORDS[dtype] else words
 
 
 def _same(words: Expr) -> Expr:
@@ -96,20 +179,24 @@ def _same(words: Expr) -> Expr:
 _WHOLE = ((_same, _same),)
 
 
+def _only(vectors: Sequence[Expr], i: int) -> Expr:
+    return vectors[0]
+
+
 def _fma(sums: Expr, left: Expr, right: Expr) -> Expr:
     return sums + left * right
 
 
 def _low_bf16(words: Expr) -> Expr:
     lanes = words.ty.dtype.lanes
-    return T.reinterpret(tirx.shift_left(words, tirx.const(16, words.ty.dtype)), dtype=f"float32x{lanes}")
+    dtype = f"float32x{lanes}" if lanes > 1 else "float32"
+    return T.reinterpret(tirx.shift_left(words, tirx.const(16, words.ty.dtype)), dtype=dtype)
 
 
 def _high_bf16(words: Expr) -> Expr:
     lanes = words.ty.dtype.lanes
-    return T.reinterpret(
-        tirx.bitwise_and(words, tirx.const(-65536, words.ty.dtype)), dtype=f"float32x{lanes}"
-    )
+    dtype = f"float32x{lanes}" if lanes > 1 else "float32"
+    return T.reinterpret(tirx.bitwise_and(words, tirx.const(-65536, words.ty.dtype)), dtype=dtype)
 
 
 _BF16_PAIR = ((_low_bf16, _low_bf16), (_high_bf16, _high_bf16))

@@ -305,8 +305,8 @@ def floor(x: Expr) -> Expr:
 
 def round_even(x: Expr) -> Expr:
     """The nearest integer, the even one of two that are equally near, in the dtype of x."""
-    # TVM's own nearbyint calls libm for every lane
-    return T.call_llvm_pure_intrin(x.ty.dtype, "llvm.roundeven", x) if _is_float(x) else x
+    # TVM's own nearbyint calls libm for every lane; of LLVM's only this one is in every libm, which ARMv7 needs
+    return T.call_llvm_pure_intrin(x.ty.dtype, "llvm.nearbyint", x) if _is_float(x) else x
 
 
 def saturate(x: Expr, dtype: str) -> Expr:

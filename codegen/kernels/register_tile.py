@@ -1,4 +1,4 @@
-"""The innermost block of every matrix product: a few rows by a few vectors of accumulators, held in registers."""
+"""The innermost block of every matrix product: a few rows by a few vectors of results, held in registers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
+from tersor.codegen.kernels import math
 from tersor.codegen.kernels.inner_product import InnerProduct
 
 
 class RegisterTile:
-    """``height`` rows by ``vectors`` vectors of accumulators.
+    """``height`` rows by ``vectors`` vectors of results.
 
     Where it is made, vector v of row r is set to ``start(r, v)``, or to zero.
     """
@@ -25,28 +26,77 @@ class RegisterTile:
         start: Callable[[int, int], Expr] | None = None,
     ):
         self.height, self.vectors, self.lanes, self.product = height, vectors, product.lanes, product
+        self._units = vectors * product.per_vector
+        # partial sums cannot start from a result: it is added at the end
+        self._start = start if product.block != (1, product.lanes) else None
         zero = tirx.const(0, f"{product.accumulator}x{product.lanes}")
         # TVM keeps allocations below 1 kB, outside scope "local", on the stack; LLVM turns those into registers.
         self._rows = [
-            T.alloc_buffer((vectors * self.lanes,), product.accumulator, scope="global")
-            for _ in range(height)
+            T.alloc_buffer((self._units * self.lanes,), product.accumulator, scope="global")
+            for _ in range(-(-height // product.block[0]))
         ]
         for r, row in enumerate(self._rows):
-            for v in range(vectors):
-                T.buffer_store(row, start(r, v) if start else zero, [self._place(v)])
+            for v in range(self._units):
+                value = start(r, v) if start and self._start is None else zero
+                T.buffer_store(row, value, [self._place(v)])
 
-    def multiply(self, left: Callable[[int], Expr], right: Callable[[int], Expr]) -> None:
-        """Add one outer product: ``left(r)`` is a word of row r, ``right(v)`` vector v of the other matrix's words."""
-        for left_part, right_part in self.product.parts:
-            for r, row in enumerate(self._rows):
-                for v in range(self.vectors):
-                    at = self._place(v)
-                    word = left_part(T.broadcast(left(r), self.lanes))
-                    T.buffer_store(row, self.product.step(row[at], word, right_part(right(v))), [at])
+    def accumulate(
+        self,
+        first: Expr | int,
+        count: Expr | int,
+        left: Callable[[int, Expr, int], Expr],
+        right: Callable[[int, Expr], Expr],
+    ) -> None:
+        """Add the outer products of words ``first`` to ``first + count - 1``.
+
+        ``left(r, k, n)`` is n words of block r of rows from word k on, ``right(v, k)`` vector v of the words k.
+        """
+        group = self.product.group
+        whole = count // group
+        if not isinstance(whole, int) or whole:
+            with T.serial(whole) as i:
+                self.multiply(first + i * group, group, left, right)
+        rest = count % group if group > 1 else 0
+        if not isinstance(rest, int) or rest:
+            with T.serial(rest) as i:
+                self.multiply(first + (whole * group + i), 1, left, right)
+
+    def multiply(
+        self,
+        k: Expr | int,
+        count: int,
+        left: Callable[[int, Expr, int], Expr],
+        right: Callable[[int, Expr], Expr],
+    ) -> None:
+        """Add ``count`` outer products, that of words k and those behind it; arguments as in ``accumulate``."""
+        product = self.product
+        for left_part, right_part in product.parts:
+            if not product.loads:
+                self._step(
+                    lambda r, part=left_part: part(product.spread(left(r, k, 1), 0)),
+                    lambda v, part=right_part: part(right(v, k)),
+                )
+                continue
+            words = [math.bind(left_part(left(r, k, count))) for r in range(len(self._rows))]
+            for i in range(count):
+                self._step(
+                    lambda r, i=i, words=words: product.spread(words[r], i),
+                    lambda v, i=i, part=right_part: part(right(v, k + i)),
+                )
+
+    def _step(self, left: Callable[[int], Expr], right: Callable[[int], Expr]) -> None:
+        for r, row in enumerate(self._rows):
+            for v in range(self._units):
+                at = self._place(v)
+                T.buffer_store(row, self.product.step(row[at], left(r), right(v)), [at])
 
     def vector(self, r: int, v: int) -> Expr:
         """Vector v of row r."""
-        return self._rows[r][self._place(v)]
+        count = self.product.per_vector
+        row, i = divmod(r, self.product.block[0])
+        parts = [self._rows[row][self._place(v * count + j)] for j in range(count)]
+        value = self.product.row(parts, i)
+        return value if self._start is None else value + self._start(r, v)
 
     def column(self, v: int) -> tirx.Buffer:
         """A copy of vector v of every row, [height, lanes], that a loop can index."""

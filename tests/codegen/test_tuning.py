@@ -11,7 +11,7 @@ from kernel_harness import run_kernel
 from tersor.codegen import tuning
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.inner_product import ACCUMULATORS
+from tersor.codegen.kernels.inner_product import ACCUMULATORS, inner_product
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import GemmTile, choose, most_rows, neighbours, panel_width, partition
 from tersor.codegen.tuning import Database, Record, recorded_tile, tune, using
@@ -20,6 +20,7 @@ from tersor.ir.dims import Dim
 from tersor.targets import resolve
 
 AVX2, AVX512 = resolve("x86-64-v3"), resolve("x86-64-v4")
+ARMV7, ARMV8, I8MM = resolve("armv7-neon"), resolve("armv8-a"), resolve("armv8.6-i8mm")
 TILE = GemmTile(6, (1, 6), blocks=2)
 
 
@@ -44,18 +45,24 @@ def timings(monkeypatch):
 def test_analytic_tiles():
     assert (panel_width(AVX2), choose(AVX2, 24).rows, most_rows(AVX2)) == (16, 6, 6)
     assert (panel_width(AVX512), choose(AVX512, 24).rows, most_rows(AVX512)) == (32, 8, 12)
+    assert (panel_width(ARMV8), choose(ARMV8, 24).rows, most_rows(ARMV8)) == (8, 8, 8)
+    assert (panel_width(ARMV7), choose(ARMV7, 24).rows, most_rows(ARMV7)) == (8, 3, 3)
     # words that are taken apart before they are multiplied need registers
-    assert [choose(target, 24, parts=2).rows for target in (AVX2, AVX512)] == [5, 6]
+    assert [choose(t, 24, inner_product("bfloat16", t)).rows for t in (AVX2, AVX512)] == [5, 6]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("target", [AVX2, AVX512])
-def test_every_candidate_fits_the_registers(target, parts):
-    analytic = choose(target, 3, parts)
-    for tile in (analytic, *neighbours(analytic, target, parts)):
-        tallest = max(tile.rows, *tile.streams)
-        assert tallest * 2 + 2 * parts + 1 <= target.vector_registers
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize("target", [AVX2, AVX512, ARMV7, ARMV8, I8MM], ids=lambda target: target.name)
+def test_every_candidate_fits_the_registers(target, dtype):
+    product = inner_product(dtype, target)
+    analytic = choose(target, 3, product)
+    for tile in (analytic, *neighbours(analytic, target, product)):
+        tallest = max(tile.rows, *tile.streams) // product.block[0]
+        each = 2 * product.lanes // product.block[1] + (len(product.parts) if product.loads else 0)
+        held = 1 if product.block[1] < product.lanes else 2 * len(product.parts)
+        assert tallest * each + held + 1 <= target.vector_registers
         assert tile.streams == tuple(sorted(tile.streams))
+        assert all(rows % product.block[0] == 0 for rows in (tile.rows, *tile.streams))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def test_no_time_records_nothing(tmp_path, timings):
 def test_search_on_this_machine(dtype, tmp_path, target, monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS", 0.0)
     monkeypatch.setattr(tuning, "COLD_BYTES", 1e5)
-    monkeypatch.setattr(tuning, "neighbours", lambda tile, target, parts: (replace(tile, rows=4),))
+    monkeypatch.setattr(tuning, "neighbours", lambda tile, target, product: (replace(tile, rows=4),))
     sums = Chain((ChainInput("accumulator", ACCUMULATORS[dtype]),), (), (0,))
     lead, panel = (Dim.symbol("batch"), Dim.symbol("length")), panel_width(target)
     kernel = Gemm(lead, 64, 64, sums, panel, dtype=dtype)

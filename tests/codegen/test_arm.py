@@ -1,0 +1,249 @@
+"""Kernels for ARM CPUs under emulation: integers bit for bit, floats beside the x86 kernels; what they are made of.
+
+Each kernel is linked once (a static program) and then run for every length and emulated CPU.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tersor.codegen.export.functions import plain_kernel
+from tersor.codegen.export.objects import object_code
+from tersor.codegen.kernels.attention import Attention
+from tersor.codegen.kernels.batched_gemm import BatchedGemm
+from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
+from tersor.codegen.kernels.elementwise import Elementwise
+from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.kernels.inner_product import ACCUMULATORS, stored_words
+from tersor.codegen.kernels.norm import LayerNorm
+from tersor.codegen.kernels.prepare import Prepare
+from tersor.codegen.kernels.quantize import DynamicQuantize
+from tersor.codegen.kernels.softmax import Softmax
+from tersor.codegen.llvm import compile_function
+from tersor.codegen.packing import pack
+from tersor.codegen.tiles import panel_width
+from tersor.ir.dims import Dim
+from tersor.targets import Target, resolve
+from tests.codegen.kernel_harness import run_kernel
+from tests.codegen.plain_harness import run_plain
+
+N = Dim.symbol("n")
+LENGTHS = (1, 7, 64, 255)
+EMULATED = [
+    ("armv7-neon", "cortex-a15"),
+    ("armv8-a", "cortex-a53"),
+    ("armv8.2-dotprod", "cortex-a76"),
+    ("armv8.2-dotprod", "neoverse-n1"),
+    ("armv8.6-i8mm", "max"),
+]
+"""Targets that multiply bytes each in their own way, with a CPU that has just that."""
+
+REFERENCE = resolve("x86-64-v3")
+ACCUMULATOR, START, COLUMN = (
+    ChainInput("accumulator", "int32"),
+    ChainInput("column", "int32"),
+    ChainInput("column"),
+)
+REQUANTIZE = Chain(
+    (ACCUMULATOR, START, COLUMN),
+    (
+        Step("add", (0, 1)),
+        Step("mul", (3, 2)),
+        Step("round", (4,)),
+        Step("add", (5, Const(11.0))),
+        Step("saturate", (6,), "uint8"),
+    ),
+    (0, 7),
+)
+"""The accumulators, and their codes after a start and a scale."""
+
+
+@pytest.fixture(autouse=True)
+def linker() -> None:
+    pytest.importorskip(
+        "ziglang", reason="needs ziglang, which links programs for other CPUs: pip install ziglang"
+    )
+
+
+def multiply(a: np.ndarray, w: list[np.ndarray], target: Target, cpu: str, dtype: str, chain: Chain, *more):
+    """A GEMM with symbolic rows on prepared inputs."""
+    (m, k), n, words = a.shape, len(w[0]), stored_words(dtype, target)
+    kernel = Gemm((N,), k, n, chain, panel_width(target), len(w), dtype, words)
+    if words is not None:
+        size = -(-k // words.elements) * words.elements
+        (a,) = run_plain(Prepare((N,), k, words, dtype), [a], target, [(m + (not words.sums), size)], cpu=cpu)
+    packed = pack(w, kernel.panel, words)
+    return run_plain(kernel, [a, packed, *more], target, [(m, n)] * len(kernel.outputs()), cpu=cpu)
+
+
+def exact(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The int32 accumulators."""
+    product = torch.from_numpy(a).to(torch.int64) @ torch.from_numpy(w).to(torch.int64).T
+    return product.to(torch.int32).numpy()
+
+
+def check_codes(a: np.ndarray, w: np.ndarray, target: Target, cpu: str) -> None:
+    generator = np.random.default_rng(len(a))
+    start = generator.integers(-1000, 1000, len(w), dtype=np.int32)
+    scale = generator.uniform(1e-4, 1e-3, len(w)).astype(np.float32)
+    sums, codes = multiply(a, [w], target, cpu, "uint8", REQUANTIZE, start, scale)
+    np.testing.assert_array_equal(sums, exact(a, w))
+    scaled = torch.from_numpy(exact(a, w) + start).float() * torch.from_numpy(scale)
+    wanted = torch.clamp(torch.round(scaled) + 11, 0, 255).to(torch.uint8)
+    np.testing.assert_array_equal(codes, wanted.numpy())
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED)
+@pytest.mark.parametrize(("k", "n"), [(67, 100), (48, 24)])
+def test_integer_products(name, cpu, k, n):
+    generator = np.random.default_rng(k)
+    for m in LENGTHS:
+        a = generator.integers(0, 256, (m, k), dtype=np.uint8)
+        check_codes(a, generator.integers(-128, 128, (n, k), dtype=np.int8), resolve(name), cpu)
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED)
+@pytest.mark.parametrize("code", [0, 255])
+def test_the_largest_products(name, cpu, code):
+    """Two of these products do not fit 16 bits, and more than 2**16 of them not 31."""
+    w = np.full((24, 48), -128, np.int8)
+    check_codes(np.full((3, 48), code, np.uint8), w, resolve(name), cpu)
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[:2] + EMULATED[-1:])
+def test_fixed_rows_and_two_weights(name, cpu):
+    target, generator = resolve(name), np.random.default_rng(3)
+    words = stored_words("uint8", target)
+    chain = Chain((ACCUMULATOR, ACCUMULATOR), (Step("sub", (0, 1)),), (2,))
+    a = generator.integers(0, 256, (21, 40), dtype=np.uint8)
+    w = [generator.integers(-128, 128, (30, 40), dtype=np.int8) for _ in range(2)]
+    kernel = Gemm((21,), 40, 30, chain, panel_width(target), 2, "uint8", words)
+    (made,) = run_plain(Prepare((21,), 40, words), [a], target, cpu=cpu)
+    (got,) = run_plain(kernel, [made, pack(w, kernel.panel, words)], target, cpu=cpu)
+    np.testing.assert_array_equal(got, exact(a, w[0]) - exact(a, w[1]))
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[:2] + EMULATED[-1:])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_products(name, cpu, dtype):
+    chain = Chain((ChainInput("accumulator"), COLUMN), (Step("add", (0, 1)), Step("gelu_erf", (2,))), (3,))
+    generator = torch.Generator().manual_seed(5)
+    w, bias = (torch.randn(*shape, generator=generator) for shape in ((100, 67), (100,)))
+    for m in LENGTHS:
+        a = torch.randn(m, 67, generator=generator)
+        stored = [x.bfloat16() if dtype == "bfloat16" else x for x in (a, w)]
+        wanted = torch.nn.functional.gelu(stored[0].double() @ stored[1].double().T + bias.double())
+        arrays = [(x.view(torch.uint16) if dtype == "bfloat16" else x).numpy() for x in stored]
+        (got,) = multiply(arrays[0], arrays[1:], resolve(name), cpu, dtype, chain, bias.numpy())
+        np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=1e-5)
+
+
+FULL = ChainInput("full")
+
+
+def function(op: str) -> Elementwise:
+    return Elementwise(Chain((FULL,), (Step(op, (0,)),), (1,)), ((N, 13),), (N, 13))
+
+
+CODES = (Step("round", (0,)), Step("add", (1, Const(11.0))), Step("saturate", (2,), "uint8"))
+FAMILIES = [
+    *map(function, ("exp", "log", "sin", "tanh", "erf", "gelu_tanh", "round", "floor", "rsqrt")),
+    Elementwise(Chain((FULL,), CODES, (3,)), ((N, 13),), (N, 13)),
+    Elementwise(Chain((FULL, FULL), (Step("gt", (0, 1)),), (2,)), ((N, 13), (1, 13)), (N, 13)),
+    Elementwise(Chain((FULL,), (Step("cast", (0,), "int64"),), (1,)), ((N, 13),), (N, 13)),
+    Softmax((N, 77)),
+    LayerNorm((N,), 77, 1e-5),
+    DynamicQuantize((N,), 70),
+    BatchedGemm((2, N, 33), (2, N, 33), transposed=True),
+    Attention(1, N, N, 4, 2, 24, 24, 0.2, causal=True),
+    Attention(2, N, N, 2, 2, 20, 17, 0.2, mask=(2, 1, 1, N)),
+]
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[:2])
+@pytest.mark.parametrize("kernel", FAMILIES, ids=lambda kernel: kernel.name())
+def test_families_agree_with_x86(name, cpu, kernel):
+    for n in (7, 64):
+        generator = np.random.default_rng(n)
+        arrays = []
+        for spec in kernel.inputs():
+            shape = tuple(n if isinstance(d, Dim) else d for d in spec.shape)
+            values = 3 * generator.standard_normal(shape)
+            arrays.append(values > 0 if spec.dtype == "bool" else values.astype(np.float32))
+        results = zip(
+            run_plain(kernel, arrays, resolve(name), cpu=cpu),
+            run_kernel(kernel, arrays, REFERENCE),
+            strict=True,
+        )
+        for got, wanted in results:
+            if wanted.dtype == np.float32:
+                np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-5)
+            else:
+                np.testing.assert_array_equal(got.view(wanted.dtype), wanted)
+
+
+def inner_loops(name: str, dtype: str) -> list[list[str]]:
+    """The instructions of each innermost loop of a kernel that has full tiles only."""
+    target = resolve(name)
+    chain = Chain((ChainInput("accumulator", ACCUMULATORS[dtype]),), (), (0,))
+    kernel = Gemm((64,), 256, 64, chain, panel_width(target), 1, dtype, stored_words(dtype, target))
+    text = compile_function(kernel.build(target), target).mod.inspect_source("asm")
+    labels, lines, loops = {}, [], []
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(lines)
+        elif re.match(r"\t[a-z]", line):
+            lines.append(line.strip())
+            branch = re.match(r"\tb\S*\s.*?(\.LBB\w+)", line)
+            if branch and branch[1] in labels:
+                loops.append((labels[branch[1]], len(lines)))
+    inner = [(s, e) for s, e in loops if not any(s <= t and u <= e and (s, e) != (t, u) for t, u in loops)]
+    return [lines[start:end] for start, end in inner]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "instruction", "by_lane"),
+    [
+        ("armv8-a", "float32", "fmla", r"v\d+\.s\[\d\]$"),
+        ("armv8.2-dotprod", "uint8", "sdot", r"v\d+\.4b\[\d\]$"),
+        ("armv8.6-i8mm", "uint8", "usmmla", ""),
+        ("armv8.6-i8mm", "bfloat16", "bfmmla", ""),
+        ("armv8-a", "uint8", "smull2?", ""),
+        ("armv7-neon", "float32", "vmul.f32", r"d\d+\[\d\]$"),
+    ],
+)
+def test_inner_loops_multiply_by_lane_and_spill_nothing(name, dtype, instruction, by_lane):
+    found = 0
+    for loop in inner_loops(name, dtype):
+        products = [line for line in loop if re.match(rf"{instruction}\s", line)]
+        found = max(found, len(products))
+        assert all(re.search(by_lane, line) for line in products)
+        if products:  # 32-bit CPUs have too few registers for all addresses
+            assert not [line for line in loop if "sp" in line and not re.match(r"ldr\tr\d", line)]
+    assert found >= 16
+
+
+@pytest.mark.parametrize(
+    ("name", "magic"),
+    [
+        ("armv8-a", b"\x7fELF"),
+        ("armv8-a:macos", b"\xcf\xfa\xed\xfe"),
+        ("iphone-15", b"\xcf\xfa\xed\xfe"),
+        ("armv8-a:windows", b"\x64\xaa"),
+        ("x86-64-v3:windows", b"\x64\x86"),
+    ],
+)
+def test_objects_have_the_format_of_their_system(name, magic):
+    kernel = plain_kernel("k", Softmax((N, 77)).build(resolve(name)))
+    assert object_code([kernel], resolve(name)).startswith(magic)
+
+
+def test_android_keeps_its_platform_register():
+    target = resolve("armv8-a:android")
+    kernel = Gemm((N,), 67, 100, panel=panel_width(target))
+    text = compile_function(kernel.build(target), target).mod.inspect_source("asm")
+    assert "x17" in text and not re.search(r"\b[xw]18\b", text)
