@@ -24,6 +24,7 @@ from torch import fx
 
 from tersor.errors import PipelineError
 from tersor.ir import Function, Parameter, Program
+from tersor.ir.matching import is_call
 from tersor.ir.value import DTYPES
 from tersor.passes.sites import names as site_names
 
@@ -260,10 +261,16 @@ def quantized(function: Function, node: fx.Node) -> bool:
     )
 
 
-@fact("masked", operations=("linear",))
+@fact("masked", operations=("linear", "integer_linear"))
 def masked(function: Function, node: fx.Node) -> bool:
     """At most two of every four consecutive input channels of the weights are used (2:4 sparsity)."""
-    constants = _constants(node.args[1])
+    weight = node.args[1]
+    if is_call(weight, "dequantize"):
+        codes, _, zero = (*weight.args, None)[:3]
+        if zero is not None:  # a code of 0 then stands for something else
+            return False
+        weight = codes
+    constants = _constants(weight)
     return len(constants) == 1 and _two_of_four(function.parameters[constants[0].target])
 
 
@@ -299,7 +306,7 @@ def _constants(operand: Any) -> list[fx.Node]:
 
 def _two_of_four(parameter: Parameter) -> bool:
     weight = parameter.tensor
-    if weight.ndim != 2 or weight.shape[1] % 4 or not weight.dtype.is_floating_point:
+    if weight.ndim != 2 or weight.shape[1] % 4 or weight.dtype == torch.bool:
         return False
     # most weights are dense: the first rows tell, and no program pays for a full look
     return _groups_hold(weight[:8]) and _groups_hold(weight)

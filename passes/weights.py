@@ -167,8 +167,6 @@ def refresh(function: Function, changed: set[fx.Node]) -> None:
         if value != node.meta["value"]:
             stale.add(node)
             node.meta["value"] = value
-    output = function.output_node
-    output.meta["value"] = tuple(r.meta["value"] for r in function.results)
 
 
 Reader = tuple[Function, fx.Node, int]

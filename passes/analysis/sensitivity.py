@@ -135,7 +135,9 @@ def analyze(
         if not site.trials:
             skipped[site.name] = next(iter(site.refused.values()), "no scheme is for its operation")
         elif site not in reached:
-            skipped[site.name] = "the program's outputs are zero on the held-out data"
+            unseen = is_call(site.node, "linear") and observed[Request(site.node, MinMax())] is None
+            nothing = "no calibration data reaches it"
+            skipped[site.name] = nothing if unseen else "the program's outputs are zero on the held-out data"
     return Analysis(tuple(rows), tuple(schemes), skipped, len(held_out), tuple(notes))
 
 

@@ -32,7 +32,7 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """What "auto" tries: with some ten tokens for each input little is best, with fewer much."""
 
 EXACT = 1e-6
-"""Errors up to this are those of the sums that they are computed from."""
+"""Up to this fraction of what is added up, sums are those of rounding errors."""
 
 GAIN = 0.99
 """A layer changes where its error on held-out data falls at least to this fraction."""
@@ -282,11 +282,13 @@ class _Moments:
         if bias:  # of the best bias for any weight
             gram = gram - self.x[:, None] * self.x / self.weights
             cross = cross - self.y[:, None] * self.x / self.weights
-        damp = ridge * gram.diagonal().mean().item()
-        new = weight
-        if damp > 0:
+        # inputs that hardly vary leave nothing but the rounding of sums in the matrix
+        damp = ridge * gram.diagonal().mean().item() + EXACT * self.gram.diagonal().mean().item()
+        new = None if damp > 0 else weight
+        while new is None:
             left = gram + damp * torch.eye(len(gram), dtype=gram.dtype)
             new = _solved(left, cross + damp * weight, weight, _pattern(weight))
+            damp *= 10
         return new, (self.y - new @ self.x) / self.weights if bias else None
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
@@ -307,8 +309,11 @@ def _pattern(weight: torch.Tensor) -> torch.Tensor:
 
 def _solved(
     left: torch.Tensor, right: torch.Tensor, start: torch.Tensor, pattern: torch.Tensor
-) -> torch.Tensor:
-    """V [N, K] of this pattern that is nearest to V left = right, in the norm of the positive definite ``left``."""
+) -> torch.Tensor | None:
+    """V [N, K] of this pattern that is nearest to V left = right, in the norm of the positive definite ``left``.
+
+    None where that is not quite positive definite.
+    """
     patterns, row_of = pattern.unique(dim=0, return_inverse=True)
     if len(patterns) > PATTERNS:
         return _conjugate_gradients(left, right, start, pattern)
@@ -316,7 +321,9 @@ def _solved(
     for i, kept in enumerate(patterns):
         columns, rows = kept.nonzero()[:, 0], (row_of == i).nonzero()
         if len(columns):
-            factor = torch.linalg.cholesky(left[columns][:, columns])
+            factor, failed = torch.linalg.cholesky_ex(left[columns][:, columns])
+            if failed:
+                return None
             new[rows, columns] = torch.cholesky_solve(right[rows, columns].T, factor).T
     return new
 

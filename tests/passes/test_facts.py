@@ -7,7 +7,7 @@ import torch
 
 from tersor.errors import PipelineError
 from tersor.ir import Program, Value
-from tersor.passes import facts
+from tersor.passes import Pipeline, facts
 from tersor.passes.fold.key_bias import FoldKeyBias
 from tests.passes.programs import Transformer, Weights, program
 
@@ -97,3 +97,18 @@ def test_facts_count_at_the_selected_sites_only():
     assert facts.barred(Dense(), made) == {"block.1.ffn.up": "masked"}
     assert not facts.barred(Dense(skip="block.1.ffn.up"), made)
     assert not facts.barred(Dense(only="block.0.*"), made)
+
+
+def test_what_is_masked_stays_so_in_codes_and_in_bf16():
+    made = Transformer(layers=1, mask=None).build()
+    weight = made.parameters["block.0.ffn.up.weight"].tensor.clone()
+    weight.view(-1, 4)[:, 1:3] = 0
+    made.parameters["block.0.ffn.up.weight"] = weight
+    held = {("main", "block.0.ffn.up")}
+    for passes in (
+        ["quantize.bf16"],
+        ["quantize.rtn"],
+        ["quantize.rtn", "quantize.dynamic", "quantize.integers"],
+    ):
+        after, _ = Pipeline(passes).run(made)
+        assert facts.holds_at("masked", after) == held

@@ -520,3 +520,10 @@ def test_a_negative_control_a_trained_looking_model_keeps_its_shapes():
     assert {n: s for n, s in shapes(after).items() if n.endswith("weight") and len(s) == 2} == {
         n: s for n, s in shapes(made).items() if n.endswith("weight") and len(s) == 2
     }
+
+
+def test_a_folded_program_can_be_fixed_to_sizes():
+    """As whoever measures it does."""
+    after = apply(FoldNormBeta(), Transformer().build())
+    fixed = after.specialize({"batch": 2, "length": 8})
+    assert not fixed.main.dims and [n.meta["value"].shape for n in fixed.main.results] == [(2, 8, 16)]
