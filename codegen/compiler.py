@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from tersor.codegen import (
     tuning,
 )
 from tersor.codegen.artifact import write_artifact
-from tersor.codegen.compare import Call, Tensors, compare
+from tersor.codegen.compare import Call, Comparison, Observed, Tensors, compare
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.linker import link
 from tersor.codegen.llvm import llvm_target
 from tersor.codegen.lowering import Lowered
+from tersor.codegen.observation import with_observers
 from tersor.codegen.runtime import load
 from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
 from tersor.codegen.weights import Weight
@@ -57,7 +59,9 @@ LOWERING_PASSES = (
 class Compilation:
     """A program lowered for a target: what an artifact is made of, and a C export.
 
-    program: the final one; legal: the same in operations that have kernels. tuning: the records that were used.
+    program: the final one; legal: the same in operations that have kernels, with the observers. observers: functions
+    that are there to be compared with (`observation`), by the functions that they observe; they are no part of what is
+    made. tuning: the records that were used.
     """
 
     program: Program
@@ -65,11 +69,20 @@ class Compilation:
     lowered: Lowered
     target: Target
     tuning: tuple[dict[str, Any], ...] = ()
+    observers: Mapping[str, Function] = field(default_factory=dict)
 
     @property
     def signatures(self) -> dict[str, FunctionSignature]:
         """How each function is called."""
-        return {name: signature(f, self.lowered.weights[name]) for name, f in self.legal.functions.items()}
+        return self._signatures(self.program.functions)
+
+    @property
+    def all_signatures(self) -> dict[str, FunctionSignature]:
+        """Of the observers too."""
+        return self._signatures(self.legal.functions)
+
+    def _signatures(self, names: Iterable[str]) -> dict[str, FunctionSignature]:
+        return {name: signature(self.legal.functions[name], self.lowered.weights[name]) for name in names}
 
     @property
     def states(self) -> dict[str, TensorType]:
@@ -80,16 +93,22 @@ class Compilation:
             for name, v in f.states.items()
         }
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """All weights by name, in the layouts that kernels read."""
-        distinct = {w.name: w for ws in self.lowered.weights.values() for w in ws}
+    def weights(self, signatures: Mapping[str, FunctionSignature] | None = None) -> dict[str, np.ndarray]:
+        """All weights by name, in the layouts that kernels read; or those of other functions."""
+        names = self.program.functions if signatures is None else signatures
+        distinct = {w.name: w for name in names for w in self.lowered.weights[name]}
         return {name: w.load(self.legal.parameters) for name, w in distinct.items()}
 
 
 def prepare(
-    program: Program, target: Target, tune_minutes: float = 0.0, progress: Progress = lambda step: None
+    program: Program,
+    target: Target,
+    tune_minutes: float = 0.0,
+    progress: Progress = lambda step: None,
+    *,
+    verify: bool = True,
 ) -> Compilation:
-    """Makes kernels and their calls of a program.
+    """Makes kernels and their calls of a program; where it is to be compared (``verify``), of observers too.
 
     Raises:
         TargetError: no code is generated for the target, or it has too little memory.
@@ -98,11 +117,13 @@ def prepare(
     verify_program(program)
     check_target(program, target)
     progress("lowering")
-    legal = lowering.legalize(program)
+    compared = verify and not missing_on_host(target)
+    whole, observers = with_observers(program) if compared else (program, {})
+    legal = lowering.legalize(whole)
     lowered, tuned = lowering.lower(legal, target), ()
     if tune_minutes > 0:
         lowered, tuned = tune(legal, lowered, target, tune_minutes, progress)
-    return Compilation(program, legal, lowered, target, tuned)
+    return Compilation(program, legal, lowered, target, tuned, observers)
 
 
 def build(
@@ -112,10 +133,15 @@ def build(
     recipe: str = "custom",
     threads: int | None = None,
     verify: bool = True,
+    batches: Mapping[str, Sequence[Tensors]] = MappingProxyType({}),
     report: Mapping[str, Any] | None = None,
     progress: Progress = lambda step: None,
 ) -> None:
     """Writes the artifact for a lowered program to the folder ``path``.
+
+    Args:
+        verify: compares the compiled code with the program (`compare`), on random inputs and on ``batches`` of inputs
+            by function.
 
     Raises:
         CompileError: the code generator failed.
@@ -128,7 +154,8 @@ def build(
         progress("generating code")
         generate_code(compilation.lowered.module, target, scratch / "module.so")
         progress("packing weights")
-        arrays = compilation.weights()
+        signatures = compilation.all_signatures
+        arrays = compilation.weights(signatures)
         manifest = Manifest(
             functions=compilation.signatures,
             states=compilation.states,
@@ -139,22 +166,23 @@ def build(
             threads=threads,
         )
 
-        def write(place: Path) -> None:
+        def write(place: Path, manifest: Manifest) -> None:
             write_artifact(
                 place,
                 module=scratch / "module.so",
-                weights=arrays,
+                weights={name: arrays[name] for f in manifest.functions.values() for name in f.weights},
                 manifest=manifest,
                 report=dict(report or {}),
             )
 
         if verify and not missing_on_host(target):
             progress("comparing with the program")
-            write(scratch / "unverified.tersor")
-            errors = compare_all(compilation.program, scratch / "unverified.tersor", threads)
+            unverified = scratch / "unverified.tersor"
+            write(unverified, replace(manifest, functions=signatures))
+            errors = compare_all(compilation, unverified, threads, batches)
             manifest = replace(manifest, verified=True, errors=errors)
         progress("saving")
-        write(path)
+        write(path, manifest)
 
 
 def tune(
@@ -195,7 +223,9 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
     executable.export_library(str(path), fcompile=link)
 
 
-def compare_all(program: Program, artifact: Path, threads: int | None) -> dict[str, Any]:
+def compare_all(
+    compilation: Compilation, artifact: Path, threads: int | None, batches: Mapping[str, Sequence[Tensors]]
+) -> dict[str, Any]:
     """Contract 1a for every function; the errors found, by function, as plain data for the manifest."""
     session = load(artifact, threads=threads).session()
 
@@ -209,10 +239,12 @@ def compare_all(program: Program, artifact: Path, threads: int | None) -> dict[s
 
         return call
 
-    return {
-        name: [c.to_dict() for c in compare(function, call_of(name))]
-        for name, function in program.functions.items()
-    }
+    def found(name: str, function: Function) -> list[Comparison]:
+        beside = compilation.observers.get(name)
+        inside = None if beside is None else Observed(beside, call_of(beside.name))
+        return compare(function, call_of(name), observed=inside, batches=batches.get(name, ()))
+
+    return {name: [c.to_dict() for c in found(name, f)] for name, f in compilation.program.functions.items()}
 
 
 def check_target(program: Program, target: Target) -> None:

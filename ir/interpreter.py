@@ -15,7 +15,8 @@ from tersor.ir.program import Function
 from tersor.ir.value import DTYPE_NAMES, DTYPES, Value
 from tersor.ir.verifier import describe
 
-Observer = Callable[[fx.Node, torch.Tensor], None]
+Observer = Callable[[fx.Node, torch.Tensor], torch.Tensor | None]
+"""Sees an operation's result; a tensor that it returns takes the result's place."""
 
 
 def bind_dims(values: Mapping[str, Value], inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -63,7 +64,7 @@ def run(
     Args:
         states: tensors by state name, as `Program.zero_states` gives them. New values replace those in the mapping;
             the tensors themselves are left alone. None: zeros, as in a first call, and the new values are dropped.
-        observe: called with each operation node and its result, in order.
+        observe: called with each operation node and its result, in order; may return another result.
         dtype: computes in this float type instead of the program's own ones (float64 for exact comparisons).
 
     Raises:
@@ -144,8 +145,8 @@ def execute(
                 if DTYPES.get(attributes.get("dtype"), torch.bool).is_floating_point:
                     attributes["dtype"] = DTYPE_NAMES[dtype]
             values[node] = convert(_compute(node, operands, attributes))
-            if observe is not None:
-                observe(node, values[node])
+            if observe is not None and (other := observe(node, values[node])) is not None:
+                values[node] = other
         for operand in (node, *node.all_input_nodes):
             if last_use[operand] is node and operand not in keep:
                 del values[operand]

@@ -16,6 +16,7 @@ from tersor.cross import CrossCompiled
 from tersor.errors import InputError, PipelineError, TargetError
 from tersor.ir.program import Program
 from tersor.passes import Context, Pipeline, load_plugins
+from tersor.passes.calibration import Calibration, Dataset
 from tersor.passes.gates import Fidelity
 from tersor.passes.recipes import get as get_recipe
 from tersor.targets import Target, missing_on_host, resolve
@@ -92,7 +93,8 @@ def compile(
             folder of .npz files, or a `Calibration`, which also says what is padding and how much to hold out.
         evaluation: held-out inputs by name; stages with a budget are judged on them, against the captured model.
             Without them on what is held out of the calibration data.
-        verify: compares the compiled code with the program on random inputs, and refuses when it disagrees.
+        verify: compares the compiled code with the program on random inputs and on a held-out batch of the calibration
+            data, codes layer by layer, and refuses when it disagrees.
         cache: folder in which results of passes and statistics are kept, so that a run that was killed goes on where
             it stopped; None keeps nothing.
         output: folder to save the artifact to (as ``compiled.save`` does).
@@ -127,15 +129,17 @@ def compile(
     folder = _scratch_folder() if output is None else check_place(output)
     program = _program(model, example_inputs, dynamic, report_step)
     report_step("running passes")
+    data = None if calibration is None else Dataset.read(Calibration.of(calibration), program.main)
     context = Context(
         target=resolved,
+        calibration=data,
         evaluate=None if evaluation is None else Fidelity(program, evaluation),
         measure=None if missing_on_host(resolved) else Latency(resolved),
         cache=cache,
         progress=report_step,
     )
-    program, report = pipeline.run(program, context, calibration=calibration)
-    compilation = prepare(program, resolved, tune_minutes, report_step)
+    program, report = pipeline.run(program, context)
+    compilation = prepare(program, resolved, tune_minutes, report_step, verify=verify)
     exporter = partial(export_c, compilation, progress=report_step)
     if foreign:
         return CrossCompiled(resolved, compilation.signatures, report.to_dict(), exporter)
@@ -145,6 +149,7 @@ def compile(
         recipe=pipeline.name,
         threads=threads,
         verify=verify,
+        batches={} if data is None else {program.main.name: [data.held_out[0].inputs]},
         report=report.to_dict(),
         progress=report_step,
     )
