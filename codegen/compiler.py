@@ -30,7 +30,7 @@ from tersor.codegen.observation import with_observers
 from tersor.codegen.runtime import load
 from tersor.codegen.runtime.manifest import FunctionSignature, Manifest, TensorType
 from tersor.codegen.weights import Weight
-from tersor.errors import CompileError, TargetError
+from tersor.errors import CompileError
 from tersor.ir.costs import cost
 from tersor.ir.dims import Shape
 from tersor.ir.program import Function, Program
@@ -249,12 +249,7 @@ def compare_all(
 
 def check_target(program: Program, target: Target) -> None:
     """Before any work: the target is one we generate code for, and holds the weights and the largest activations."""
-    if target.arch != "x86_64":
-        raise TargetError(
-            f"target {target.name!r} is not supported yet",
-            why=f"code is generated for x86_64 only, the target is {target.arch}",
-            fix="choose one of the targets listed by `tersor targets`",
-        )
+    target.check()
     totals = cost(program)
     needed = totals.parameter_bytes + totals.state_bytes + totals.peak_bytes
     check_memory(target, needed, "the weights, states and activations")

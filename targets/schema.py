@@ -138,6 +138,10 @@ class Target:
             )
         return found
 
+    def check(self) -> None:
+        """TargetError where no code is generated for this machine: its system, or its lack of a vector unit."""
+        _ = self.llvm_triple, self._vector_unit
+
     def lanes(self, dtype: str) -> int:
         """How many values of `dtype` ("float32", "int8", "bool", ...) fill one vector register."""
         if dtype == "bool":

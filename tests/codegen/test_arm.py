@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from tersor.codegen.compiler import prepare
 from tersor.codegen.export.functions import plain_kernel
 from tersor.codegen.export.objects import object_code
+from tersor.codegen.export.toolchain import toolchain
+from tersor.codegen.export.writer import export_c
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
@@ -27,9 +30,13 @@ from tersor.codegen.llvm import compile_function
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import panel_width
 from tersor.ir.dims import Dim
+from tersor.ir.interpreter import run as interpret
 from tersor.targets import Target, resolve
+from tests.codegen.emulator import run
+from tests.codegen.export.exported import inputs
 from tests.codegen.kernel_harness import run_kernel
 from tests.codegen.plain_harness import run_plain
+from tests.ir import small_models
 
 N = Dim.symbol("n")
 LENGTHS = (1, 7, 64, 255)
@@ -247,3 +254,24 @@ def test_android_keeps_its_platform_register():
     kernel = Gemm((N,), 67, 100, panel=panel_width(target))
     text = compile_function(kernel.build(target), target).mod.inspect_source("asm")
     assert "x17" in text and not re.search(r"\b[xw]18\b", text)
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[:2])
+def test_a_whole_model_as_c(name, cpu, tmp_path):
+    program, target = small_models.bert(), resolve(f"{name}:linux-musl")
+    folder = export_c(prepare(program, target), tmp_path / "out")
+    demo = tmp_path / "demo"
+    tools = toolchain(target, static=True)
+    tools.link([folder / "main.c", folder / "libmodel.a"], demo, static=True, options=[f"-I{folder}"])
+    function = program.functions["main"]
+    for length in (1, 7):
+        sizes = {"batch": 2, "length": length}
+        given = inputs(program, sizes)
+        (tmp_path / "in").write_bytes(b"".join(given[key].tobytes() for key in function.inputs))
+        settings = [f"in={tmp_path / 'in'}", f"out={tmp_path / 'found'}"]
+        settings += [f"{key}={value}" for key, value in sizes.items()]
+        run(demo, target, str(folder / "weights.bin"), *settings, cpu=cpu)
+        wanted = interpret(function, {key: torch.from_numpy(value) for key, value in given.items()}, {})
+        flat = torch.cat([wanted[key].float().flatten() for key in function.outputs])
+        found = np.fromfile(tmp_path / "found", np.float32)
+        np.testing.assert_allclose(found, flat.numpy(), atol=1e-4, rtol=1e-4)

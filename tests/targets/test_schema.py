@@ -65,8 +65,14 @@ def test_vector_properties_follow_the_features() -> None:
 
 
 def test_a_target_without_vector_unit_is_refused() -> None:
+    old = Target(name="old", arch="x86_64", features=frozenset({"sse2"}))
     with pytest.raises(TargetError, match="no vector unit"):
-        _ = Target(name="old", arch="x86_64", features=frozenset({"sse2"})).vector_bits
+        _ = old.vector_bits
+    with pytest.raises(TargetError, match="no vector unit"):
+        old.check()
+    with pytest.raises(TargetError, match="no code is generated for ios on armv7a"):
+        Target(name="old", arch="armv7a", os="ios", features=frozenset({"neon"})).check()
+    V4.check()
     with pytest.raises(TargetError, match="'float'"):
         V4.lanes("float")
 
