@@ -40,6 +40,13 @@ FOLDS = (
 ATTENTION = {"pass": "quantize.bf16", "kinds": ["attention"]}
 """Between layers in 8 bits, attention multiplies bf16: softmax spans more decades than 8-bit codes do."""
 
+LARGEST_ERROR = 2e-3
+"""Part of the power of a token's outputs that rounding with one scale for all tokens may cost a layer (27 dB)."""
+
+SMOOTHING = {"pass": "smooth.smoothquant", "largest_error": LARGEST_ERROR}
+ACTIVATIONS = ({"pass": "quantize.static", "largest_error": LARGEST_ERROR}, "quantize.dynamic")
+"""Scales fixed beforehand, and for inputs whose few huge values forbid that, scales per token."""
+
 RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "none": ("the program as captured", ()),
     "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS)),
@@ -48,13 +55,13 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         (*CLEANUP, *FOLDS, "quantize.bf16"),
     ),
     "int8": (
-        "8-bit weights and activations, scales from calibration data, integer products",
+        "8-bit weights and activations, scales from calibration data (per token where those fail), integer products",
         (
             *CLEANUP,
             *FOLDS,
-            "smooth.smoothquant",
+            SMOOTHING,
             "quantize.rtn",
-            "quantize.static",
+            *ACTIVATIONS,
             ATTENTION,
             "quantize.integers",
         ),
@@ -75,9 +82,9 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         (
             *CLEANUP,
             *FOLDS,
-            "smooth.smoothquant",
+            SMOOTHING,
             "quantize.gptq",
-            "quantize.static",
+            *ACTIVATIONS,
             ATTENTION,
             "recover.bias",
             "quantize.integers",

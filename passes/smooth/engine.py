@@ -40,12 +40,28 @@ class Candidate:
     words: str
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """The best candidate for one way of rounding, and the held-out error without and with it.
+
+    row_error: that of a row against its own outputs, with the candidate where it helps, else without.
+    """
+
+    candidate: Candidate
+    before: float
+    after: float
+    helps: bool
+    row_error: float
+
+
 class Smoothing(Pass):
     """Base of the smoothing passes.
 
     Options:
         bits: of the codes that weights and activations are going to be rounded to.
         activations: "tensor" for static grids, "token" for dynamic ones.
+        largest_error: a place where even then the outputs of a token would lose a larger part of their power, in the
+            mean, is smoothed for grids per token; give quantize.static the same, and quantize.dynamic the rest.
         kinds: kinds of places to look at (`tersor.passes.smooth.places`).
         samples: rows of a value that candidates are tried on, and as many held out to judge by.
         optional: whether the pass is left out, instead of refused, where there is no calibration data.
@@ -53,6 +69,7 @@ class Smoothing(Pass):
 
     bits: int = 8
     activations: Activations = "tensor"
+    largest_error: float | None = None
     kinds: tuple[str, ...] = KINDS
     samples: int = 256
     optional: bool = False
@@ -69,6 +86,8 @@ class Smoothing(Pass):
             return f"kinds: {', '.join(unknown)} should be of {', '.join(KINDS)}"
         if not 2 <= self.bits <= 8:
             return f"bits = {self.bits} should be 2 to 8"
+        if self.largest_error is not None and self.largest_error <= 0:
+            return f"largest_error = {self.largest_error} should be positive"
         return None if self.samples > 0 else f"samples = {self.samples} should be positive"
 
     @abstractmethod
@@ -143,24 +162,34 @@ class Smoothing(Pass):
 
     def _improved(self, place: Place, observed: Observed, result: PassResult) -> WeightChange | None:
         """The change by the best candidate; None, with the reason in ``result``, when none helps."""
-        rounding = Rounding(self.bits, self.activations)
         candidates = [c for c in self.candidates(place, observed) if not _is_nothing(c, observed)]
         if not candidates:
             result.skip(place.anchor, "it is balanced already")
             return None
-        fit, held_out = (Trial(observed, rows, rounding) for rows in (observed.fit, observed.held_out))
-        fitted = [fit.error(c.s, c.z) for c in candidates]
-        best = candidates[fitted.index(min(fitted))]
-        before, after = held_out.error(), held_out.error(best.s, best.z)
-        figures = {"error_before": before, "error_after": after}
-        # better on both: what is best already stays, however held-out data falls
-        if not (min(fitted) <= fit.error() and after <= GAIN * before):
+        choice = self._best(candidates, observed, self.activations)
+        if self.largest_error is not None and choice.row_error > self.largest_error:
+            choice = self._best(candidates, observed, "token")
+        best = choice.candidate
+        figures = {"error_before": choice.before, "error_after": choice.after}
+        if not choice.helps:
             result.skip(place.anchor, f"{best.words} would not lower its error", **figures)
             return None
         s, z = best.s.double(), None if best.z is None else best.z.double()
         change = place.change(s, z, f"{place.kind}: {best.words}")
         change.figures.update(figures)
         return change
+
+    def _best(self, candidates: list[Candidate], observed: Observed, activations: Activations) -> _Choice:
+        rounding = Rounding(self.bits, activations)
+        fit, held_out = (Trial(observed, rows, rounding) for rows in (observed.fit, observed.held_out))
+        fitted = [fit.error(c.s, c.z) for c in candidates]
+        best = candidates[fitted.index(min(fitted))]
+        before, after = held_out.error(), held_out.error(best.s, best.z)
+        # better on both: what is best already stays, however held-out data falls
+        helps = min(fitted) <= fit.error() and after <= GAIN * before
+        return _Choice(
+            best, before, after, helps, held_out.error_of_a_row(*((best.s, best.z) if helps else ()))
+        )
 
 
 def _place_at(function: Function, node: fx.Node) -> Place | str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,22 +56,32 @@ class Trial:
     def __init__(self, observed: Observed, rows: torch.Tensor, rounding: Rounding):
         self._observed, self._rows, self._rounding = observed, rows, rounding
         self._exact = [rows @ weight.T for weight in observed.weights]
-        self._power = [exact.square().sum().item() for exact in self._exact]
+        tiny = torch.finfo(torch.float32).tiny  # no division by 0 where all outputs are
+        self._power = [exact.square().sum(1).clamp(min=tiny) for exact in self._exact]
 
     def error(self, s: torch.Tensor | None = None, z: torch.Tensor | None = None) -> float:
         """||Q((x - z) / s) Q(W s)^T + W z - x W^T||^2 / ||x W^T||^2, the mean over the weights W.
 
         The range of activations is the observed one, also for rows beyond it.
         """
-        rounded, grid, errors = self._activations(s, z), Grid(self._rounding.bits), []
+        return sum(part.sum().item() / p.sum().item() for part, p in self._parts(s, z)) / len(self._exact)
+
+    def error_of_a_row(self, s: torch.Tensor | None = None, z: torch.Tensor | None = None) -> float:
+        """The same, each row against its own outputs, the mean over the rows."""
+        return sum((part / p).mean().item() for part, p in self._parts(s, z)) / len(self._exact)
+
+    def _parts(
+        self, s: torch.Tensor | None, z: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """For each weight the power [n] of each row's error and of its outputs."""
+        rounded, grid = self._activations(s, z), Grid(self._rounding.bits)
         for weight, exact, power in zip(self._observed.weights, self._exact, self._power, strict=True):
             columns = weight if s is None else weight * s
             steps, _ = grid.fit_rows(columns)
             result = rounded @ grid.round_trip(columns, steps.unsqueeze(1)).T
             if z is not None:
                 result += weight @ z
-            errors.append(result.sub_(exact).square_().sum().item() / power if power else 0.0)
-        return sum(errors) / len(errors)
+            yield result.sub_(exact).square_().sum(1), power
 
     def _activations(self, s: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
         low, high, x = self._observed.low, self._observed.high, self._rows

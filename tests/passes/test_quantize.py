@@ -222,6 +222,41 @@ def test_constant_data_has_a_scale():
     assert static_scale(layer(weights=True), constant) == (1.0, 0)
 
 
+def spiky(rows: int = 20) -> list[dict[str, torch.Tensor]]:
+    """Every tenth token is a thousand times larger: one scale for all leaves the others no codes."""
+    made = [{"x": torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(i))} for i in range(6)]
+    for batch in made:
+        batch["x"][:, ::10] *= 1000
+    return made
+
+
+def two_layers_of_one_input() -> Program:
+    def emit(build, x, mask):
+        make = Weights(build)
+        return {name: make.linear(x, name, 8, WIDTH) for name in ("y", "z")}
+
+    return program(emit)
+
+
+@pytest.mark.parametrize(("calibration", "static"), [(spiky(), False), (data(), True)])
+def test_what_one_scale_would_lose_too_much_of_is_left_to_scales_per_token(calibration, static):
+    steps = [RoundToNearest(), StaticActivations(largest_error=2e-3), DynamicActivations()]
+    after, report = Pipeline(steps).run(two_layers_of_one_input(), calibration=calibration)
+    assert bool(after.main.calls("dynamic_scale")) != static and len(after.main.calls("quantize")) == 1
+    assert {skip.site for skip in report.steps[1].skips} == (set() if static else {"y", "z"})
+    assert all(skip.figures["output_error"] > 0 for skip in report.steps[1].skips)
+    always, _ = Pipeline([steps[0], StaticActivations()]).run(
+        two_layers_of_one_input(), calibration=calibration
+    )
+    assert not always.main.calls("dynamic_scale")
+
+
+@pytest.mark.parametrize("options", [{"largest_error": 0.0}, {"percentile": 0.4}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(PipelineError):
+        StaticActivations(**options)
+
+
 # -- integers
 
 

@@ -369,6 +369,28 @@ def test_no_factor_is_put_behind_a_change_of_shape():
     assert found["down"] == "its input comes through concat, through which no scale passes"
 
 
+def test_a_place_that_no_range_suits_is_smoothed_for_scales_per_token():
+    """Of rows that differ a thousandfold the large ones decide for one range, all alike for a range each."""
+
+    def emit(build, x, mask):
+        make = Weights(build)
+        up = make.tensor(48, 32)
+        up[3] *= 50
+        hidden = build.relu(build.linear(x, build.parameter("up", up), site="up"))
+        return {"y": make.linear(hidden, "down", 32, 48)}
+
+    rows = data(32)
+    for batch in rows:
+        batch["x"][:, ::4] *= 1000
+    found = {}
+    for options in ({}, {"largest_error": 1e-5}, {"largest_error": 1.0}, {"activations": "token"}):
+        _, report = Pipeline([SmoothQuant(**options)]).run(program(emit, width=32), calibration=rows)
+        (found[str(options)],) = report.steps[0].changes
+    plain, strict, lenient, token = found.values()
+    assert (strict.reason, strict.figures) == (token.reason, token.figures) != (plain.reason, plain.figures)
+    assert (lenient.reason, lenient.figures) == (plain.reason, plain.figures)
+
+
 def test_zeros_in_weights_stay():
     made = normed(outlying())
     weight = made.parameters["linear.0.weight"].tensor.clone()
@@ -433,7 +455,15 @@ def test_a_tied_weight_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": 1.5}, {"bits": 9}, {"samples": 0}, {"kinds": ("norms",)}, {"activations": "row"}]
+    "options",
+    [
+        {"alpha": 1.5},
+        {"bits": 9},
+        {"samples": 0},
+        {"largest_error": 0.0},
+        {"kinds": ("norms",)},
+        {"activations": "row"},
+    ],
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(PipelineError):
