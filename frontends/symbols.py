@@ -7,18 +7,19 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from tersor.errors import CaptureError, ProgramError
-from tersor.ir import Dim, Value
+from tersor.ir import Dim, Range, Value
+from tersor.ir.canonicalize.affine import lower_bound
 from tersor.ir.value import DTYPE_NAMES
 
 
 class Symbols:
-    """Translates SymInts, given the dimension name of each sympy symbol."""
+    """Translates SymInts, given the dimension name of each sympy symbol and the dimensions' ranges."""
 
-    def __init__(self, names: Mapping[sympy.Symbol, str]):
-        self.names = dict(names)
+    def __init__(self, names: Mapping[sympy.Symbol, str], ranges: Mapping[str, Range]):
+        self.names, self.ranges = dict(names), ranges
 
     def dim(self, size: Any) -> int | Dim:
         """The dimension that an int or SymInt stands for.
@@ -79,4 +80,14 @@ class Symbols:
             if isinstance(numerator, int) and isinstance(denominator, Dim):
                 raise ProgramError(f"{numerator} // ({denominator}) is not exact")
             return numerator // denominator
+        if isinstance(e, Max | Min):
+            return self._extreme(e)
         raise ProgramError(f"{self.show(e)} has a form that dimensions do not have")
+
+    def _extreme(self, e: sympy.Expr) -> int | Dim:
+        """The operand that is largest or smallest at all sizes."""
+        operands, sign = [self._convert(a) for a in e.args], 1 if isinstance(e, Max) else -1
+        for candidate in operands:
+            if all(lower_bound(sign * (candidate - other), self.ranges) >= 0 for other in operands):
+                return candidate
+        raise ProgramError(f"which operand of {self.show(e)} it is depends on the sizes")

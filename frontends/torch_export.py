@@ -381,7 +381,7 @@ class _Conversion:
         self.parameters: dict[tuple, str] = {}
         self.environment: dict[fx.Node, Any] = {}
         inputs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
-        self.symbols = Symbols(self._symbol_names(inputs))
+        self.symbols = Symbols(self._symbol_names(inputs), self.dims.ranges)
         for node in _live(self.exported):
             if node.op == "placeholder":
                 self.environment[node] = self._placeholder(node, inputs[node.name])

@@ -14,12 +14,17 @@ from tersor.ir import Dim
 Widths = tuple[int, ...]
 
 
-@converts("Conv")
-def _conv(c: Call) -> fx.Node:
-    x, weight, bias = c.node(0), c.node(1), c.optional(2)
-    rank = len(size(weight)) - 2
+def _operands(c: Call) -> tuple[fx.Node, fx.Node, fx.Node | None, int]:
+    """The image, the weight, the bias of a convolution, and over how many dimensions it is."""
+    rank = len(size(c.require(1))) - 2
     if rank not in (1, 2):
         raise c.refuse(f"is over {rank} dimensions", why="the dialect has convolutions over one and two")
+    return c.node(0), c.node(1), c.optional(2), rank
+
+
+@converts("Conv")
+def _conv(c: Call) -> fx.Node:
+    x, weight, bias, rank = _operands(c)
     kernel = size(weight)[2:]
     stride = tuple(c.attribute("strides") or (1,) * rank)
     dilation = tuple(c.attribute("dilations") or (1,) * rank)
@@ -37,10 +42,7 @@ def _conv(c: Call) -> fx.Node:
 
 @converts("ConvTranspose")
 def _conv_transpose(c: Call) -> fx.Node:
-    x, weight, bias = c.node(0), c.node(1), c.optional(2)
-    rank = len(size(weight)) - 2
-    if rank not in (1, 2):
-        raise c.refuse(f"is over {rank} dimensions", why="the dialect has convolutions over one and two")
+    x, weight, bias, rank = _operands(c)
     kernel = size(weight)[2:]
     stride, dilation, extra = (
         tuple(c.attribute(name) or (default,) * rank)

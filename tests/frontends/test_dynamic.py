@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tersor import frontends
 from tersor.errors import InputError
 from tersor.frontends.dynamic import read_dynamic
 from tersor.ir import Range
@@ -69,3 +70,18 @@ def test_refusals(spec, part):
     with pytest.raises(InputError) as caught:
         read_dynamic(spec, TENSORS)
     assert part in str(caught.value) and caught.value.fix
+
+
+def test_the_larger_of_two_sizes_is_known_from_the_ranges():
+    """As MPT cuts its table of ALiBi biases: max(0, 8 - length) is 8 - length where no length is above 8."""
+
+    class Tail(torch.nn.Module):
+        def forward(self, x):
+            table = torch.arange(8.0)
+            return x + table[max(0, 8 - x.shape[1]) :]
+
+    x = torch.randn(2, 5)
+    program = frontends.capture(Tail(), (x,), {"x": {1: ("length", 2, 8)}})
+    for length in (2, 5, 8):
+        x = torch.randn(2, length)
+        torch.testing.assert_close(program(x=x)[program.main.outputs[0]], Tail()(x))
