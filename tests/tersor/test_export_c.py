@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 
 import tersor
 from tersor.cli import main
+from tersor.codegen.export.toolchain import toolchain
 from tersor.errors import ArtifactError, TargetError
+from tersor.targets import resolve
+from tests.codegen import emulator
 
 transformers = pytest.importorskip("transformers")
 
@@ -60,6 +64,29 @@ def test_text_models(kind, recipe, tmp_path):
     exported = load(compiled.export_c(tmp_path / "out"))
     for batch, length in ((1, 1), (3, 7), (4, 64)):
         same(compiled, exported, text(batch, length))
+
+
+def test_int8_on_arm_agrees_with_this_machine(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**SIZES, "num_hidden_layers": 1})
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    how = dict(recipe="int8-dynamic", dynamic={"input_ids": AXES, "attention_mask": AXES})
+    here = tersor.compile(model, text(2, 8), threads=1, **how)
+    # a static program, which qemu runs without a system around it
+    target = replace(resolve("armv8.2-dotprod"), os="linux-musl")
+    out = tersor.compile(model, text(2, 8), target=target, **how).export_c(tmp_path / "out")
+    files = [out / "main.c", out / "libmodel.a"]
+    toolchain(target, static=True).link(files, tmp_path / "main", static=True, options=[f"-I{out}"])
+    for batch, length in ((1, 7), (2, 64)):
+        given = text(batch, length)
+        (tmp_path / "in").write_bytes(b"".join(value.numpy().tobytes() for value in given.values()))
+        options = [str(out / "weights.bin"), f"batch={batch}", f"length={length}"]
+        options += [f"in={tmp_path / 'in'}", f"out={tmp_path / 'found'}"]
+        emulator.run(tmp_path / "main", target, *options, cpu="cortex-a76")
+        found = torch.from_numpy(np.fromfile(tmp_path / "found", np.float32))
+        expected = here(**given).last_hidden_state.flatten()
+        assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
+        assert (found - expected).abs().max() < 0.02  # one code more or less here and there
 
 
 def test_vit(tmp_path):
