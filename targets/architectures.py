@@ -17,11 +17,7 @@ class VectorUnit:
 
 @dataclass(frozen=True)
 class Architecture:
-    """vectors: the units that code is generated for, the widest first. triples: operating system -> LLVM's triple.
-
-    Where LLVM must know the system (the format of objects, registers that are the system's) all four parts are there:
-    of a triple of three it takes the second for the vendor.
-    """
+    """vectors: the units that code is generated for, the widest first. triples: operating system -> LLVM's triple."""
 
     vectors: tuple[VectorUnit, ...]
     triples: Mapping[str, str]
@@ -33,9 +29,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "linux": "x86_64-linux-gnu",
             "linux-musl": "x86_64-linux-musl",
-            "android": "x86_64-unknown-linux-android",
+            "android": "x86_64-linux-android",
             "macos": "x86_64-apple-macosx",
-            "windows": "x86_64-pc-windows-gnu",
+            "windows": "x86_64-windows-gnu",
         },
     ),
     "aarch64": Architecture(
@@ -43,10 +39,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "linux": "aarch64-linux-gnu",
             "linux-musl": "aarch64-linux-musl",
-            "android": "aarch64-unknown-linux-android",
+            "android": "aarch64-linux-android",
             "ios": "arm64-apple-ios",
             "macos": "arm64-apple-macosx",
-            "windows": "aarch64-pc-windows-gnu",
+            "windows": "aarch64-windows-gnu",
         },
     ),
     "armv7a": Architecture(
@@ -54,7 +50,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "linux": "armv7a-linux-gnueabihf",
             "linux-musl": "armv7a-linux-musleabihf",
-            "android": "armv7a-unknown-linux-androideabi",
+            "android": "armv7a-linux-androideabi",
         },
     ),
 }

@@ -167,5 +167,5 @@ def _ndk(target: Target) -> Path | None:
     home = os.environ.get("ANDROID_NDK_HOME")
     if not home:
         return None
-    name = f"{target.llvm_triple.replace('-unknown', '')}{_ANDROID_API}-clang"
+    name = f"{target.llvm_triple}{_ANDROID_API}-clang"
     return next(iter(sorted(Path(home, "toolchains/llvm/prebuilt").glob(f"*/bin/{name}"))), None)

@@ -56,7 +56,7 @@ def test_a_system_may_follow_the_name() -> None:
     assert (phone.name, phone.os, phone.llvm_triple) == (
         "armv8.2-dotprod:android",
         "android",
-        "aarch64-unknown-linux-android",
+        "aarch64-linux-android",
     )
     assert phone.features == targets.resolve("armv8.2-dotprod").features
     assert targets.missing_on_host(targets.resolve("x86-64-v3:windows")) == ["the system windows"]

@@ -125,9 +125,9 @@ def test_an_unreadable_file_is_a_target_error(content: bytes | None, tmp_path: P
     ("arch", "system", "triple"),
     [
         ("x86_64", None, "x86_64-linux-gnu"),
-        ("x86_64", "windows", "x86_64-pc-windows-gnu"),
+        ("x86_64", "windows", "x86_64-windows-gnu"),
         ("aarch64", "linux-musl", "aarch64-linux-musl"),
-        ("aarch64", "android", "aarch64-unknown-linux-android"),
+        ("aarch64", "android", "aarch64-linux-android"),
         ("aarch64", "ios", "arm64-apple-ios"),
         ("armv7a", "linux", "armv7a-linux-gnueabihf"),
     ],
