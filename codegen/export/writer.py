@@ -22,10 +22,11 @@ from tersor.codegen.export.objects import object_code
 from tersor.codegen.export.plan import plan
 from tersor.codegen.export.source import Field, Interface
 from tersor.codegen.export.toolchain import Toolchain, toolchain
+from tersor.codegen.runtime.folder import check_place
 from tersor.codegen.runtime.manifest import TensorType
 from tersor.codegen.runtime.weights import header, padding
 from tersor.errors import ArtifactError, CompileError, InputError
-from tersor.folders import may_replace, new_folder
+from tersor.folders import new_folder
 
 if TYPE_CHECKING:
     from tersor.codegen.compiler import Compilation
@@ -59,7 +60,7 @@ def export_c(
     """
     if not re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII):
         raise InputError(f"{name!r} cannot be the name of a C export", fix="use letters, digits and _")
-    path = _check_place(path)
+    path = check_place(path, marker=SIGNATURE, kind="an exported model")
     target, system = compilation.target, compilation.target.os or "linux"
     try:
         tools = toolchain(target, compiler)
@@ -98,23 +99,6 @@ def export_c(
             why=error.strerror or str(error),
             fix="choose a folder on a disk that has room and that you may write to",
         ) from error
-    return path
-
-
-def _check_place(path: str | os.PathLike[str]) -> Path:
-    path = Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        raise ArtifactError(
-            f"cannot write {str(path)!r}",
-            why=f"the folder {str(path.parent)!r} does not exist",
-            fix="create it, or choose another place",
-        )
-    if not may_replace(path, SIGNATURE):
-        raise ArtifactError(
-            f"will not overwrite {str(path)!r}",
-            why="it exists and is not an exported model",
-            fix="choose another name, or remove it yourself",
-        )
     return path
 
 

@@ -34,8 +34,14 @@ def new_artifact(path: Path, size: int, overwrite: bool) -> Iterator[Path]:
         raise _unwritable(path, error, size) from error
 
 
-def check_place(path: str | os.PathLike[str], overwrite: bool = True) -> Path:
-    """`path` without links, where an artifact may be written: an existing one is replaced if `overwrite` says so.
+def check_place(
+    path: str | os.PathLike[str],
+    overwrite: bool = True,
+    marker: str = MANIFEST,
+    kind: str = "a Tersor artifact",
+) -> Path:
+    """`path` without links, where a folder of this kind, known by its file ``marker``, may be written: an existing one
+    is replaced if `overwrite` says so.
 
     Raises ArtifactError when there is no folder to write it to, or something else lies there.
     """
@@ -47,10 +53,10 @@ def check_place(path: str | os.PathLike[str], overwrite: bool = True) -> Path:
                 why=f"the folder {str(path.parent)!r} does not exist",
                 fix="create it, or choose another place",
             )
-        if not may_replace(path, MANIFEST):
+        if not may_replace(path, marker):
             raise ArtifactError(
                 f"will not overwrite {str(path)!r}",
-                why="it exists and is not a Tersor artifact",
+                why=f"it exists and is not {kind}",
                 fix="choose another name, or remove it yourself",
             )
         if path.exists() and not overwrite:
