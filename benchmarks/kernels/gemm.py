@@ -130,7 +130,7 @@ def peak(dtype: str, target_name: str = "native") -> float:
 
     target, rounds, words = resolve(target_name), 2000, 64
     product = inner_product(dtype, target)
-    rows, width = choose(target, 1, len(product.parts)).rows, PANEL_VECTORS * product.lanes
+    rows, width = choose(target, 1, product).rows, PANEL_VECTORS * product.lanes
 
     def vector(v: int):
         return T.ramp(v * product.lanes, 1, product.lanes)
@@ -149,8 +149,12 @@ def peak(dtype: str, target_name: str = "native") -> float:
             with product.body():
                 tile = RegisterTile(rows, PANEL_VECTORS, product)
                 with T.serial(rounds):
-                    with T.serial(words) as k:
-                        tile.multiply(lambda r: product.word(left, r, k), lambda v: right[k, vector(v)])
+                    tile.accumulate(
+                        0,
+                        words,
+                        lambda r, k, n: product.word(left, r, k, n),
+                        lambda v, k: right[k, vector(v)],
+                    )
                 for r in range(rows):
                     for v in range(PANEL_VECTORS):
                         T.buffer_store(out, tile.vector(r, v), [r, vector(v)])
