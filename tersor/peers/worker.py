@@ -13,6 +13,8 @@ import os
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -41,7 +43,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child, engine, threads), daemon=True)
-        self._process.start()
+        with _environment(OMP_NUM_THREADS=str(threads)):
+            self._process.start()
         child.close()
 
     def load(self, source: Source, inputs: Inputs) -> tuple[float, str]:
@@ -83,10 +86,24 @@ class Worker:
         return answer
 
 
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Environment variables for processes that start meanwhile: what OpenMP reads as early as with their main module,
+    which may import torch. More threads than CPUs would spin on each other's time."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _serve(pipe: Connection, name: str, threads: int) -> None:
-    # Before anything that starts threads is imported.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
