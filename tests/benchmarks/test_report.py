@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.engines import BESIDE, OTHERS
 from benchmarks.floor import Floor
+from benchmarks.kernels.gemm import peak
 from benchmarks.models import MODELS, Model
 from benchmarks.report import Entry, Report, line
 from benchmarks.run import parse
@@ -57,6 +58,11 @@ def test_a_recipe_that_rounds_is_reported_with_cosines_and_its_floor(tmp_path: P
     assert "| model | input | tersor | peer | broken | floor |" in text
     assert "| 10 (8) cos 1.000000 | 20 (15) [2.00] cos 0.990000 | failed | 5 [2.00] |" in text
     assert line(measured).endswith("floor 5 [2.00]")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_the_peak_of_each_product_is_measured(dtype: str) -> None:
+    assert 0.1 < peak(dtype) < 1e5
 
 
 def test_the_floor_is_the_integer_products_at_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
