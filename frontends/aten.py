@@ -18,7 +18,7 @@ from torch import fx
 
 from tersor.errors import CaptureError
 from tersor.ir import Builder, Dim, Value, is_state
-from tersor.ir.canonicalize.indices import check_inside
+from tersor.ir.canonicalize.indices import slice_inside
 from tersor.ir.dims import product
 from tersor.ir.value import DTYPE_NAMES
 
@@ -60,15 +60,7 @@ class Context:
         return self.build.permute(x, dims=tuple(dims))
 
     def slice(self, x: fx.Node, dim: int, start: int | Dim, end: int | Dim, step: int = 1) -> fx.Node:
-        total = size(x)[dim]
-        check_inside(
-            start,
-            end,
-            total,
-            self.build.function.dims,
-            "the model reads what is not there",
-        )
-        return self.build.slice(x, dim=dim, start=start, end=end, step=step)
+        return slice_inside(self.build, x, dim, start, end, step, "the model reads what is not there")
 
 
 def converts(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

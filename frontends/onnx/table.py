@@ -16,7 +16,7 @@ from tersor.errors import CaptureError
 from tersor.frontends.onnx.reader import STANDARD, Operator, Reference, StoredTensor
 from tersor.frontends.onnx.values import Known
 from tersor.ir import Builder, Dim, Value
-from tersor.ir.canonicalize.indices import check_inside
+from tersor.ir.canonicalize.indices import slice_inside
 from tersor.ir.dims import Shape
 from tersor.ir.opset.rules import broadcast
 
@@ -163,15 +163,7 @@ class Call:
     def slice(self, x: fx.Node, dim: int, start: int | Dim, end: int | Dim, step: int = 1) -> fx.Node:
         if (start, end, step) == (0, size(x)[dim], 1):
             return x
-        total = size(x)[dim]
-        check_inside(
-            start,
-            end,
-            total,
-            self.build.function.dims,
-            f"{self.operator} reads what is not there",
-        )
-        return self.build.slice(x, dim=dim, start=start, end=end, step=step)
+        return slice_inside(self.build, x, dim, start, end, step, f"{self.operator} reads what is not there")
 
     def concat(self, parts: Sequence[fx.Node], dim: int) -> fx.Node:
         return parts[0] if len(parts) == 1 else self.build.concat(tuple(parts), dim=dim)

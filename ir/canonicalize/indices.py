@@ -88,6 +88,14 @@ def check_inside(
             )
 
 
+def slice_inside(
+    build: Builder, x: fx.Node, dim: int, start: Number, end: Number, step: int, what: str
+) -> fx.Node:
+    """A slice that lies within ``x`` at all sizes of the dynamic dimensions; raises as `check_inside`."""
+    check_inside(start, end, x.meta["value"].shape[dim], build.function.dims, what)
+    return build.slice(x, dim=dim, start=start, end=end, step=step)
+
+
 def _check_inside(m: Match, table: fx.Node, dim: int) -> None:
     start, count, _ = _run(_index(m))
     rows = table.meta["value"].shape[dim]
