@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels.base import TensorSpec
@@ -49,3 +53,13 @@ class Arguments:
             name = str(dim) if dim.is_symbol else f"extent_{len(self._variables)}"
             self._variables[dim] = tirx.Var(name, "int64")
         return self._variables[dim]
+
+
+@contextmanager
+def function(name: str) -> Iterator[tuple[IRBuilder, Arguments]]:
+    """The PrimFunc of a kernel, whose arguments do not overlap; ``builder.get()`` is it once the block has ended."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True})
+            yield builder, Arguments()

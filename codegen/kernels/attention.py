@@ -12,11 +12,10 @@ from typing import Literal
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import bf16, loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.inner_product import inner_product
@@ -153,24 +152,20 @@ class _Builder:
 
     def function(self) -> tirx.PrimFunc:
         spec = self.spec
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(spec.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                inputs = [arguments.declare(f"in_{i}", s) for i, s in enumerate(spec.inputs())]
-                outputs = [arguments.declare(f"out_{i}", s) for i, s in enumerate(spec.outputs())]
-                self.batch, self.q_len, self.kv_len = arguments.extents((spec.batch, spec.q_len, spec.kv_len))
-                inputs, self.outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
-                count = len(spec.epilogue.inputs) - 1
-                inputs, self.others = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
-                self.mask = inputs.pop() if spec.mask is not None else None
-                self.q, self.k, self.v = self._operands(inputs)
-                self.offset = self.kv_len - self.q_len if spec.align == "end" else 0
-                self.blocks = _ceil_div(self.kv_len, self.lanes)
-                work = self.batch * self.q_len * self.kv_len * (spec.heads * (spec.head_dim + spec.value_dim))
-                with self.product.body():
-                    loops.when_large(2 * work, PARALLEL_FLOPS, self._parallel, self._serial)
+        with function(spec.name()) as (builder, arguments):
+            inputs = [arguments.declare(f"in_{i}", s) for i, s in enumerate(spec.inputs())]
+            outputs = [arguments.declare(f"out_{i}", s) for i, s in enumerate(spec.outputs())]
+            self.batch, self.q_len, self.kv_len = arguments.extents((spec.batch, spec.q_len, spec.kv_len))
+            inputs, self.outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
+            count = len(spec.epilogue.inputs) - 1
+            inputs, self.others = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
+            self.mask = inputs.pop() if spec.mask is not None else None
+            self.q, self.k, self.v = self._operands(inputs)
+            self.offset = self.kv_len - self.q_len if spec.align == "end" else 0
+            self.blocks = _ceil_div(self.kv_len, self.lanes)
+            work = self.batch * self.q_len * self.kv_len * (spec.heads * (spec.head_dim + spec.value_dim))
+            with self.product.body():
+                loops.when_large(2 * work, PARALLEL_FLOPS, self._parallel, self._serial)
         return builder.get()
 
     def _operands(self, inputs: list[tirx.Buffer]) -> list[_Rows]:

@@ -12,10 +12,9 @@ from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.register_tile import RegisterTile
@@ -78,24 +77,20 @@ class _Builder:
 
     def function(self) -> tirx.PrimFunc:
         kernel = self.kernel
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(kernel.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                self.a, self.b = (arguments.declare(n, s) for n, s in zip("ab", kernel.inputs(), strict=True))
-                self.out = arguments.declare("out", kernel.outputs()[0])
-                *batch, self.m, self.n = arguments.extents(kernel.outputs()[0].shape)
-                (self.k,) = arguments.extents(kernel.a[-1:])
-                work = 2 * product(batch) * self.m * self.n * self.k
-                if isinstance(work, int):
-                    self._tasks(T.parallel if work >= PARALLEL_FLOPS else T.serial, batch)
-                else:
-                    with T.If(work >= int(PARALLEL_FLOPS)):
-                        with T.Then():
-                            self._tasks(T.parallel, batch)
-                        with T.Else():
-                            self._tasks(T.serial, batch)
+        with function(kernel.name()) as (builder, arguments):
+            self.a, self.b = (arguments.declare(n, s) for n, s in zip("ab", kernel.inputs(), strict=True))
+            self.out = arguments.declare("out", kernel.outputs()[0])
+            *batch, self.m, self.n = arguments.extents(kernel.outputs()[0].shape)
+            (self.k,) = arguments.extents(kernel.a[-1:])
+            work = 2 * product(batch) * self.m * self.n * self.k
+            if isinstance(work, int):
+                self._tasks(T.parallel if work >= PARALLEL_FLOPS else T.serial, batch)
+            else:
+                with T.If(work >= int(PARALLEL_FLOPS)):
+                    with T.Then():
+                        self._tasks(T.parallel, batch)
+                    with T.Else():
+                        self._tasks(T.serial, batch)
         return builder.get()
 
     def _tasks(self, loop: Callable[..., Any], batch: list[Expr | int]) -> None:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.runtime.session import OUTSIDE
 from tersor.ir.dims import Dim, Shape, product
@@ -47,38 +46,34 @@ class CacheUpdate:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         lanes = target.lanes(self.dtype)
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                value, positions, *old = (
-                    arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())
-                )
-                out = arguments.declare("out", self.outputs()[0])
-                value, positions, out, *old = map(loops.flat, (value, positions, out, *old))
-                *lead, length = arguments.extents((*self.shape[: self.dim], self.length))
-                room, *tail = arguments.extents(self.shape[self.dim :])
-                size = product(tail)
+        with function(self.name()) as (builder, arguments):
+            value, positions, *old = (
+                arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())
+            )
+            out = arguments.declare("out", self.outputs()[0])
+            value, positions, out, *old = map(loops.flat, (value, positions, out, *old))
+            *lead, length = arguments.extents((*self.shape[: self.dim], self.length))
+            room, *tail = arguments.extents(self.shape[self.dim :])
+            size = product(tail)
 
-                def move(source: tirx.Buffer, row: Expr, target_row: Expr) -> None:
-                    def piece(at: loops.Extent, where: Expr | None) -> None:
-                        loaded = loops.load(source, row * size + at, lanes, where)
-                        loops.store(out, target_row * size + at, loaded, lanes, where)
+            def move(source: tirx.Buffer, row: Expr, target_row: Expr) -> None:
+                def piece(at: loops.Extent, where: Expr | None) -> None:
+                    loaded = loops.load(source, row * size + at, lanes, where)
+                    loops.store(out, target_row * size + at, loaded, lanes, where)
 
-                    loops.vectors(size, lanes, piece)
+                loops.vectors(size, lanes, piece)
 
-                def place(row: Expr) -> None:
-                    outer, slice_ = (math.bind(p) for p in loops.unravel(row, [product(lead), length]))
-                    at = positions[slice_] if self.scattered else positions[0] + slice_
-                    move(value, row, math.bind(outer * room + at))
+            def place(row: Expr) -> None:
+                outer, slice_ = (math.bind(p) for p in loops.unravel(row, [product(lead), length]))
+                at = positions[slice_] if self.scattered else positions[0] + slice_
+                move(value, row, math.bind(outer * room + at))
 
-                self._check(positions, length, room)
-                if old:
-                    rows = product(lead) * room
-                    loops.rows(rows, rows * size, lambda row: move(old[0], row, row))
-                rows = product(lead) * length
-                loops.rows(rows, rows * size, place)
+            self._check(positions, length, room)
+            if old:
+                rows = product(lead) * room
+                loops.rows(rows, rows * size, lambda row: move(old[0], row, row))
+            rows = product(lead) * length
+            loops.rows(rows, rows * size, place)
         return builder.get()
 
     def _check(self, positions: tirx.Buffer, length: loops.Extent, room: loops.Extent) -> None:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain
 from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
@@ -52,31 +50,27 @@ class Elementwise:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         lanes = target.lanes("float32")
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
-                outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
-                groups = loops.merge_dims(self.output, [_pattern(s, self.output) for s in self.shapes])
-                extents = [arguments.size(dims) for dims, _ in groups]
-                moves = list(zip(*(along for _, along in groups), strict=True))
-                sources = [(loops.flat(b), m) for b, m in zip(inputs, moves, strict=True)]
-                results = [loops.flat(b) for b in outputs]
+        with function(self.name()) as (builder, arguments):
+            inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
+            outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
+            groups = loops.merge_dims(self.output, [_pattern(s, self.output) for s in self.shapes])
+            extents = [arguments.size(dims) for dims, _ in groups]
+            moves = list(zip(*(along for _, along in groups), strict=True))
+            sources = [(loops.flat(b), m) for b, m in zip(inputs, moves, strict=True)]
+            results = [loops.flat(b) for b in outputs]
 
-                def vector(position: list[Expr], where: Expr | None) -> None:
-                    values = []
-                    for (buffer, along), chain_input in zip(sources, self.chain.inputs, strict=True):
-                        at = loops.ravel(position, extents, along)
-                        value = loops.load(buffer, at, lanes, where) if along[-1] else buffer[at]
-                        values.append(cast(value, chain_input.dtype))
-                    at = loops.ravel(position, extents)
-                    for buffer, value in zip(results, evaluate_chain(self.chain, values), strict=True):
-                        loops.store(buffer, at, cast(value, buffer.dtype), lanes, where)
+            def vector(position: list[Expr], where: Expr | None) -> None:
+                values = []
+                for (buffer, along), chain_input in zip(sources, self.chain.inputs, strict=True):
+                    at = loops.ravel(position, extents, along)
+                    value = loops.load(buffer, at, lanes, where) if along[-1] else buffer[at]
+                    values.append(cast(value, chain_input.dtype))
+                at = loops.ravel(position, extents)
+                for buffer, value in zip(results, evaluate_chain(self.chain, values), strict=True):
+                    loops.store(buffer, at, cast(value, buffer.dtype), lanes, where)
 
-                work = product(extents) * (1 + len(self.chain.steps) // 4)
-                _nest(extents, work, lanes, vector)
+            work = product(extents) * (1 + len(self.chain.steps) // 4)
+            _nest(extents, work, lanes, vector)
         return builder.get()
 
 

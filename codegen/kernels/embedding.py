@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.packing import packed
 from tersor.ir.dims import Shape
@@ -46,18 +45,14 @@ class Embedding:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         lanes = target.lanes("float32")
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                ids, table = (
-                    arguments.declare(n, s) for n, s in zip(("ids", "table"), self.inputs(), strict=True)
-                )
-                out = arguments.declare("out", self.outputs()[0])
-                ids, table, out = loops.flat(ids), loops.flat(table), loops.flat(out)
-                rows = arguments.size(self.lead)
-                loops.rows(rows, rows * self.size, lambda row: self._row(row, ids, table, out, lanes))
+        with function(self.name()) as (builder, arguments):
+            ids, table = (
+                arguments.declare(n, s) for n, s in zip(("ids", "table"), self.inputs(), strict=True)
+            )
+            out = arguments.declare("out", self.outputs()[0])
+            ids, table, out = loops.flat(ids), loops.flat(table), loops.flat(out)
+            rows = arguments.size(self.lead)
+            loops.rows(rows, rows * self.size, lambda row: self._row(row, ids, table, out, lanes))
         return builder.get()
 
     def _row(self, row: Expr, ids: tirx.Buffer, table: tirx.Buffer, out: tirx.Buffer, lanes: int) -> None:

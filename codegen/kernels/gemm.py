@@ -17,11 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
 from tersor.codegen.kernels.inner_product import (
@@ -171,24 +170,20 @@ class _Builder:
     def function(self) -> tirx.PrimFunc:
         gemm = self.gemm
         names = [f"{value.kind}_{i}" for i, value in enumerate(gemm.chain.inputs[gemm.weights :])]
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(gemm.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                a, self.w, *others = (
-                    arguments.declare(name, spec)
-                    for name, spec in zip(["a", "w", *names], gemm.inputs(), strict=True)
-                )
-                outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(gemm.outputs())]
-                self.a = self.product.matrix(arguments.flatten(a))
-                self.others = [
-                    (value, arguments.flatten(buffer) if value.kind in ("full", "row") else buffer)
-                    for value, buffer in zip(gemm.chain.inputs[gemm.weights :], others, strict=True)
-                ]
-                self.outputs = [arguments.flatten(buffer) for buffer in outputs]
-                with self.product.body():
-                    self._schedule(arguments.size(gemm.lead))
+        with function(gemm.name()) as (builder, arguments):
+            a, self.w, *others = (
+                arguments.declare(name, spec)
+                for name, spec in zip(["a", "w", *names], gemm.inputs(), strict=True)
+            )
+            outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(gemm.outputs())]
+            self.a = self.product.matrix(arguments.flatten(a))
+            self.others = [
+                (value, arguments.flatten(buffer) if value.kind in ("full", "row") else buffer)
+                for value, buffer in zip(gemm.chain.inputs[gemm.weights :], others, strict=True)
+            ]
+            self.outputs = [arguments.flatten(buffer) for buffer in outputs]
+            with self.product.body():
+                self._schedule(arguments.size(gemm.lead))
         return builder.get()
 
     def _schedule(self, m: int | Expr) -> None:

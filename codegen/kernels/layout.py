@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
@@ -43,30 +42,26 @@ class _Mapped:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         (output,) = self.outputs()
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                sources = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
-                result = arguments.declare("out", output)
+        with function(self.name()) as (builder, arguments):
+            sources = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
+            result = arguments.declare("out", output)
 
-                def read(i: int, position: Position) -> Expr:
-                    return sources[i][tuple(position)]
+            def read(i: int, position: Position) -> Expr:
+                return sources[i][tuple(position)]
 
-                lead, extents = output.shape[:-1], arguments.extents(output.shape)
+            lead, extents = output.shape[:-1], arguments.extents(output.shape)
 
-                def row(index: Expr) -> None:
-                    # divisions stay out of the innermost loop: LLVM 22 vectorises guarded ones wrongly
-                    position = [math.bind(p) for p in loops.unravel(index, extents[:-1])]
-                    with T.serial(extents[-1] if extents else 1) as last:
-                        at = [*position, last][: len(extents)]
-                        T.buffer_store(result, self.element(read, at, arguments.number), at)
+            def row(index: Expr) -> None:
+                # divisions stay out of the innermost loop: LLVM 22 vectorises guarded ones wrongly
+                position = [math.bind(p) for p in loops.unravel(index, extents[:-1])]
+                with T.serial(extents[-1] if extents else 1) as last:
+                    at = [*position, last][: len(extents)]
+                    T.buffer_store(result, self.element(read, at, arguments.number), at)
 
-                if extents:
-                    loops.rows(product(extents[:-1]) if lead else 1, product(extents), row)
-                else:
-                    T.buffer_store(result, self.element(read, [], arguments.number), [])
+            if extents:
+                loops.rows(product(extents[:-1]) if lead else 1, product(extents), row)
+            else:
+                T.buffer_store(result, self.element(read, [], arguments.number), [])
         return builder.get()
 
 

@@ -9,11 +9,10 @@ from typing import ClassVar, Literal
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
 from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
@@ -73,17 +72,13 @@ class _Norm(ABC):
         return (*results, *((TensorSpec((*self.lead, self.size)),) if self.keep_input else ()))
 
     def build(self, target: Target) -> tirx.PrimFunc:
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
-                outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
-                inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
-                count = arguments.size(self.lead)
-                lanes = target.lanes("float32")
-                loops.rows(count, count * self.size, lambda row: self._row(row, inputs, outputs, lanes))
+        with function(self.name()) as (builder, arguments):
+            inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
+            outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
+            inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
+            count = arguments.size(self.lead)
+            lanes = target.lanes("float32")
+            loops.rows(count, count * self.size, lambda row: self._row(row, inputs, outputs, lanes))
         return builder.get()
 
     def _row(self, row: Expr, inputs: list, outputs: list, lanes: int) -> None:
@@ -208,20 +203,12 @@ class Reduce:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         lanes = target.lanes("float32")
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                source = arguments.declare("x", self.inputs()[0])
-                result = arguments.declare("out", self.outputs()[0])
-                source, result = loops.flat(source), loops.flat(result)
-                groups = loops.merge_dims(
-                    self.shape, [tuple(d not in self.dims for d in range(len(self.shape)))]
-                )
-                self._schedule(
-                    source, result, [(arguments.size(dims), kept) for dims, (kept,) in groups], lanes
-                )
+        with function(self.name()) as (builder, arguments):
+            source = arguments.declare("x", self.inputs()[0])
+            result = arguments.declare("out", self.outputs()[0])
+            source, result = loops.flat(source), loops.flat(result)
+            groups = loops.merge_dims(self.shape, [tuple(d not in self.dims for d in range(len(self.shape)))])
+            self._schedule(source, result, [(arguments.size(dims), kept) for dims, (kept,) in groups], lanes)
         return builder.get()
 
     def _schedule(self, source: tirx.Buffer, result: tirx.Buffer, groups: list, lanes: int) -> None:

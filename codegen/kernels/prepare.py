@@ -10,11 +10,10 @@ from typing import Literal
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.packing import OFFSET, Words
 from tersor.ir.dims import Shape, product
@@ -51,20 +50,16 @@ class Prepare:
         return (prepared(self.lead, self.k, self.words, self.dtype),)
 
     def build(self, target: Target) -> tirx.PrimFunc:
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                a = arguments.declare("a", self.inputs()[0])
-                out = arguments.declare("out", self.outputs()[0])
-                a, out = loops.flat(a), loops.flat(out)
-                if self.dtype == "bfloat16":  # TVM rewrites operations on it, mere moves included
-                    a, out = (T.decl_buffer(b.shape, "uint16", data=b.data) for b in (a, out))
-                rows = arguments.size(self.lead)
-                together = 1 if self.words.sums else 2
-                count = (rows + (together - 1)) // together
-                loops.rows(count, rows * self.k, lambda i: self._rows(i, together, rows, a, out))
+        with function(self.name()) as (builder, arguments):
+            a = arguments.declare("a", self.inputs()[0])
+            out = arguments.declare("out", self.outputs()[0])
+            a, out = loops.flat(a), loops.flat(out)
+            if self.dtype == "bfloat16":  # TVM rewrites operations on it, mere moves included
+                a, out = (T.decl_buffer(b.shape, "uint16", data=b.data) for b in (a, out))
+            rows = arguments.size(self.lead)
+            together = 1 if self.words.sums else 2
+            count = (rows + (together - 1)) // together
+            loops.rows(count, rows * self.k, lambda i: self._rows(i, together, rows, a, out))
         return builder.get()
 
     def _rows(self, index: Expr, together: int, rows: Expr | int, a: tirx.Buffer, out: tirx.Buffer) -> None:

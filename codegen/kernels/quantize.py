@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.ir.dims import Shape
@@ -57,27 +56,23 @@ class DynamicQuantize:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         lanes = target.lanes("float32")
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
-                outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
-                inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
+        with function(self.name()) as (builder, arguments):
+            inputs = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(self.inputs())]
+            outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
+            inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
 
-                def row(index: Expr) -> None:
-                    results = RowResults(self.size, lanes, outputs, index, quantized=True)
+            def row(index: Expr) -> None:
+                results = RowResults(self.size, lanes, outputs, index, quantized=True)
 
-                    def vector(offset: loops.Extent, where: Expr | None) -> None:
-                        values = operands(self.chain.inputs, inputs, index, self.size, offset, lanes, where)
-                        results.put(offset, math.evaluate_chain(self.chain, values), where)
+                def vector(offset: loops.Extent, where: Expr | None) -> None:
+                    values = operands(self.chain.inputs, inputs, index, self.size, offset, lanes, where)
+                    results.put(offset, math.evaluate_chain(self.chain, values), where)
 
-                    loops.vectors(self.size, lanes, vector)
-                    results.finish()
+                loops.vectors(self.size, lanes, vector)
+                results.finish()
 
-                rows = arguments.size(self.lead)
-                loops.rows(rows, rows * self.size * 2, row)
+            rows = arguments.size(self.lead)
+            loops.rows(rows, rows * self.size * 2, row)
         return builder.get()
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
@@ -164,54 +163,46 @@ class Scatter:
             "none": lambda old, new: new, "add": lambda old, new: old + new, "mul": lambda old, new: old * new,
             "amax": math.maximum, "amin": math.minimum,
         }[self.reduce]  # fmt: skip
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                x, index, source = (arguments.declare(f"in_{i}", s) for i, s in enumerate(self.inputs()))
-                out = arguments.declare("out", self.outputs()[0])
-                x, index, source, out = (loops.flat(b) for b in (x, index, source, out))
-                whole, part = arguments.extents(self.shape), arguments.extents(self.index)
-                size, count = whole[self.dim], part[self.dim]
+        with function(self.name()) as (builder, arguments):
+            x, index, source = (arguments.declare(f"in_{i}", s) for i, s in enumerate(self.inputs()))
+            out = arguments.declare("out", self.outputs()[0])
+            x, index, source, out = (loops.flat(b) for b in (x, index, source, out))
+            whole, part = arguments.extents(self.shape), arguments.extents(self.index)
+            size, count = whole[self.dim], part[self.dim]
 
-                def copy(at: Expr) -> None:
-                    T.buffer_store(out, x[at], [at])
+            def copy(at: Expr) -> None:
+                T.buffer_store(out, x[at], [at])
 
-                def line(number: Expr) -> None:
-                    others = [*part[: self.dim], *part[self.dim + 1 :]]
-                    place = [math.bind(p) for p in loops.unravel(number, others)] if others else []
-                    before, after = place[: self.dim], place[self.dim :]
-                    with T.serial(count) as i:
-                        at = loops.ravel([*before, i, *after], part)
-                        target_row = math.bind(index[at])
-                        with T.If(tirx.And(target_row >= 0, target_row < size)):
-                            with T.Then():
-                                to = math.bind(loops.ravel([*before, target_row, *after], whole))
-                                T.buffer_store(out, fold(out[to], source[at]), [to])
+            def line(number: Expr) -> None:
+                others = [*part[: self.dim], *part[self.dim + 1 :]]
+                place = [math.bind(p) for p in loops.unravel(number, others)] if others else []
+                before, after = place[: self.dim], place[self.dim :]
+                with T.serial(count) as i:
+                    at = loops.ravel([*before, i, *after], part)
+                    target_row = math.bind(index[at])
+                    with T.If(tirx.And(target_row >= 0, target_row < size)):
+                        with T.Then():
+                            to = math.bind(loops.ravel([*before, target_row, *after], whole))
+                            T.buffer_store(out, fold(out[to], source[at]), [to])
 
-                loops.rows(product(whole), product(whole), copy)
-                loops.rows(product([*part[: self.dim], *part[self.dim + 1 :]]), product(part), line)
+            loops.rows(product(whole), product(whole), copy)
+            loops.rows(product([*part[: self.dim], *part[self.dim + 1 :]]), product(part), line)
         return builder.get()
 
 
 def _build(kernel: CumSum | ArgMax | ArgSort, line: Callable[..., None]) -> tirx.PrimFunc:
     """``line(x, out, start, stride, count, index)`` for every line along the dimension; ``index`` numbers the lines."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(kernel.name())
-            T.func_attr({"tirx.noalias": True})
-            arguments = Arguments()
-            x = arguments.declare("x", kernel.inputs()[0])
-            out = arguments.declare("out", kernel.outputs()[0])
-            x, out = loops.flat(x), loops.flat(out)
-            extents = arguments.extents(kernel.shape)
-            inner, count = product(extents[kernel.dim + 1 :]), extents[kernel.dim]
-            outer = product(extents[: kernel.dim])
+    with function(kernel.name()) as (builder, arguments):
+        x = arguments.declare("x", kernel.inputs()[0])
+        out = arguments.declare("out", kernel.outputs()[0])
+        x, out = loops.flat(x), loops.flat(out)
+        extents = arguments.extents(kernel.shape)
+        inner, count = product(extents[kernel.dim + 1 :]), extents[kernel.dim]
+        outer = product(extents[: kernel.dim])
 
-            def row(index: Expr) -> None:
-                before, after = loops.unravel(index, [outer, inner])
-                line(x, out, math.bind(before * count * inner + after), inner, count, index)
+        def row(index: Expr) -> None:
+            before, after = loops.unravel(index, [outer, inner])
+            line(x, out, math.bind(before * count * inner + after), inner, count, index)
 
-            loops.rows(outer * inner, product(extents), row)
+        loops.rows(outer * inner, product(extents), row)
     return builder.get()

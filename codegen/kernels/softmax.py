@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.ir.dims import Shape
 from tersor.targets import Target
@@ -38,18 +37,14 @@ class Softmax:
 
     def build(self, target: Target) -> tirx.PrimFunc:
         lanes = target.lanes("float32")
-        with IRBuilder() as builder:
-            with T.prim_func(s_tir=True):
-                T.func_name(self.name())
-                T.func_attr({"tirx.noalias": True})
-                arguments = Arguments()
-                x, out = (
-                    arguments.declare("x", TensorSpec(self.shape)),
-                    arguments.declare("out", TensorSpec(self.shape)),
-                )
-                x, out = loops.flat(x), loops.flat(out)
-                rows, size = arguments.size(self.shape[:-1]), arguments.size(self.shape[-1:])
-                loops.rows(rows, rows * size * 4, lambda row: self._row(row * size, size, x, out, lanes))
+        with function(self.name()) as (builder, arguments):
+            x, out = (
+                arguments.declare("x", TensorSpec(self.shape)),
+                arguments.declare("out", TensorSpec(self.shape)),
+            )
+            x, out = loops.flat(x), loops.flat(out)
+            rows, size = arguments.size(self.shape[:-1]), arguments.size(self.shape[-1:])
+            loops.rows(rows, rows * size * 4, lambda row: self._row(row * size, size, x, out, lanes))
         return builder.get()
 
     def _row(self, start: Expr, size: loops.Extent, x: tirx.Buffer, out: tirx.Buffer, lanes: int) -> None:

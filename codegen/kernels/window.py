@@ -12,11 +12,10 @@ from typing import Literal
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.arguments import Arguments
+from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
@@ -121,51 +120,43 @@ def _build(
 ) -> tirx.PrimFunc:
     """``fold(total, value, tap, channel, extra)`` over every window's taps, from ``initial`` or the bias."""
     lanes, window = target.lanes("float32"), kernel.window
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(kernel.name())
-            T.func_attr({"tirx.noalias": True})
-            arguments = Arguments()
-            x, *extra = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(kernel.inputs())]
-            out = arguments.declare("out", kernel.outputs()[0])
-            x, extra, out = loops.flat(x), [loops.flat(e) for e in extra], loops.flat(out)
-            (_, sources, height, width), shape = (
-                arguments.extents(kernel.shape),
-                arguments.extents(kernel.outputs()[0].shape),
-            )
-            batch, channels, rows, columns = shape
-            each = channels // sources
-            last = product((batch, sources, height, width)) - 1
+    with function(kernel.name()) as (builder, arguments):
+        x, *extra = [arguments.declare(f"in_{i}", spec) for i, spec in enumerate(kernel.inputs())]
+        out = arguments.declare("out", kernel.outputs()[0])
+        x, extra, out = loops.flat(x), [loops.flat(e) for e in extra], loops.flat(out)
+        (_, sources, height, width), shape = (
+            arguments.extents(kernel.shape),
+            arguments.extents(kernel.outputs()[0].shape),
+        )
+        batch, channels, rows, columns = shape
+        each = channels // sources
+        last = product((batch, sources, height, width)) - 1
 
-            def row(index: Expr) -> None:
-                at_batch, channel, line = (
-                    math.bind(p) for p in loops.unravel(index, [batch, channels, rows])
-                )
-                source = channel if each == 1 else tirx.floordiv(channel, each)
-                start = math.bind(((at_batch * sources + source) * height + line * window.stride[0]) * width)
+        def row(index: Expr) -> None:
+            at_batch, channel, line = (math.bind(p) for p in loops.unravel(index, [batch, channels, rows]))
+            source = channel if each == 1 else tirx.floordiv(channel, each)
+            start = math.bind(((at_batch * sources + source) * height + line * window.stride[0]) * width)
 
-                def vector(offset: Expr, where: Expr | None) -> None:
-                    total = T.alloc_buffer((lanes,), "float32", scope="global")
-                    everything = T.ramp(0, 1, lanes)
-                    first = math.broadcast(extra[1][channel], lanes) if initial is None else initial
-                    T.buffer_store(total, first, [everything])
-                    with T.serial(window.kernel[0]) as i:
-                        below = math.bind(
-                            start + i * (window.dilation[0] * width) + offset * window.stride[1]
-                        )
-                        with T.serial(window.kernel[1]) as j:
-                            place = below + j * window.dilation[1]
-                            value = _taps(x, place, window.stride[1], lanes, where, last)
-                            tap = i * window.kernel[1] + j
-                            folded = fold(total[everything], value, tap, channel, extra)
-                            T.buffer_store(total, folded, [everything])
-                    result = finish(total[everything], (line, offset), (height, width))
-                    loops.store(out, index * columns + offset, result, lanes, where)
+            def vector(offset: Expr, where: Expr | None) -> None:
+                total = T.alloc_buffer((lanes,), "float32", scope="global")
+                everything = T.ramp(0, 1, lanes)
+                first = math.broadcast(extra[1][channel], lanes) if initial is None else initial
+                T.buffer_store(total, first, [everything])
+                with T.serial(window.kernel[0]) as i:
+                    below = math.bind(start + i * (window.dilation[0] * width) + offset * window.stride[1])
+                    with T.serial(window.kernel[1]) as j:
+                        place = below + j * window.dilation[1]
+                        value = _taps(x, place, window.stride[1], lanes, where, last)
+                        tap = i * window.kernel[1] + j
+                        folded = fold(total[everything], value, tap, channel, extra)
+                        T.buffer_store(total, folded, [everything])
+                result = finish(total[everything], (line, offset), (height, width))
+                loops.store(out, index * columns + offset, result, lanes, where)
 
-                loops.vectors(columns, lanes, vector)
+            loops.vectors(columns, lanes, vector)
 
-            work = product(shape) * product(window.kernel)
-            loops.rows(batch * channels * rows, work, row)
+        work = product(shape) * product(window.kernel)
+        loops.rows(batch * channels * rows, work, row)
     return builder.get()
 
 

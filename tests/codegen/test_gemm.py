@@ -111,8 +111,8 @@ def test_epilogue_with_every_kind_of_input(m, n, target):
     first, second = run_kernel(kernel, [a, pack([w], kernel.panel), column, row, full, scalar], target)
     gelu = torch.nn.functional.gelu(torch.from_numpy(product(a, w) + column).double()).numpy()
     expected = gelu * row + full * scalar
-    np.testing.assert_allclose(first, expected, atol=1e-4)
-    np.testing.assert_allclose(second, expected**2, atol=1e-3)
+    np.testing.assert_allclose(first, expected, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(second, expected**2, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [48, 50])
