@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,10 @@ from tersor.targets import Target
 
 _PIPELINE = "tersor_plain"
 
+_DEBUG_INFORMATION = re.compile(r"^\s+#dbg_.*\n|^!llvm\.dbg\.cu = .*\n|,? !dbg !\d+", re.MULTILINE)
+"""In LLVM's assembly, what describes TIR's variables to debuggers: TVM always makes it, and it would be two thirds of
+an object file."""
+
 
 def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
     """An object file (ELF, Mach-O or COFF, as the target's system has it) with all functions of the kernels.
@@ -29,8 +34,9 @@ def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
     try:
         module = tirx.build(tvm.IRModule(functions), llvm_target(target), pipeline=_PIPELINE)
         with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
-            file = Path(folder, "kernels.o")
-            module.write_to_file(str(file), "o")
+            text, file = Path(folder, "kernels.ll"), Path(folder, "kernels.o")
+            text.write_text(_own(module.inspect_source("ll")), encoding="utf-8")
+            tvm.runtime.load_module(str(text)).write_to_file(str(file), "o")
             return file.read_bytes()
     except Exception as error:  # TVM raises builtin exceptions of every kind
         raise CompileError(
@@ -38,6 +44,11 @@ def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
             why=str(error).strip().splitlines()[-1],
             fix="report it with the program (tersor inspect)",
         ) from error
+
+
+def _own(assembly: str) -> str:
+    """LLVM's assembly of functions that no debugger is told of, and that a shared library keeps to itself."""
+    return _DEBUG_INFORMATION.sub("", assembly).replace("\ndefine dllexport ", "\ndefine hidden ")
 
 
 def _pipeline():

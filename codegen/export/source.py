@@ -119,7 +119,7 @@ typedef struct tersor_{symbol}_arguments {{
 }} tersor_{symbol}_arguments;
 
 /* Runs the function {function.plan.name} of the model.{kept} */
-int tersor_{symbol}(tersor_session *session, const tersor_{symbol}_arguments *arguments);
+TERSOR_API int tersor_{symbol}(tersor_session *session, const tersor_{symbol}_arguments *arguments);
 """
 
 

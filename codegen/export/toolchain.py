@@ -27,7 +27,7 @@ _GLIBC = ".2.28"
 _ANDROID_API = 24
 """Android 7; older phones have no 64-bit ARM code to lose."""
 
-_C = ("-std=c99", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wpedantic")
+_C = ("-std=c99", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ class Toolchain:
     ) -> None:
         """C files, object files and libraries to a program, or a shared library; without debug information.
 
-        static: a program that needs nothing, the C library included.
+        static: a program that needs nothing, the C library included. Beside a DLL lies what programs are linked
+        with to load it: ``libNAME.dll.a``.
         """
         flags = ["-shared"] * shared + ["-static"] * static + ["-s"] * (self.system != "macos")
+        if shared and self.system == "windows":
+            flags.append(f"-Wl,--out-implib,{output.with_name(f'lib{output.stem}.dll.a')}")
         libraries = [] if self.system == "windows" else ["-lm", "-lpthread"]
         files = map(str, inputs)
         self._run(

@@ -174,13 +174,19 @@ def _build(folder: Path, name: str, tools: Toolchain) -> None:
     """The static library and the shared one."""
     sources = folder / "src"
     with tempfile.TemporaryDirectory(prefix="tersor-") as scratch:
-        objects = [sources / KERNELS]
-        for file in _COMPILED:
-            objects.append(Path(scratch, file).with_suffix(".o"))
-            tools.compile(sources / file, objects[-1], [f"-I{folder}"])
-        tools.archive(objects, folder / f"lib{name}.a")
+
+        def objects(*options: str) -> list[Path]:
+            compiled = [Path(scratch, file).with_suffix(".o") for file in _COMPILED]
+            for file, made in zip(_COMPILED, compiled, strict=True):
+                tools.compile(sources / file, made, [f"-I{folder}", *options])
+            return [sources / KERNELS, *compiled]
+
+        own = objects()
+        tools.archive(own, folder / f"lib{name}.a")
         library = _LIBRARIES.get(tools.system, "lib{}.so").format(name)
-        tools.link(objects, folder / library, shared=True)
+        if tools.system == "windows":  # only what is linked to a DLL may say that it is exported
+            own = objects(f"-D{name.upper()}_DLL")
+        tools.link(own, folder / library, shared=True)
 
 
 def _signature(

@@ -18,6 +18,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(_WIN32) && defined(TERSOR_DLL) /* while the DLL is built */
+#define TERSOR_API __declspec(dllexport)
+#elif defined(__GNUC__) && !defined(_WIN32)
+#define TERSOR_API __attribute__((visibility("default")))
+#else
+#define TERSOR_API
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -41,7 +49,7 @@ enum {
 };
 
 /* What a status means, in English. */
-const char *tersor_message(int status);
+TERSOR_API const char *tersor_message(int status);
 
 /* The weights; its members are nobody's business. */
 typedef struct tersor_model {
@@ -51,16 +59,16 @@ typedef struct tersor_model {
 } tersor_model;
 
 /* Maps the file of weights into memory; its size and its header are checked. */
-int tersor_model_open(tersor_model *model, const char *path);
+TERSOR_API int tersor_model_open(tersor_model *model, const char *path);
 
 /* Takes the contents of that file from memory, at a multiple of 64 bytes, which must stay: weights linked in. */
-int tersor_model_use(tersor_model *model, const void *weights, size_t bytes);
+TERSOR_API int tersor_model_use(tersor_model *model, const void *weights, size_t bytes);
 
 /* Reads all weights and compares their checksum. */
-int tersor_model_check(const tersor_model *model);
+TERSOR_API int tersor_model_check(const tersor_model *model);
 
 /* No session of the model may be left. */
-void tersor_model_close(tersor_model *model);
+TERSOR_API void tersor_model_close(tersor_model *model);
 
 typedef struct tersor_session tersor_session;
 
@@ -73,16 +81,16 @@ typedef struct tersor_options {
 } tersor_options;
 
 /* Memory that a session takes; 0 for a number of threads that cannot be. */
-size_t tersor_session_bytes(int threads);
+TERSOR_API size_t tersor_session_bytes(int threads);
 
 /* Starts a session: all states are zeros. Everything that is ever allocated is allocated here. */
-int tersor_session_create(tersor_session **session, const tersor_model *model, const tersor_options *options);
+TERSOR_API int tersor_session_create(tersor_session **session, const tersor_model *model, const tersor_options *options);
 
 /* All states are zeros again. */
-int tersor_session_reset(tersor_session *session);
+TERSOR_API int tersor_session_reset(tersor_session *session);
 
 /* Ends its threads and frees what was allocated. */
-void tersor_session_destroy(tersor_session *session);
+TERSOR_API void tersor_session_destroy(tersor_session *session);
 @functions@
 #ifdef __cplusplus
 }

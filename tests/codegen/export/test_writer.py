@@ -262,6 +262,31 @@ def test_nothing_but_libc_libm_and_threads_is_needed(folder):
     assert not unknown
 
 
+INTERFACE = {f"model_{name}" for name in ("main", "message", "session_bytes")}
+INTERFACE |= {f"model_model_{name}" for name in ("open", "use", "check", "close")}
+INTERFACE |= {f"model_session_{name}" for name in ("create", "reset", "destroy")}
+
+
+@gcc
+def test_a_shared_library_shows_its_interface_only_and_nothing_to_debuggers(folder):
+    listed = subprocess.run(
+        ["nm", "-D", "--defined-only", folder / "libmodel.so"], capture_output=True, text=True, check=True
+    )
+    symbols = {line.split()[-1] for line in listed.stdout.splitlines()}
+    assert {s for s in symbols if s.startswith("model_")} == INTERFACE
+    assert b".debug" not in (folder / "src/kernels.o").read_bytes()
+
+
+def test_a_dll_shows_its_interface_and_leaves_no_other_files(tmp_path):
+    pytest.importorskip("ziglang", reason="needs ziglang, which links for Windows: pip install ziglang")
+    out = export(small_models.bert(1), tmp_path / "out", "x86-64-v3:windows")
+    library = (out / "model.dll").read_bytes()
+    assert all(f"{name}\0".encode() in library for name in INTERFACE) and b"model_k_" not in library
+    libraries = {"libmodel.a", "libmodel.dll.a", "model.dll"}
+    texts = {"CMakeLists.txt", "README.md", "main.c", "model.h", "model.py", "signature.json"}
+    assert {p.name for p in out.iterdir()} == libraries | texts | {"src", "weights.bin"}
+
+
 @gcc
 def test_the_sources_have_no_warnings_and_build_with_cmake(folder, tmp_path):
     strict = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-I{folder}", f"-I{folder / 'src'}"]
