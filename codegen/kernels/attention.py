@@ -18,6 +18,7 @@ from tersor.codegen.kernels import bf16, loops, math
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
+from tersor.codegen.kernels.evaluate import evaluate_chain
 from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
 from tersor.codegen.kernels.register_tile import RegisterTile
@@ -138,7 +139,7 @@ class _Builder:
     """Emits one kernel; the attributes are what every part of it refers to."""
 
     def __init__(self, attention: Attention, target: Target):
-        self.spec = attention
+        self.spec, self.target = attention, target
         narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
         self.product = inner_product("bfloat16" if narrow else "float32", target)
         self.narrow, self.word = narrow, "int32" if narrow else "float32"
@@ -479,7 +480,7 @@ class _Builder:
                 where = None if left >= lanes else loops.mask(left, lanes)
                 offset = head * spec.value_dim + column
                 values = operands(spec.epilogue.inputs[1:], self.others, row, size, offset, lanes, where)
-                results = math.evaluate_chain(spec.epilogue, [sums.vector(r, n) * inverse, *values])
+                results = evaluate_chain(spec.epilogue, [sums.vector(r, n) * inverse, *values], self.target)
                 for buffer, result in zip(self.outputs, results, strict=True):
                     loops.store(buffer, row * size + offset, math.cast(result, buffer.dtype), lanes, where)
 

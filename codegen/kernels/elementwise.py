@@ -12,7 +12,8 @@ from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain
-from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
+from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
+from tersor.codegen.kernels.math import cast
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
 
@@ -66,7 +67,7 @@ class Elementwise:
                     value = loops.load(buffer, at, lanes, where) if along[-1] else buffer[at]
                     values.append(cast(value, chain_input.dtype))
                 at = loops.ravel(position, extents)
-                for buffer, value in zip(results, evaluate_chain(self.chain, values), strict=True):
+                for buffer, value in zip(results, evaluate_chain(self.chain, values, target), strict=True):
                     loops.store(buffer, at, cast(value, buffer.dtype), lanes, where)
 
             work = product(extents) * (1 + len(self.chain.steps) // 4)

@@ -23,6 +23,7 @@ from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
+from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
 from tersor.codegen.kernels.inner_product import (
     ACCUMULATORS,
     WEIGHTS,
@@ -30,7 +31,7 @@ from tersor.codegen.kernels.inner_product import (
     inner_product,
     stored_words,
 )
-from tersor.codegen.kernels.math import cast, evaluate_chain, output_dtypes
+from tersor.codegen.kernels.math import cast
 from tersor.codegen.kernels.prepare import prepared
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.packing import Words, packed
@@ -143,7 +144,7 @@ class Gemm:
         if self.words != stored_words(self.dtype, target):
             raise ValueError(f"weights for {target.name} are packed as {product.words}, not {self.words}")
         tile = tile or recorded_tile(self, target) or choose(target, self.panels, product)
-        return _Builder(self, product, tile).function()
+        return _Builder(self, product, tile, target).function()
 
 
 class _Rows(NamedTuple):
@@ -156,8 +157,8 @@ class _Rows(NamedTuple):
 class _Builder:
     """Emits one kernel; the attributes are what every part of it refers to."""
 
-    def __init__(self, gemm: Gemm, product: InnerProduct, tile: GemmTile):
-        self.gemm, self.product, self.tile = gemm, product, tile
+    def __init__(self, gemm: Gemm, product: InnerProduct, tile: GemmTile, target: Target):
+        self.gemm, self.product, self.tile, self.target = gemm, product, tile, target
         self.lanes = product.lanes
         self.vectors = gemm.panel // product.lanes
         self.panels = gemm.panels
@@ -355,7 +356,8 @@ class _Builder:
                 row = rows.at(r)
                 values = [buffer[r, lanes] for buffer in accumulators]
                 values += [self._input(value, buffer, row, columns, mask) for value, buffer in self.others]
-                for output, result in zip(self.outputs, evaluate_chain(self.gemm.chain, values), strict=True):
+                results = evaluate_chain(self.gemm.chain, values, self.target)
+                for output, result in zip(self.outputs, results, strict=True):
                     loops.store_at(output, [row, columns], cast(result, output.dtype), mask)
 
     def _input(

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels.chain import CODES, Chain, Const
+from tersor.codegen.kernels.chain import CODES, Const
 
 LONG_POLYNOMIAL = 7
 """Coefficients from which a polynomial is evaluated in two halves at once."""
@@ -59,58 +59,16 @@ SIN = (-0.16666659712791443, 0.00833306647837162, -0.00019809589139185846, 2.605
 PI_PARTS = (3.140625, 0.0009675025939941406, 1.5099580252808664e-07)
 """Their sum is pi to 3.4e-15; the first two have so few bits that multiples up to 2**12 are exact in f32."""
 
-Operand = Expr | Const
-
-
-def evaluate_chain(chain: Chain, values: list[Expr]) -> list[Expr]:
-    """The chain's outputs for the given values of its inputs (scalars, or vectors with one number of lanes).
-
-    Scalars beside vectors are broadcast. Every step is bound to a register of the PrimFunc under construction.
-    """
-    lanes = max((lanes_of(value) for value in values), default=1)
-    known = [bind(broadcast(value, lanes)) for value in values]
-    for step in chain.steps:
-        operands = [a if isinstance(a, Const) else known[a] for a in step.args]
-        if step.op == "cast":
-            result = cast(_materialize(operands[0], "float32", lanes), step.dtype or "float32")
-        elif step.op == "saturate":
-            result = saturate(cast(_materialize(operands[0], "float32", lanes), "float32"), step.dtype)
-        elif step.op == "pow":
-            result = power(_materialize(operands[0], "float32", lanes), operands[1])
-        else:
-            result = FUNCTIONS[step.op](*_promote(operands, lanes))
-        known.append(bind(result))
-    return [known[index] for index in chain.outputs]
-
-
-def output_dtypes(chain: Chain) -> tuple[str, ...]:
-    """The dtypes of the chain's outputs."""
-    known = [value.dtype for value in chain.inputs]
-    for step in chain.steps:
-        operands = [a if isinstance(a, Const) else known[a] for a in step.args]
-        if step.op in ("cast", "saturate"):
-            known.append(step.dtype or "float32")
-        elif step.op in ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"):
-            known.append("bool")
-        elif step.op in ("add", "sub", "mul", "max", "min", "neg", "abs", "square", "floor", "round", "relu",
-                         "where"):  # fmt: skip
-            known.append(_common_dtype(operands[1:] if step.op == "where" else operands))
-        elif step.op == "pow" and isinstance(step.args[1], Const) and float(step.args[1].value).is_integer():
-            known.append(_common_dtype(operands[:1]))
-        else:
-            known.append("float32")
-    return tuple(known[index] for index in chain.outputs)
-
 
 def bind(value: Expr | int) -> Expr | int:
     """A register that holds the value, so that it is computed once; variables and constants are returned as they are.
 
     It is a local buffer, not a let: TVM's simplifier looks through lets, at a cost exponential in their depth.
     """
-    if isinstance(value, int | tirx.Var) or _is_constant(value) or _element(value) == "bool":
+    if isinstance(value, int | tirx.Var) or _is_constant(value) or element_of(value) == "bool":
         return value  # comparisons cost less than keeping them, and TVM cannot lower every store of bools
     lanes = lanes_of(value)
-    register = T.alloc_buffer((lanes,), _element(value), scope="global")
+    register = T.alloc_buffer((lanes,), element_of(value), scope="global")
     at = T.ramp(0, 1, lanes) if lanes > 1 else 0
     T.buffer_store(register, value, [at])
     return register[at]
@@ -227,7 +185,7 @@ def gelu_sigmoid(x: Expr) -> Expr:
 
 def horizontal(operation: Callable[[Expr, Expr], Expr], x: Expr) -> Expr:
     """One value from all lanes of a vector, by halving it (LLVM's own ordered sum is sequential)."""
-    lanes, element = lanes_of(x), _element(x)
+    lanes, element = lanes_of(x), element_of(x)
     x = bind(x)
     while lanes > 2:
         lanes //= 2
@@ -265,16 +223,16 @@ def minimum(a: Expr, b: Expr) -> Expr:
     return tirx.Select(a < b, a, _unordered(b <= a, a, b))
 
 
-def power(x: Expr, exponent: Operand) -> Expr:
+def power(x: Expr, exponent: Expr | Const) -> Expr:
     """x**exponent. Small integers multiply, 1/2 and -1/2 take roots, other constants are e**(exponent log x),
     with a relative error of 3e-7 (1 + |exponent log x|) and NaN for x < 0."""
     x = bind(x)
     if not isinstance(exponent, Const):
-        if not _is_float(x):
+        if not is_float(x):
             raise ValueError("pow of integers needs a constant exponent")
         return exp(cast(exponent, "float32") * log(x))
     e = exponent.value
-    if float(e).is_integer() and abs(e) <= 32 and (e >= 0 or _is_float(x)):
+    if float(e).is_integer() and abs(e) <= 32 and (e >= 0 or is_float(x)):
         result, factor, bits = constant(1, x), x, abs(int(e))
         while bits:
             if bits & 1:
@@ -295,18 +253,18 @@ def divide(a: Expr, b: Expr) -> Expr:
 def absolute(x: Expr) -> Expr:
     """|x|."""
     x = bind(x)
-    return tirx.abs(x) if _is_float(x) else tirx.Select(x < constant(0, x), constant(0, x) - x, x)
+    return tirx.abs(x) if is_float(x) else tirx.Select(x < constant(0, x), constant(0, x) - x, x)
 
 
 def floor(x: Expr) -> Expr:
     """The largest integer not above x, in the dtype of x."""
-    return tirx.floor(x) if _is_float(x) else x
+    return tirx.floor(x) if is_float(x) else x
 
 
 def round_even(x: Expr) -> Expr:
     """The nearest integer, the even one of two that are equally near, in the dtype of x."""
     # TVM's own nearbyint calls libm for every lane; of LLVM's only this one is in every libm, which ARMv7 needs
-    return T.call_llvm_pure_intrin(x.ty.dtype, "llvm.nearbyint", x) if _is_float(x) else x
+    return T.call_llvm_pure_intrin(x.ty.dtype, "llvm.nearbyint", x) if is_float(x) else x
 
 
 def saturate(x: Expr, dtype: str) -> Expr:
@@ -324,13 +282,13 @@ def where(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 def cast(x: Expr, dtype: str) -> Expr:
     """The value in another dtype: integers get floats cut towards zero, bf16 the nearest; a bool is ``x != 0``."""
-    if _element(x) == dtype:
+    if element_of(x) == dtype:
         return x
     if dtype == "bool":
         return tirx.NE(x, constant(0, x))
     if dtype == "bfloat16":
         return tirx.Cast(_dtype(dtype, x), _round_to_bf16(cast(x, "float32")))
-    if dtype in CODES and _is_float(x):
+    if dtype in CODES and is_float(x):
         x = tirx.Cast(_dtype("int32", x), x)  # LLVM has no good conversion from f32 to bytes
     return tirx.Cast(_dtype(dtype, x), x)
 
@@ -343,60 +301,6 @@ def _round_to_bf16(x: Expr) -> Expr:
     odd = tirx.bitwise_and(tirx.shift_right(bits, constant(16, bits)), constant(1, bits))
     rounded = tirx.Select(tirx.EQ(x, x), bits + odd + 0x7FFF, tirx.bitwise_or(bits, constant(0x400000, bits)))
     return tirx.reinterpret(x.ty.dtype, bind(tirx.bitwise_and(rounded, constant(-0x10000, bits))))
-
-
-def _logical(operation: Callable[..., Expr]) -> Callable[..., Expr]:
-    return lambda *operands: operation(*(cast(o, "bool") for o in operands))
-
-
-def _comparison(operation: Callable[..., Expr]) -> Callable[..., Expr]:
-    # LLVM has no ordered comparison of bools
-    return lambda *operands: operation(*(cast(o, "int32") if _element(o) == "bool" else o for o in operands))
-
-
-def _integer_or_float(float_function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr]:
-    return lambda x: float_function(cast(x, "float32"))
-
-
-FUNCTIONS: dict[str, Callable[..., Expr]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": divide,
-    "max": maximum,
-    "min": minimum,
-    "neg": lambda x: constant(0, x) - x if not _is_float(x) else x * -1.0,
-    "abs": absolute,
-    "square": lambda x: (lambda v: v * v)(bind(x)),
-    "floor": floor,
-    "round": round_even,
-    "relu": relu,
-    "where": where,
-    "eq": _comparison(tirx.EQ),
-    "ne": _comparison(tirx.NE),
-    "lt": _comparison(tirx.LT),
-    "le": _comparison(tirx.LE),
-    "gt": _comparison(tirx.GT),
-    "ge": _comparison(tirx.GE),
-    "logical_and": _logical(tirx.And),
-    "logical_or": _logical(tirx.Or),
-    "logical_not": _logical(tirx.Not),
-    "sqrt": _integer_or_float(tirx.sqrt),
-    "rsqrt": _integer_or_float(lambda x: 1.0 / tirx.sqrt(x)),
-    "reciprocal": _integer_or_float(lambda x: 1.0 / x),
-    "exp": _integer_or_float(exp),
-    "log": _integer_or_float(log),
-    "sin": _integer_or_float(sin),
-    "cos": _integer_or_float(cos),
-    "tanh": _integer_or_float(tanh),
-    "erf": _integer_or_float(erf),
-    "sigmoid": _integer_or_float(sigmoid),
-    "gelu_erf": _integer_or_float(gelu_erf),
-    "gelu_tanh": _integer_or_float(gelu_tanh),
-    "gelu_sigmoid": _integer_or_float(gelu_sigmoid),
-    "silu": _integer_or_float(silu),
-}
-"""Every op of ``chain.OPS`` but ``cast``, ``saturate`` and ``pow``, which need more than values."""
 
 
 def _exp_of_parts(x: Expr, shifted: Expr) -> Expr:
@@ -437,37 +341,9 @@ def _horner(coefficients: tuple[float, ...], x: Expr) -> Expr:
 
 def _unordered(either: Expr, a: Expr, b: Expr) -> Expr:
     """``b``, or NaN where ``either`` is false because one of a and b is NaN (an integer never is)."""
-    if not _is_float(a):
+    if not is_float(a):
         return b
     return tirx.Select(either, b, a + b)
-
-
-def _promote(operands: list[Operand], lanes: int) -> list[Expr]:
-    """Operands of one step in their common dtype; the condition of a ``where`` keeps its own."""
-    condition = operands[:1] if len(operands) == 3 else []
-    rest = operands[len(condition) :]
-    dtype = _common_dtype([o if isinstance(o, Const) else _element(o) for o in rest])
-    return [_materialize(o, "bool", lanes) for o in condition] + [
-        cast(_materialize(o, dtype, lanes), dtype) for o in rest
-    ]
-
-
-def _common_dtype(operands: list[str | Const]) -> str:
-    """f32 (for bf16 too) before integers (the wider first) before bool; a constant counts by its Python type, but never
-    widens."""
-    dtypes = {o for o in operands if isinstance(o, str)}
-    constants = {type(o.value) for o in operands if isinstance(o, Const)}
-    if any("float" in dtype for dtype in dtypes) or float in constants:
-        return "float32"
-    if dtypes - {"bool"}:
-        return max(dtypes - {"bool"}, key=lambda name: int(name.lstrip("uint")))
-    return "int64" if int in constants else "bool"
-
-
-def _materialize(operand: Operand, dtype: str, lanes: int) -> Expr:
-    if isinstance(operand, Const):
-        return tirx.const(operand.value, dtype if lanes == 1 else f"{dtype}x{lanes}")
-    return operand
 
 
 def _is_constant(x: Expr) -> bool:
@@ -485,12 +361,14 @@ def lanes_of(x: Expr) -> int:
     return x.ty.dtype.lanes
 
 
-def _element(x: Expr) -> str:
+def element_of(x: Expr) -> str:
+    """The dtype of a lane."""
     return str(x.ty.dtype).partition("x")[0]
 
 
-def _is_float(x: Expr) -> bool:
-    return _element(x).startswith("float")
+def is_float(x: Expr) -> bool:
+    """Whether the lanes are floats."""
+    return element_of(x).startswith("float")
 
 
 def _dtype(element: str, like: Expr) -> str:

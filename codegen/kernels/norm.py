@@ -15,6 +15,7 @@ from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
+from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
 from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
@@ -45,12 +46,12 @@ class _Norm(ABC):
     label: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if len(self.chain.outputs) != 1 or math.output_dtypes(self.chain) != ("float32",):
+        if len(self.chain.outputs) != 1 or output_dtypes(self.chain) != ("float32",):
             raise ValueError("the input chain of a norm has one f32 output")
         kinds = [value.kind for value in self.epilogue.inputs]
         if kinds[:1] != ["accumulator"] or kinds.count("accumulator") > 1:
             raise ValueError(f"the epilogue of a norm starts from one accumulator: {kinds}")
-        if self.quantized and math.output_dtypes(self.epilogue)[:1] != ("float32",):
+        if self.quantized and output_dtypes(self.epilogue)[:1] != ("float32",):
             raise ValueError("what is quantized row by row is f32")
 
     def name(self) -> str:
@@ -77,11 +78,11 @@ class _Norm(ABC):
             outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
             inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
             count = arguments.size(self.lead)
-            lanes = target.lanes("float32")
-            loops.rows(count, count * self.size, lambda row: self._row(row, inputs, outputs, lanes))
+            loops.rows(count, count * self.size, lambda row: self._row(row, inputs, outputs, target))
         return builder.get()
 
-    def _row(self, row: Expr, inputs: list, outputs: list, lanes: int) -> None:
+    def _row(self, row: Expr, inputs: list, outputs: list, target: Target) -> None:
+        lanes = target.lanes("float32")
         start = row * self.size
         count, rest = len(self.chain.inputs), inputs[len(self.chain.inputs) :]
         weight = rest.pop(0) if self.weight else None
@@ -99,7 +100,7 @@ class _Norm(ABC):
             if source is inputs[0]:
                 return loops.load(source, start + offset, lanes, where)
             values = operands(self.chain.inputs, inputs[:count], row, self.size, offset, lanes, where)
-            (result,) = math.evaluate_chain(self.chain, values)
+            (result,) = evaluate_chain(self.chain, values, target)
             loops.store(source, at + offset, result, lanes, where)
             return result
 
@@ -117,7 +118,7 @@ class _Norm(ABC):
             if bias is not None:
                 x = x + loops.load(bias, offset, lanes, where)
             values = [x, *operands(self.epilogue.inputs[1:], rest, row, self.size, offset, lanes, where)]
-            results.put(offset, math.evaluate_chain(self.epilogue, values), where)
+            results.put(offset, evaluate_chain(self.epilogue, values, target), where)
 
         loops.vectors(self.size, lanes, finish)
         results.finish()

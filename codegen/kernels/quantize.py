@@ -12,6 +12,7 @@ from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
+from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
 from tersor.ir.dims import Shape
 from tersor.targets import Target
 
@@ -42,7 +43,7 @@ class DynamicQuantize:
     chain: Chain = Chain((ChainInput("full"),), (), (0,))
 
     def __post_init__(self) -> None:
-        if math.output_dtypes(self.chain)[:1] != ("float32",):
+        if output_dtypes(self.chain)[:1] != ("float32",):
             raise ValueError("what is quantized row by row is f32")
 
     def name(self) -> str:
@@ -66,7 +67,7 @@ class DynamicQuantize:
 
                 def vector(offset: loops.Extent, where: Expr | None) -> None:
                     values = operands(self.chain.inputs, inputs, index, self.size, offset, lanes, where)
-                    results.put(offset, math.evaluate_chain(self.chain, values), where)
+                    results.put(offset, evaluate_chain(self.chain, values, target), where)
 
                 loops.vectors(self.size, lanes, vector)
                 results.finish()
@@ -136,7 +137,7 @@ def operand_specs(inputs: tuple[ChainInput, ...], lead: Shape, size: int) -> tup
 
 def row_specs(chain: Chain, lead: Shape, size: int, quantized: bool) -> tuple[TensorSpec, ...]:
     """The arguments for the outputs of a chain over rows [*lead, size], in the order of `RowResults`."""
-    dtypes = math.output_dtypes(chain)
+    dtypes = output_dtypes(chain)
     codes = (TensorSpec((*lead, size), "uint8"), TensorSpec((*lead, 1))) if quantized else ()
     return (*codes, *(TensorSpec((*lead, size), dtype) for dtype in dtypes[quantized:]))
 

@@ -1,0 +1,91 @@
+"""Functions as cubic polynomials on 32 intervals, whose coefficients lie in vector registers.
+
+AVX-512 looks 16 numbers up in a table of 32 with one instruction (vpermi2ps), so a polynomial of degree 3 on each
+short interval replaces one of degree 12 for all of them: a GELU takes 5 multiplications instead of 18.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx.script.builder import ir as T
+
+from tersor.codegen.kernels.math import ROUND, bind
+
+LANES = 16
+"""Lanes of the vectors that these functions take."""
+
+INTERVALS, DEGREE = 32, 3
+LARGEST = 3.4028234663852886e38
+
+
+class Gate:
+    """``f(x) = x / 2 + g(|x|)`` for a function that goes from 0 on the left to x on the right.
+
+    ``g(a) = f(a) - a / 2``: interval i of 32 holds the numbers nearest to ``i bound / 31``, where g is interpolated at
+    Chebyshev's nodes. On the first g is a**2 times a line, so that f(0) is 0; on the last, which is open, a / 2.
+
+    Args:
+        f: the function, in f64.
+        bound: from where on ``f(a)`` is a, and ``f(-a)`` is 0, but for rounding.
+    """
+
+    def __init__(self, f: Callable[[float], float], bound: float):
+        step = bound / (INTERVALS - 1)
+        self.per_unit = 1 / step
+        edges = [(i + 0.5) * step for i in range(INTERVALS - 1)]
+        first = _interpolated(lambda a: (f(a) - a / 2) / a**2, 0.0, edges[0], DEGREE - 2)
+        rows = [_interpolated(lambda a: f(a) - a / 2, *edge, DEGREE) for edge in pairwise(edges)]
+        self.rows = [[0.0, 0.0, *first], *rows, [0.0, 0.5] + [0.0] * (DEGREE - 1)]
+
+    def __call__(self, x: Expr) -> Expr:
+        """f of 16 f32; NaN and infinity are kept."""
+        x = bind(x)
+        a = bind(tirx.abs(x))
+        a = bind(tirx.Select(a > LARGEST, tirx.const(LARGEST, x.ty.dtype), a))  # 0 times infinity is NaN
+        last = tirx.const(ROUND + INTERVALS - 1, x.ty.dtype)
+        shifted = bind(a * self.per_unit + ROUND)
+        shifted = bind(tirx.Select(shifted > last, last, shifted))
+        # of these numbers the lookup reads the lowest 5 bits
+        number = bind(tirx.reinterpret(f"int32x{LANES}", shifted))
+        result = self._coefficients(DEGREE, number)
+        for power in reversed(range(DEGREE)):
+            result = bind(result * a + self._coefficients(power, number))
+        return x * 0.5 + result
+
+    def _coefficients(self, power: int, number: Expr) -> Expr:
+        """The coefficient of a**power for the interval of each lane."""
+        low, high = (_vector([row[power] for row in half]) for half in (self.rows[:LANES], self.rows[LANES:]))
+        return T.call_llvm_pure_intrin(
+            f"float32x{LANES}", "llvm.x86.avx512.vpermi2var.ps.512", low, number, high
+        )
+
+
+def _vector(values: list[float]) -> Expr:
+    return tirx.Shuffle([tirx.const(value, "float32") for value in values], list(range(len(values))))
+
+
+def _interpolated(g: Callable[[float], float], low: float, high: float, degree: int) -> list[float]:
+    """The polynomial through g at Chebyshev's nodes of [low, high], lowest power first."""
+    middle, half = (low + high) / 2, (high - low) / 2
+    nodes = [middle + half * math.cos(math.pi * (2 * i + 1) / (2 * degree + 2)) for i in range(degree + 1)]
+    values = [g(node) for node in nodes]
+    for order in range(1, degree + 1):  # Newton's divided differences, in place
+        for i in reversed(range(order, degree + 1)):
+            values[i] = (values[i] - values[i - 1]) / (nodes[i] - nodes[i - order])
+    powers = [values[degree]] + [0.0] * degree
+    for i in reversed(range(degree)):  # powers * (a - nodes[i]) + values[i]
+        shifted = [values[i], *powers[:-1]]
+        powers = [s - nodes[i] * p for s, p in zip(shifted, powers, strict=True)]
+    return powers
+
+
+gelu_erf = Gate(lambda a: a * (1 + math.erf(a / math.sqrt(2))) / 2, 5.2)
+"""x Phi(x), the GELU; error at most 6e-7 of max(1, |x|), exactly 0 below -5.2."""
+
+gelu_tanh = Gate(lambda a: a * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))) / 2, 5.2)
+"""The GELU's approximation by tanh; error at most 6e-7 of max(1, |x|), exactly 0 below -5.2."""
