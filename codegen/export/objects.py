@@ -30,13 +30,10 @@ def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
     Raises:
         CompileError: TVM refused a kernel.
     """
-    functions = {f.symbol: f.code for kernel in kernels for f in kernel.functions}
     try:
-        module = tirx.build(tvm.IRModule(functions), llvm_target(target), pipeline=_PIPELINE)
         with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
-            text, file = Path(folder, "kernels.ll"), Path(folder, "kernels.o")
-            text.write_text(_own(module.inspect_source("ll")), encoding="utf-8")
-            tvm.runtime.load_module(str(text)).write_to_file(str(file), "o")
+            file = Path(folder, "kernels.o")
+            kernel_module(kernels, target).write_to_file(str(file), "o")
             return file.read_bytes()
     except Exception as error:  # TVM raises builtin exceptions of every kind
         raise CompileError(
@@ -44,6 +41,16 @@ def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
             why=str(error).strip().splitlines()[-1],
             fix="report it with the program (tersor inspect)",
         ) from error
+
+
+def kernel_module(kernels: Iterable[PlainKernel], target: Target) -> tvm.runtime.Module:
+    """The code of the object file as a module of LLVM's; ``inspect_source("asm")`` is its assembly."""
+    functions = {f.symbol: f.code for kernel in kernels for f in kernel.functions}
+    module = tirx.build(tvm.IRModule(functions), llvm_target(target), pipeline=_PIPELINE)
+    with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
+        text = Path(folder, "kernels.ll")
+        text.write_text(_own(module.inspect_source("ll")), encoding="utf-8")
+        return tvm.runtime.load_module(str(text))
 
 
 def _own(assembly: str) -> str:

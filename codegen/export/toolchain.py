@@ -24,8 +24,11 @@ _ZIG_SYSTEMS = {"linux": "linux-gnu", "linux-musl": "linux-musl", "macos": "maco
 _GLIBC = ".2.28"
 """The oldest C library that what we link runs on: Debian 10, Ubuntu 18.10, RHEL 8."""
 
-_ANDROID_API = 24
+ANDROID_API = 24
 """Android 7; older phones have no 64-bit ARM code to lose."""
+
+PAGES_OF_16_KB = "-Wl,-z,max-page-size=16384"
+"""What makes a shared library fit for Android on such memory pages; NDKs from 28 on do it by themselves."""
 
 _C = ("-std=c99", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic")
 
@@ -69,6 +72,7 @@ class Toolchain:
         flags = ["-shared"] * shared + ["-static"] * static + ["-s"] * (self.system != "macos")
         if shared and self.system == "windows":
             flags.append(f"-Wl,--out-implib,{output.with_name(f'lib{output.stem}.dll.a')}")
+        flags += [PAGES_OF_16_KB] * (self.system == "android" and shared)
         libraries = [] if self.system == "windows" else ["-lm", "-lpthread"]
         files = map(str, inputs)
         self._run(
@@ -170,5 +174,5 @@ def _ndk(target: Target) -> Path | None:
     home = os.environ.get("ANDROID_NDK_HOME")
     if not home:
         return None
-    name = f"{target.llvm_triple}{_ANDROID_API}-clang"
+    name = f"{target.llvm_triple}{ANDROID_API}-clang"
     return next(iter(sorted(Path(home, "toolchains/llvm/prebuilt").glob(f"*/bin/{name}"))), None)

@@ -16,6 +16,8 @@ import numpy as np
 
 from tersor.codegen.artifact import weight_blocks
 from tersor.codegen.export import SOURCES, example, source
+from tersor.codegen.export.apps import app_files
+from tersor.codegen.export.apps.app import App
 from tersor.codegen.export.functions import PlainKernel
 from tersor.codegen.export.memory import rounded
 from tersor.codegen.export.objects import object_code
@@ -50,8 +52,8 @@ def export_c(
 
     ``name`` begins every symbol and names the files: ``name.h``, ``libname.a``, ``name.py``. ``compiler``: a command
     that compiles C for the target; `toolchain` tells which one it is by default. Where there is none for Android
-    or iOS, the folder has sources and kernels only, for Gradle or Xcode to build. A folder of an earlier export is
-    replaced; on any failure it stays.
+    or iOS, the folder has sources and kernels only, for Gradle or Xcode to build; for these it holds what they need,
+    in ``android`` and ``swift``. A folder of an earlier export is replaced; on any failure it stays.
 
     Raises:
         InputError: the name is no C identifier.
@@ -93,6 +95,10 @@ def export_c(
                 _build(folder, name, tools)
             signature = _signature(name, target.name, functions, states)
             (folder / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
+            app = App(signature, target.arch, numbers["WEIGHTS_BYTES"], numbers["HEADER_CRC"])
+            for file, text in app_files(app, system).items():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ArtifactError(
             f"cannot write {str(path)!r}; nothing was left there",
