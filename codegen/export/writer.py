@@ -29,6 +29,7 @@ from tersor.codegen.runtime.manifest import TensorType
 from tersor.codegen.runtime.weights import header, padding
 from tersor.errors import ArtifactError, CompileError, InputError
 from tersor.folders import new_folder
+from tersor.targets import Target
 
 if TYPE_CHECKING:
     from tersor.codegen.compiler import Compilation
@@ -88,7 +89,7 @@ def export_c(
                 "WORKSPACE_BYTES": max(p.workspace for p in plans),
                 "SCRATCH_BYTES": rounded(max(p.scratch for p in plans)),
             }
-            _write_sources(folder, name, target.name, functions, kernels, numbers, offsets, state_offsets)
+            _write_sources(folder, name, target, functions, kernels, numbers, offsets, state_offsets)
             (folder / "src" / KERNELS).write_bytes(code)
             if tools is not None:
                 progress("compiling C")
@@ -145,7 +146,7 @@ def _bytes(dtype: str) -> int:
 def _write_sources(
     folder: Path,
     name: str,
-    target: str,
+    target: Target,
     functions: list[Interface],
     kernels: list[PlainKernel],
     numbers: dict[str, int],

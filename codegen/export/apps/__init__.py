@@ -5,6 +5,9 @@ from __future__ import annotations
 from tersor.codegen.export.apps import android, swift
 from tersor.codegen.export.apps.app import App
 
+FOLDERS = {"android": "android", "ios": "swift"}
+"""Where the files of a system's apps lie in an export."""
+
 _WRITERS = {"android": android.files, "ios": swift.files}
 
 

@@ -267,6 +267,11 @@ def test_swift_calls_what_the_header_declares(ios):
     assert function in " ".join(swift.split())
 
 
+def test_the_page_of_the_export_names_the_module(android, ios):
+    assert "`android/README.md`" in (android / "README.md").read_text()
+    assert "`swift/README.md`" in (ios / "README.md").read_text()
+
+
 def test_other_systems_get_no_app():
     app = App({"name": "model", "functions": [], "states": {}}, "aarch64", 64, 1)
     assert app_files(app, "linux") == {}
