@@ -40,11 +40,13 @@ class Case:
 
 
 WIDE = {"neoverse-n1": 2, "neoverse-n2": 2, "cortex-x1": 4}
+MATRIX = {"neoverse-n2": 2, "cortex-x2": 4}
 CASES = {
-    "f32": Case("armv8-a", "float32", "gelu", "fmla", {**WIDE, "cortex-a55": 2, "cortex-a53": None}),
+    "f32": Case("armv8-a", "float32", "gelu", "fmla", {**WIDE, "cortex-a53": None}),
+    "f32 v8.2": Case("armv8.2-dotprod", "float32", "gelu", "fmla", {**WIDE, "cortex-a55": 2}),
     "sdot": Case("armv8.2-dotprod", "uint8", "requantize", "sdot", {**WIDE, "cortex-a55": 1}),
-    "usmmla": Case("armv8.6-i8mm", "uint8", "requantize", "usmmla", {"neoverse-n2": 2}),
-    "bfmmla": Case("armv8.6-i8mm", "bfloat16", "gelu", "bfmmla", {"neoverse-n2": 2}),
+    "usmmla": Case("armv8.6-i8mm", "uint8", "requantize", "usmmla", MATRIX),
+    "bfmmla": Case("armv8.6-i8mm", "bfloat16", "gelu", "bfmmla", MATRIX),
     "smull": Case("armv8-a", "uint8", "requantize", "smull2?|sadalp", {"cortex-a53": None}),
 }
 
@@ -60,7 +62,7 @@ def main() -> None:
     version = int(re.search(r"version (\d+)", run([mca, "--version"]))[1])
     print(f"{mca}, LLVM {version}; shapes: rows symbolic, k 387, n 1541")
     print(
-        f"{'kernel':>7} {'loop':>6} {'core':>11} {'products':>8} {'a cycle':>7} {'of peak':>7} {'by lane':>7} "
+        f"{'kernel':>8} {'loop':>6} {'core':>11} {'products':>8} {'a cycle':>7} {'of peak':>7} {'by lane':>7} "
         f"{'spills':>6} {'share':>5}"
     )
     for name in options.kernel or CASES:
@@ -76,7 +78,7 @@ def main() -> None:
                 rate = count / cycles(loop, core, mca)
                 of_peak = f"{rate / peak:7.0%}" if peak else f"{'':>7}"
                 print(
-                    f"{name:>7} {kind:>6} {core:>11} {count:8} {rate:7.2f} {of_peak} {lanes:7} {spills:6} "
+                    f"{name:>8} {kind:>6} {core:>11} {count:8} {rate:7.2f} {of_peak} {lanes:7} {spills:6} "
                     f"{count / len(loop):5.0%}"
                 )
             if options.listing:

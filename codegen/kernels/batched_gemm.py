@@ -18,7 +18,7 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.register_tile import RegisterTile
-from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, choose
+from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, choose, most_rows
 from tersor.ir.dims import Dim, Shape, product
 from tersor.targets import Target
 
@@ -73,7 +73,7 @@ class _Builder:
         self.kernel, self.product = kernel, inner_product("float32", target)
         self.lanes = self.product.lanes
         self.width = PANEL_VECTORS * self.lanes
-        self.rows = choose(target, 1).rows
+        self.rows = min(choose(target, 1).rows, most_rows(target))
 
     def function(self) -> tirx.PrimFunc:
         kernel = self.kernel

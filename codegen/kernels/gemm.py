@@ -51,6 +51,9 @@ from tersor.targets import Target
 CHUNK = 16
 """Steps of k between two groups of prefetches in a tile that shares its panel with others."""
 
+LONG_CHUNK = 64
+"""About the same where ``product.by_lane`` runs them: a chunk begins with loads that it has to wait for."""
+
 SHORT_CHAIN = 2
 """Steps of a chain up to which the epilogue of a tile is unrolled."""
 
@@ -262,9 +265,13 @@ class _Builder:
 
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
+        sums = self._sums(panel, rows)
+        if self.product.by_lane:
+            self._by_lane(sums, panel, rows, 0, self.words, self.tile.ahead)
+            self._epilogue(sums, panel, rows)
+            return
         ahead = self.tile.ahead // (4 * self.width)
         group = self.product.group
-        sums = self._sums(panel, rows)
         with T.serial(self.words // group) as i:
             for number in range(group * self.width // LINE):
                 word, column = self._line(number)
@@ -276,15 +283,43 @@ class _Builder:
     def _shared(self, panel: Expr, rows: _Rows, tile: Expr, count: Expr | int) -> None:
         """One of the ``count`` tiles that read the panel; it prefetches as large a part of the next one."""
         sums = self._sums(panel, rows)
-        chunks = self.words // CHUNK
-        lines = CHUNK * self.width // LINE
+        size = self._chunk()
+        chunks = self.words // size
+        lines = size * self.width // LINE
         share = -(-lines // count) if isinstance(count, int) else T.ceildiv(lines, count)
         with T.serial(chunks) as chunk:
             with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
                 self._prefetch(panel + 1, *self._line((tile * chunks + chunk) * share + line))
-            sums.accumulate(chunk * CHUNK, CHUNK, *self._operands(panel, rows))
-        self._rest(sums, panel, rows, chunks * CHUNK)
+            if self.product.by_lane:
+                self._by_lane(sums, panel, rows, chunk * size, size)
+            else:
+                sums.accumulate(chunk * size, size, *self._operands(panel, rows))
+        if self.product.by_lane:
+            self._by_lane(sums, panel, rows, chunks * size, self.words - chunks * size)
+        else:
+            self._rest(sums, panel, rows, chunks * size)
         self._epilogue(sums, panel, rows)
+
+    def _chunk(self) -> int:
+        """Words between two groups of prefetches."""
+        if not self.product.by_lane:
+            return CHUNK
+        group = self.product.group  # equal parts leave no rest, where whole vectors allow it
+        return max(self.words // group // max(self.words // LONG_CHUNK, 1), 1) * group
+
+    def _by_lane(
+        self,
+        sums: RegisterTile,
+        panel: Expr,
+        rows: _Rows,
+        first: Expr | int,
+        words: int,
+        ahead: int | None = None,
+    ) -> None:
+        """The products of so many words from ``first`` on; all of them are complete."""
+        if words:
+            right = T.address_of(self.w[panel, first, 0])
+            sums.stream(words, lambda r: self.product.address(self.a, rows.at(r), first), right, ahead)
 
     def _sums(self, panel: Expr, rows: _Rows) -> RegisterTile:
         """The accumulators of a tile, with what is owed to signed codes."""

@@ -22,6 +22,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import bf16, neon
+from tersor.codegen.kernels.by_lane import ByLane
 from tersor.codegen.packing import ELEMENTS, Words
 from tersor.targets import Target
 
@@ -46,6 +47,8 @@ class InnerProduct:
     group: neighbouring words of a row that are loaded as one vector, to be used one after the other.
     block: rows and columns of the results that one vector of accumulators belongs to.
     row: ``row(vectors, i)`` makes a vector of results, row i of a block, from the accumulators that hold it.
+    by_lane: how loops over whole rows in memory are written in assembly, on 64-bit ARM where ``step`` is one
+    instruction by lane.
     """
 
     left: str
@@ -58,6 +61,7 @@ class InnerProduct:
     group: int
     block: tuple[int, int]
     row: Callable[[Sequence[Expr], int], Expr]
+    by_lane: ByLane | None = None
 
     @property
     def factor(self) -> int:
@@ -95,6 +99,10 @@ class InnerProduct:
         size = self.factor * self.block[0]
         elements = matrix[row, T.ramp(index * size, 1, count * size)]
         return self._words(elements)
+
+    def address(self, matrix: tirx.Buffer, row: Expr | int, index: Expr | int) -> Expr:
+        """Where word ``index`` of a row of the left matrix lies."""
+        return T.address_of(matrix[row, index * self.factor])
 
     def last_word(self, matrix: tirx.Buffer, row: Expr | int, k: int) -> Expr:
         """The incomplete word at the end of a row of k elements; nothing past the row is read."""
@@ -145,6 +153,7 @@ def inner_product(dtype: str, target: Target) -> InnerProduct:
 
 def _neon(dtype: str, target: Target) -> InnerProduct:
     known, lanes = target.features, target.lanes("float32")
+    by_lane = None
     words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
     group, block, row = lanes, (1, lanes), _only
     if dtype == "bfloat16" and "bf16" in known:
@@ -159,7 +168,13 @@ def _neon(dtype: str, target: Target) -> InnerProduct:
     elif dtype == "uint8":
         words, step, group, block = Words(16, sums=True), neon.widened_step(target.arch), 1, (1, 1)
         row = neon.partial_sums
-    return InnerProduct(dtype, words, ACCUMULATORS[dtype], lanes, parts, step, body, group, block, row)
+    if target.arch == "aarch64" and step is _fma and parts is _WHOLE:
+        # of the cores without sdot Cortex-A53 gains by paired loads; of those with it Cortex-A55 would lose
+        by_lane = ByLane("fmla", "4s", "4s", "s", "s", lanes, "<4 x float>", paired="dotprod" not in known)
+    elif step is neon.dot_step:
+        by_lane = ByLane("sdot", "4s", "16b", "4b", "s", lanes, "<4 x i32>", paired=False)
+    accumulator = ACCUMULATORS[dtype]
+    return InnerProduct(dtype, words, accumulator, lanes, parts, step, body, group, block, row, by_lane)
 
 
 WORDS = {dtype: Words(ELEMENTS[weight]) for dtype, weight in WEIGHTS.items()}

@@ -9,6 +9,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import math
+from tersor.codegen.kernels.by_lane import Loop
 from tersor.codegen.kernels.inner_product import InnerProduct
 
 
@@ -60,6 +61,17 @@ class RegisterTile:
         if not isinstance(rest, int) or rest:
             with T.serial(rest) as i:
                 self.multiply(first + (whole * group + i), 1, left, right)
+
+    def stream(self, words: int, left: Callable[[int], Expr], right: Expr, ahead: int | None = None) -> None:
+        """Add the outer products of so many words >= 1 by ``product.by_lane``.
+
+        ``left(r)`` is the address of row r's first one, ``right`` that of the right matrix', of which vector follows
+        vector and word follows word. ``ahead``: bytes between the right words in use and those prefetched, if any are.
+        """
+        loop = Loop(self.product.by_lane, self.height, self.vectors, words, ahead)
+        sums = [T.address_of(row[0]) for row in self._rows]
+        with T.attr(T.int32(0), "pragma_import_llvm", loop.text()):
+            T.evaluate(T.call_extern("void", loop.name, *sums, *map(left, range(self.height)), right))
 
     def multiply(
         self,

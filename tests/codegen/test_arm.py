@@ -149,6 +149,19 @@ def test_float_products(name, cpu, dtype):
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "cpu"), [("armv8-a", "cortex-a53"), ("armv8.2-dotprod", "cortex-a76")])
+@pytest.mark.parametrize("k", [1, 3, 4, 9, 16, 21, 24])
+def test_loops_by_lane_of_every_length(name, cpu, k):
+    """Loops in assembly: too short for a pass, with and without words that fill no vector, every height of a tile."""
+    generator = torch.Generator().manual_seed(k)
+    w = torch.randn(19, k, generator=generator)
+    for m in (2, 5, 11):
+        a = torch.randn(m, k, generator=generator)
+        chain = Chain((ChainInput("accumulator"),), (), (0,))
+        (got,) = multiply(a.numpy(), [w.numpy()], resolve(name), cpu, "float32", chain)
+        np.testing.assert_allclose(got, (a.double() @ w.double().T).numpy(), atol=1e-5, rtol=1e-5)
+
+
 FULL = ChainInput("full")
 
 
@@ -201,11 +214,11 @@ def inner_loops(name: str, dtype: str) -> list[list[str]]:
     text = compile_function(kernel.build(target), target).mod.inspect_source("asm")
     labels, lines, loops = {}, [], []
     for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
+        if label := re.match(r"\s*(\.LBB\w+|1):", line):
             labels[label[1]] = len(lines)
-        elif re.match(r"\t[a-z]", line):
+        elif re.match(r"\s*[a-z]", line):
             lines.append(line.strip())
-            branch = re.match(r"\tb\S*\s.*?(\.LBB\w+)", line)
+            branch = re.match(r"\s*b\S*\s.*?(\.LBB\w+|1(?=b$))", line)
             if branch and branch[1] in labels:
                 loops.append((labels[branch[1]], len(lines)))
     inner = [(s, e) for s, e in loops if not any(s <= t and u <= e and (s, e) != (t, u) for t, u in loops)]

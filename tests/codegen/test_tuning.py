@@ -9,11 +9,20 @@ import pytest
 from kernel_harness import run_kernel
 
 from tersor.codegen import tuning
+from tersor.codegen.kernels.by_lane import Loop
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.inner_product import ACCUMULATORS, inner_product
 from tersor.codegen.packing import pack
-from tersor.codegen.tiles import GemmTile, choose, most_rows, neighbours, panel_width, partition
+from tersor.codegen.tiles import (
+    PANEL_VECTORS,
+    GemmTile,
+    choose,
+    most_rows,
+    neighbours,
+    panel_width,
+    partition,
+)
 from tersor.codegen.tuning import Database, Record, recorded_tile, tune, using
 from tersor.errors import CompileError, TargetError
 from tersor.ir.dims import Dim
@@ -45,7 +54,8 @@ def timings(monkeypatch):
 def test_analytic_tiles():
     assert (panel_width(AVX2), choose(AVX2, 24).rows, most_rows(AVX2)) == (16, 6, 6)
     assert (panel_width(AVX512), choose(AVX512, 24).rows, most_rows(AVX512)) == (32, 8, 12)
-    assert (panel_width(ARMV8), choose(ARMV8, 24).rows, most_rows(ARMV8)) == (8, 8, 8)
+    assert (panel_width(ARMV8), choose(ARMV8, 24).rows, most_rows(ARMV8)) == (8, 9, 8)
+    assert choose(I8MM, 24).rows == 10
     assert (panel_width(ARMV7), choose(ARMV7, 24).rows, most_rows(ARMV7)) == (8, 3, 3)
     # words that are taken apart before they are multiplied need registers
     assert [choose(t, 24, inner_product("bfloat16", t)).rows for t in (AVX2, AVX512)] == [5, 6]
@@ -57,11 +67,14 @@ def test_every_candidate_fits_the_registers(target, dtype):
     product = inner_product(dtype, target)
     analytic = choose(target, 3, product)
     for tile in (analytic, *neighbours(analytic, target, product)):
+        assert tile.streams == tuple(sorted(tile.streams))
+        if product.by_lane:
+            Loop(product.by_lane, max(tile.rows, *tile.streams), PANEL_VECTORS, 96)
+            continue
         tallest = max(tile.rows, *tile.streams) // product.block[0]
         each = 2 * product.lanes // product.block[1] + (len(product.parts) if product.loads else 0)
         held = 1 if product.block[1] < product.lanes else 2 * len(product.parts)
         assert tallest * each + held + 1 <= target.vector_registers
-        assert tile.streams == tuple(sorted(tile.streams))
         assert all(rows % product.block[0] == 0 for rows in (tile.rows, *tile.streams))
 
 
