@@ -140,7 +140,7 @@ def compile(
     )
     program, report = pipeline.run(program, context)
     compilation = prepare(program, resolved, tune_minutes, report_step, verify=verify)
-    exporter = partial(export_c, compilation, progress=report_step)
+    exporter = partial(export_c, compilation, recipe=pipeline.name, progress=report_step)
     if foreign:
         return CrossCompiled(resolved, compilation.signatures, report.to_dict(), exporter)
     build(

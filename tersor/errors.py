@@ -48,6 +48,10 @@ class TargetError(TersorError):
     """Unknown target, or one that cannot run or hold this model."""
 
 
+class DeviceError(TersorError):
+    """A device cannot be reached or used, or a program failed on it."""
+
+
 class CompileError(TersorError):
     """Lowering or code generation failed."""
 

@@ -10,14 +10,17 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tvm.target.codegen import llvm_version_major
 
 from tersor.codegen.artifact import weight_blocks
+from tersor.codegen.compiler import MANIFEST_TARGET, Compilation, versions
 from tersor.codegen.export import SOURCES, example, source
 from tersor.codegen.export.apps import app_files
 from tersor.codegen.export.apps.app import App
+from tersor.codegen.export.folder import COMPILED, KERNELS, SIGNATURE, WEIGHTS
 from tersor.codegen.export.functions import PlainKernel
 from tersor.codegen.export.memory import rounded
 from tersor.codegen.export.objects import object_code
@@ -31,13 +34,7 @@ from tersor.errors import ArtifactError, CompileError, InputError
 from tersor.folders import new_folder
 from tersor.targets import Target
 
-if TYPE_CHECKING:
-    from tersor.codegen.compiler import Compilation
-
-SIGNATURE, WEIGHTS, KERNELS = "signature.json", "weights.bin", "kernels.o"
-
 _STATIC = ("internal.h", "model.c", "threads.c", "threads.h")
-_COMPILED = ("model.c", "functions.c", "threads.c")
 _LIBRARIES = {"windows": "{}.dll", "macos": "lib{}.dylib"}
 
 
@@ -47,14 +44,16 @@ def export_c(
     *,
     name: str = "model",
     compiler: str | None = None,
+    recipe: str = "custom",
     progress: Callable[[str], None] = lambda step: None,
 ) -> Path:
     """Writes the folder ``path`` with a compiled model as plain C, and returns it.
 
-    ``name`` begins every symbol and names the files: ``name.h``, ``libname.a``, ``name.py``. ``compiler``: a command
-    that compiles C for the target; `toolchain` tells which one it is by default. Where there is none for Android
-    or iOS, the folder has sources and kernels only, for Gradle or Xcode to build; for these it holds what they need,
-    in ``android`` and ``swift``. A folder of an earlier export is replaced; on any failure it stays.
+    ``name`` begins every symbol and names the files: ``name.h``, ``libname.a``, ``name.py``. ``recipe`` is what made
+    the program, for the records. ``compiler``: a command that compiles C for the target; `toolchain` tells which one
+    it is by default. Where there is none for Android or iOS, the folder has sources and kernels only, for Gradle or
+    Xcode to build; for these it holds what they need, in ``android`` and ``swift``. A folder of an earlier export is
+    replaced; on any failure it stays.
 
     Raises:
         InputError: the name is no C identifier.
@@ -94,7 +93,13 @@ def export_c(
             if tools is not None:
                 progress("compiling C")
                 _build(folder, name, tools)
-            signature = _signature(name, target.name, functions, states)
+            signature = {
+                "name": name,
+                "target": {key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
+                "recipe": recipe,
+                "versions": versions() | {"llvm": str(llvm_version_major())},
+                **_signature(functions, states),
+            }
             (folder / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
             app = App(signature, target.arch, numbers["WEIGHTS_BYTES"], numbers["HEADER_CRC"])
             for file, text in app_files(app, system).items():
@@ -183,8 +188,8 @@ def _build(folder: Path, name: str, tools: Toolchain) -> None:
     with tempfile.TemporaryDirectory(prefix="tersor-") as scratch:
 
         def objects(*options: str) -> list[Path]:
-            compiled = [Path(scratch, file).with_suffix(".o") for file in _COMPILED]
-            for file, made in zip(_COMPILED, compiled, strict=True):
+            compiled = [Path(scratch, file).with_suffix(".o") for file in COMPILED]
+            for file, made in zip(COMPILED, compiled, strict=True):
                 tools.compile(sources / file, made, [f"-I{folder}", *options])
             return [sources / KERNELS, *compiled]
 
@@ -196,9 +201,7 @@ def _build(folder: Path, name: str, tools: Toolchain) -> None:
         tools.link(own, folder / library, shared=True)
 
 
-def _signature(
-    name: str, target: str, functions: list[Interface], states: dict[str, TensorType]
-) -> dict[str, Any]:
+def _signature(functions: list[Interface], states: dict[str, TensorType]) -> dict[str, Any]:
     def tensor(field: Field) -> dict[str, Any]:
         return {
             "name": field.tensor.name,
@@ -207,17 +210,17 @@ def _signature(
             "shape": list(field.tensor.shape),
         }
 
+    def dim(function: Interface, name: str) -> dict[str, Any]:
+        low, high = function.plan.signature.dims[name]
+        usual = example.usual_size(function.plan.signature, name)
+        return {"field": function.dims[name], "min": low, "max": high, "usual": usual}
+
     return {
-        "name": name,
-        "target": target,
         "functions": [
             {
                 "name": f.plan.name,
                 "symbol": f.symbol,
-                "dims": {
-                    dim: {"field": f.dims[dim], "min": low, "max": high}
-                    for dim, (low, high) in f.plan.signature.dims.items()
-                },
+                "dims": {name: dim(f, name) for name in f.plan.signature.dims},
                 "inputs": [tensor(field) for field in f.inputs],
                 "outputs": [tensor(field) for field in f.outputs],
                 "states": list(f.plan.signature.states),

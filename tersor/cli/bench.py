@@ -1,8 +1,9 @@
-"""Time an artifact, alone or beside other engines.
+"""Time an artifact, alone or beside other engines, or an exported model on devices.
 
     tersor bench minilm.tersor --size length=128 --threads 1
     tersor bench minilm.tersor --against onnxruntime,openvino,torch --model ./all-MiniLM-L6-v2
     tersor bench model.tersor --against onnxruntime --model model.onnx
+    tersor bench out/ --device adb:SERIAL,ssh:pi@raspberrypi --threads 4
 
 Engines run in processes of their own, bound to as many CPUs as threads, and take turns.
 """
@@ -10,19 +11,23 @@ Engines run in processes of their own, bound to as many CPUs as threads, and tak
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tersor.cli import options as shared
-from tersor.cli.output import LATENCY_COLUMNS, Steps, latencies, table
-from tersor.errors import InputError
+from tersor.cli.output import LATENCY_COLUMNS, Steps, human, latencies, table
+from tersor.errors import DeviceError, InputError, TargetError
 
 if TYPE_CHECKING:
     from tersor.codegen.runtime import CompiledFunction, CompiledModel
+    from tersor.device import DeviceTimes
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder written by `tersor compile`")
+    shared.add_device(parser, several=True)
     parser.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="ENGINE,...")
     parser.add_argument(
         "--model", type=Path, metavar="MODEL", help="what OUT was compiled from, for --against"
@@ -39,11 +44,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calls", type=int, metavar="N", help="how many calls to time")
     shared.add_function(parser)
     shared.add_threads(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="of an exported model: print JSON instead of a table"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
     import tersor
 
+    if shared.exported(options):
+        return on_devices(options)
     check_engines(options)
     compiled = tersor.load(options.artifact, threads=options.threads)
     inputs = shared.read_npz(options.input) if options.input else None
@@ -52,6 +62,57 @@ def execute(options: argparse.Namespace) -> int:
     function = shared.function(compiled, options.function)
     print(function.benchmark(inputs, dims=dict(options.size) or None, calls=options.calls))
     return 0
+
+
+def on_devices(options: argparse.Namespace) -> int:
+    """Time an exported model on each device in turn; the exit code is that of a failure when one of them failed."""
+    from tersor.codegen.export.folder import Exported
+    from tersor.device import DeviceModel
+    from tersor.targets.runners import connect
+
+    if options.against:
+        raise InputError("--against is for artifacts", fix="compile with -o OUT, and give that folder")
+    exported = Exported.read(options.artifact)
+    inputs = shared.read_npz(options.input) if options.input else None
+    found, failed = [], []
+    for device in connect(options.device or "local", exported.target):
+        try:
+            with Steps() as steps:
+                steps(f"timing on {device.name}")
+                model = DeviceModel(exported, device, options.threads or 1)
+                how = dict(calls=options.calls, function=options.function)
+                found.append(model.benchmark(inputs, dims=dict(options.size) or None, **how))
+        except (DeviceError, TargetError) as error:
+            failed.append((device.name, error))
+    if options.json:
+        errors = [{"device": name, "error": str(error)} for name, error in failed]
+        print(json.dumps([*map(asdict, found), *errors], indent=1))
+    elif found:
+        table(DEVICE_COLUMNS, map(device_row, found), right=DEVICE_COLUMNS[1:5])
+        if any(times.emulated for times in found):
+            print(
+                "emulated: these times say nothing about a device; the results are those that it would give"
+            )
+    if failed:
+        raise DeviceError("\n".join(str(error) for _, error in failed))
+    return 0
+
+
+DEVICE_COLUMNS = ("device", "median ms", "min ms", "threads", "resident", "of")
+
+
+def device_row(times: DeviceTimes) -> tuple[str, ...]:
+    """Times on one line; what an emulator says is marked."""
+    sizes = ", ".join(f"{name} {size}" for name, size in times.sizes.items())
+    memory = "" if times.memory is None or times.emulated else human(times.memory)
+    return (
+        f"{times.device} (emulated)" if times.emulated else times.device,
+        f"{times.median:.4g}",
+        f"{times.min:.4g}",
+        str(times.threads),
+        memory,
+        f"{times.calls} calls" + (f", {sizes}" if sizes else ""),
+    )
 
 
 def check_engines(options: argparse.Namespace) -> None:

@@ -38,13 +38,39 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of a call (default: one per core)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of a call (default: one per core; for an exported model 1)",
+    )
 
 
 def add_function(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--function", metavar="NAME", help="which function to call (default: main, or the only one)"
     )
+
+
+def add_device(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    parser.add_argument(
+        "--device",
+        metavar="D,..." if several else "D",
+        help="where an exported model runs: local (the default), qemu[:CPU], adb[:SERIAL], ssh:[USER@]HOST[:PORT]",
+    )
+
+
+def exported(options: argparse.Namespace) -> bool:
+    """Whether OUT is an exported model; InputError for --device and an artifact."""
+    from tersor.codegen.export.folder import is_exported
+
+    found = is_exported(options.artifact)
+    if options.device and not found:
+        raise InputError(
+            f"{str(options.artifact)!r} is no exported model, which --device is for",
+            fix="write one: tersor compile MODEL --target T --export-c OUT",
+        )
+    return found
 
 
 def function(compiled: CompiledModel, name: str | None) -> CompiledFunction:

@@ -1,6 +1,7 @@
-"""Run an artifact on inputs from a file.
+"""Run an artifact, or an exported model on a device, on inputs from a file.
 
     tersor run minilm.tersor --input x.npz --output y.npz
+    tersor run out/ --device adb --input x.npz --output y.npz
 
 x.npz holds one array per input, by name (numpy.savez). Without --output only shapes and ranges are shown. A model
 that keeps state starts from zeros.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tersor.cli import options as shared
-from tersor.cli.output import table
+from tersor.cli.output import Steps, table
 from tersor.errors import ArtifactError
 
 
@@ -23,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="OUT", help="a folder written by `tersor compile`")
     parser.add_argument("--input", type=Path, required=True, metavar="X.npz", help="arrays by input name")
     parser.add_argument("--output", type=Path, metavar="Y.npz", help="where to write the outputs")
+    shared.add_device(parser)
     shared.add_function(parser)
     shared.add_threads(parser)
 
@@ -31,9 +33,15 @@ def execute(options: argparse.Namespace) -> int:
     import tersor
 
     inputs = shared.read_npz(options.input)
-    compiled = tersor.load(options.artifact, threads=options.threads)
-    function = compiled.session().functions[shared.function(compiled, options.function).name]
-    outputs = dict(flatten(function(**inputs)))
+    if shared.exported(options):
+        with Steps() as steps:
+            steps(f"running on {options.device or 'local'}")
+            model = tersor.load_on(options.artifact, options.device or "local", threads=options.threads or 1)
+            outputs = model.run(options.function, **inputs)
+    else:
+        compiled = tersor.load(options.artifact, threads=options.threads)
+        function = compiled.session().functions[shared.function(compiled, options.function).name]
+        outputs = dict(flatten(function(**inputs)))
     rows = [
         (name, value.dtype, "x".join(map(str, value.shape)), f"{value.min():.6g}", f"{value.max():.6g}")
         for name, value in outputs.items()

@@ -1,0 +1,46 @@
+"""What docs/devices.md shows works: its commands and its Python."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tersor
+from tersor.cli import main
+
+transformers = pytest.importorskip("transformers")
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/devices.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    return re.search(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+
+
+@pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="needs qemu-user-static")
+def test_the_page(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=32)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    inputs = {"input_ids": np.array([[2, 7, 11, 3]]), "attention_mask": np.ones((1, 4), np.int64)}
+    np.savez("x.npz", **inputs)
+    for line in block("sh").splitlines():
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    with torch.no_grad():
+        expected = model(**{n: torch.from_numpy(v) for n, v in inputs.items()}).last_hidden_state.numpy()
+    found = np.load("y.npz")["last_hidden_state"]
+    assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] > 0.99
+    names = {"tersor": tersor, "inputs": inputs}
+    exec(block("python"), names)
+    np.testing.assert_array_equal(names["outputs"]["last_hidden_state"], found)
+    shown = capsys.readouterr().out
+    assert "length 16" in shown.splitlines()[-1] and "says nothing about a device" in shown
