@@ -28,7 +28,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=32)
-    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model = transformers.BertModel(config).eval()
     model.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     inputs = {"input_ids": np.array([[2, 7, 11, 3]]), "attention_mask": np.ones((1, 4), np.int64)}
