@@ -395,5 +395,5 @@ def test_names_that_are_no_c_names(tmp_path):
 def test_the_signature_describes_every_function(folder):
     described = json.loads((folder / writer.SIGNATURE).read_text())
     (main,) = described["functions"]
-    assert main["dims"]["length"] == {"field": "length", "min": 1, "max": 12}
+    assert main["dims"]["length"] == {"field": "length", "min": 1, "max": 12, "usual": 12}
     assert [t["name"] for t in main["outputs"]] == ["hidden", "logits"]
