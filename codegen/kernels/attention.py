@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels import bf16, loops, math
+from tersor.codegen.kernels import avx512, bf16, loops, math
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
@@ -143,6 +143,8 @@ class _Builder:
         narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
         self.product = inner_product("bfloat16" if narrow else "float32", target)
         self.narrow, self.word = narrow, "int32" if narrow else "float32"
+        self.stored = narrow and attention.dtype == "bfloat16"  # the operands hold words already
+        self.exp = avx512.exp if avx512.speaks(target) else math.exp_nonpositive
         self.lanes = self.product.lanes
         self.depth = -(-attention.head_dim // self.product.factor)
         self.rows = min(8, most_rows(target))
@@ -158,6 +160,8 @@ class _Builder:
             outputs = [arguments.declare(f"out_{i}", s) for i, s in enumerate(spec.outputs())]
             self.batch, self.q_len, self.kv_len = arguments.extents((spec.batch, spec.q_len, spec.kv_len))
             inputs, self.outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
+            if self.stored:
+                inputs = [_bits(b) for b in inputs]
             count = len(spec.epilogue.inputs) - 1
             inputs, self.others = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
             self.mask = inputs.pop() if spec.mask is not None else None
@@ -238,9 +242,22 @@ class _Builder:
         """What makes a score of a product of q and k, before softcap and mask."""
         return self.spec.scale if self.spec.softcap is None else self.spec.scale / self.spec.softcap
 
+    def _stored_words(self, source: _Rows, row: Expr, column: Expr, left: int) -> Expr:
+        """A vector of words of an operand that holds them, from a column on; zeros behind ``left`` elements."""
+        count = self.lanes * self.product.factor
+        where = None if left >= count else loops.mask(left, count)
+        elements = loops.load(source.buffer, row * source.stride + (source.column + column), count, where)
+        return T.reinterpret(elements, dtype=f"int32x{self.lanes}")
+
     def _copy_row(self, source: _Rows, row: Expr, column: Expr, to: tirx.Buffer, index: Expr | int) -> None:
         """``head_dim`` elements of an operand as words, padded with zeros to whole vectors."""
         size, lanes = self.spec.head_dim, self.lanes
+        if self.stored:
+            for i in range(_ceil_div(self.depth, lanes)):
+                done = i * lanes * self.product.factor
+                vector = self._stored_words(source, row, column + done, size - done)
+                T.buffer_store(to, vector, [index, T.ramp(i * lanes, 1, lanes)])
+            return
         for i in range(-(-size // lanes)):
             where = None if size - i * lanes >= lanes else loops.mask(size - i * lanes, lanes)
             at = row * source.stride + (source.column + column + i * lanes)
@@ -253,9 +270,9 @@ class _Builder:
         """keys[block, d, lane] = word d of key block*lanes + lane, f32 ones scaled; the last key is repeated."""
         spec, lanes = self.spec, self.lanes
         whole, rest = divmod(self.depth, lanes)
-        rows = (
-            T.alloc_buffer((lanes, _ceil_div(self.depth, lanes) * lanes), self.word) if self.narrow else None
-        )
+        rows = None
+        if self.narrow and not self.stored:
+            rows = T.alloc_buffer((lanes, _ceil_div(self.depth, lanes) * lanes), self.word)
 
         def square(block: Expr, d: loops.Extent, count: int) -> None:
             where = None if count == lanes else loops.mask(count, lanes)
@@ -265,6 +282,12 @@ class _Builder:
                     vectors.append(math.bind(rows[i, T.ramp(d, 1, lanes)]))
                     continue
                 row = batch * self.kv_len + tirx.min(block * lanes + i, self.kv_len - 1)
+                if self.stored:
+                    factor = self.product.factor
+                    left = spec.head_dim % (lanes * factor) if count < lanes else lanes * factor
+                    words = self._stored_words(self.k, row, group * spec.head_dim + d * factor, left)
+                    vectors.append(math.bind(words))
+                    continue
                 at = row * self.k.stride + (self.k.column + group * spec.head_dim + d)
                 vector = math.cast(loops.load(self.k.buffer, at, lanes, where), "float32")
                 vectors.append(math.bind(vector * self.factor))
@@ -295,8 +318,13 @@ class _Builder:
                         tirx.min(j * factor + part, self.kv_len - 1) if part else j * factor
                     )
                     at = row * self.v.stride + (self.v.column + group * spec.value_dim + i * lanes)
-                    vectors.append(math.cast(loops.load(self.v.buffer, at, lanes, where), "float32"))
-                vector = bf16.pairs(*vectors) if self.narrow else vectors[0]
+                    vectors.append(loops.load(self.v.buffer, at, lanes, where))
+                if self.stored:
+                    low, high = (tirx.Cast(f"int32x{lanes}", vector) for vector in vectors)
+                    vector = tirx.bitwise_or(low, tirx.shift_left(high, tirx.const(16, low.ty.dtype)))
+                else:
+                    vectors = [math.cast(vector, "float32") for vector in vectors]
+                    vector = bf16.pairs(*vectors) if self.narrow else vectors[0]
                 T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
 
     def _key_bias(self, batch: Expr, head: Expr) -> tirx.Buffer | None:
@@ -389,7 +417,8 @@ class _Builder:
                 return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
             return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
 
-        later = self.narrow or spec.softcap is not None  # what the mask is added to is not the product itself
+        scaled = self.narrow and self.factor != 1.0
+        later = scaled or spec.softcap is not None  # what the mask is added to is not the product itself
         sums = RegisterTile(len(queries), vectors, self.product, None if later else mask)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
@@ -406,7 +435,7 @@ class _Builder:
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
                 score = sums.vector(r, n)
-                if self.narrow:
+                if scaled:
                     score = score * self.factor
                 if spec.softcap is not None:
                     score = math.tanh(score) * spec.softcap
@@ -442,7 +471,7 @@ class _Builder:
             T.buffer_store(total, tirx.const(0.0, f"float32x{lanes}"), [self.ramp])
             with T.serial(end - begin) as i:
                 at = T.ramp((begin + i) * lanes, 1, lanes)
-                weight = math.bind(math.exp_nonpositive(self.scores[r, at] - highest))
+                weight = math.bind(self.exp(self.scores[r, at] - highest))
                 if self.narrow:
                     count = lanes // self.product.factor
                     T.buffer_store(
@@ -504,6 +533,11 @@ def _transpose(vectors: list[Expr]) -> list[Expr]:
                 vectors[i + distance] = math.bind(tirx.Shuffle(pair, high))
         distance *= 2
     return vectors
+
+
+def _bits(buffer: tirx.Buffer) -> tirx.Buffer:
+    """The bits of a flat bf16 buffer: TVM rewrites operations on bf16, a mere reinterpretation included."""
+    return T.decl_buffer(buffer.shape, "uint16", data=buffer.data) if buffer.dtype == "bfloat16" else buffer
 
 
 def _run(first: Expr, count: int) -> Expr:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.ir import Expr
 
-from tersor.codegen.kernels import lookup, math
+from tersor.codegen.kernels import avx512, math
 from tersor.codegen.kernels.chain import Chain, Const
 from tersor.targets import Target
 
@@ -38,9 +38,9 @@ def evaluate_chain(chain: Chain, values: list[Expr], target: Target) -> list[Exp
 
 
 def _function(op: str, lanes: int, target: Target) -> Callable[..., Expr]:
-    """The function of a step, looked up in a table where the target has it that way."""
-    if lanes == lookup.LANES and "avx512" in target.features and op in LOOKUPS:
-        return _integer_or_float(LOOKUPS[op])
+    """The function of a step, by the target's own instructions where it has some for it."""
+    if lanes == avx512.LANES and avx512.speaks(target) and op in AVX512:
+        return _integer_or_float(AVX512[op])
     return FUNCTIONS[op]
 
 
@@ -119,8 +119,8 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
 }
 """Every op of ``chain.OPS`` but ``cast``, ``saturate`` and ``pow``, which need more than values."""
 
-LOOKUPS = {"gelu_erf": lookup.gelu_erf, "gelu_tanh": lookup.gelu_tanh}
-"""Operations that AVX-512 does faster by looking coefficients up."""
+AVX512 = {"exp": avx512.exp, "gelu_erf": avx512.gelu_erf, "gelu_tanh": avx512.gelu_tanh}
+"""Operations for which AVX-512 has instructions."""
 
 
 def _promote(operands: list[Operand], lanes: int) -> list[Expr]:

@@ -111,7 +111,7 @@ def log(x: Expr) -> Expr:
     f = bind(tirx.reinterpret(x.ty.dtype, bits - tirx.shift_left(exponent, constant(23, bits))) - 1.0)
     n = bind(cast(exponent, "float32") - tirx.Select(tiny, constant(23.0, x), constant(0.0, x)))
     square_ = bind(f * f)
-    tail = f * square_ * _polynomial(LOG1P, f) - 0.5 * square_
+    tail = f * square_ * polynomial(LOG1P, f) - 0.5 * square_
     # n * LN_2 in two parts, the first exact: otherwise logarithms near 0 lose digits
     result = bind(n * 0.693145751953125 + (f + (n * 1.42860682030941723e-06 + tail)))
     infinite = constant(float("inf"), x)
@@ -141,13 +141,13 @@ def tanh(x: Expr) -> Expr:
     """Hyperbolic tangent; relative error 6e-7."""
     x = bind(clamp(x, TANH_BOUND))
     square_ = bind(x * x)
-    return x * _polynomial(TANH_NUMERATOR, square_) / _polynomial(TANH_DENOMINATOR, square_)
+    return x * polynomial(TANH_NUMERATOR, square_) / polynomial(TANH_DENOMINATOR, square_)
 
 
 def erf(x: Expr) -> Expr:
     """Error function; absolute error 1.3e-6."""
     x = bind(clamp(x, ERF_BOUND))
-    return x * _polynomial(ERF, bind(x * x * (2 / ERF_BOUND**2) - 1.0))
+    return x * polynomial(ERF, bind(x * x * (2 / ERF_BOUND**2) - 1.0))
 
 
 def sigmoid(x: Expr) -> Expr:
@@ -166,7 +166,7 @@ def gelu_erf(x: Expr) -> Expr:
     x = bind(x)
     bounded = bind(clamp(x, NORMAL_CDF_BOUND))
     phi = bind(
-        0.5 + bounded * _polynomial(NORMAL_CDF, bind(bounded * bounded * (2 / NORMAL_CDF_BOUND**2) - 1.0))
+        0.5 + bounded * polynomial(NORMAL_CDF, bind(bounded * bounded * (2 / NORMAL_CDF_BOUND**2) - 1.0))
     )
     return x * relu(phi)
 
@@ -309,7 +309,7 @@ def _exp_of_parts(x: Expr, shifted: Expr) -> Expr:
     bits = tirx.reinterpret(_dtype("int32", x), shifted)
     # the shift drops ROUND's own bits and leaves n where the exponent belongs
     scale = tirx.shift_left(bits, tirx.const(23, _dtype("int32", x))) + ONE_BITS
-    return _polynomial(EXP, r) * tirx.reinterpret(x.ty.dtype, scale)
+    return polynomial(EXP, r) * tirx.reinterpret(x.ty.dtype, scale)
 
 
 def _sin_reduced(x: Expr, multiple: Expr, shifted: Expr) -> Expr:
@@ -318,13 +318,13 @@ def _sin_reduced(x: Expr, multiple: Expr, shifted: Expr) -> Expr:
     for part in PI_PARTS:
         r = bind(r - multiple * part)
     square_ = bind(r * r)
-    value = bind(r + r * square_ * _polynomial(SIN, square_))
+    value = bind(r + r * square_ * polynomial(SIN, square_))
     bits = tirx.reinterpret(_dtype("int32", x), shifted)
     sign = tirx.shift_left(bits, tirx.const(31, _dtype("int32", x)))
     return tirx.reinterpret(x.ty.dtype, tirx.bitwise_xor(tirx.reinterpret(_dtype("int32", x), value), sign))
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
+def polynomial(coefficients: tuple[float, ...], x: Expr) -> Expr:
     """The value at x, lowest power first; long ones as two in x**2, which do not wait for each other."""
     if len(coefficients) < LONG_POLYNOMIAL:
         return _horner(coefficients, x)
