@@ -7,6 +7,7 @@ shapes as the inputs (`benchmarks.models`).
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -41,6 +42,33 @@ class TersorInt8Dynamic(Tersor):
     """Our recipe int8-dynamic."""
 
     recipe = "int8-dynamic"
+
+
+class TersorC(Tersor):
+    """What our recipe compiles, as plain C: a call is one of the C function, with its arguments made before."""
+
+    def load(self, source: Source, inputs: Inputs) -> Call:
+        self._session = self._folder = None  # the old one must not wait for the new one in memory
+        self._folder = tempfile.TemporaryDirectory(prefix="tersor-")
+        folder = self.compile(source, inputs).export_c(Path(self._folder.name, "exported"))
+        spec = importlib.util.spec_from_file_location("exported", folder / "model.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self._session = module.load().session(threads=self._threads)
+        call = self._session.bound("main", **inputs)
+        return lambda: next(iter(call().values()))
+
+
+class TersorBfloat16C(TersorC, TersorBfloat16):
+    """The same of the recipe bf16."""
+
+
+class TersorInt8C(TersorC, TersorInt8):
+    """The same of the recipe int8."""
+
+
+class TersorInt8DynamicC(TersorC, TersorInt8Dynamic):
+    """The same of the recipe int8-dynamic."""
 
 
 class OpenvinoBfloat16(Openvino):
@@ -151,6 +179,15 @@ RECIPES = {
 }
 """Our recipes: a run compares one of them (``tersor``), and can have others beside it (``tersor-bf16``)."""
 
+AS_C = f"{US}-c"
+EXPORTS = {
+    "fp32": f"{_HERE}:TersorC",
+    "bf16": f"{_HERE}:TersorBfloat16C",
+    "int8": f"{_HERE}:TersorInt8C",
+    "int8-dynamic": f"{_HERE}:TersorInt8DynamicC",
+}
+"""The C export of each recipe: `AS_C` is that of the run's."""
+
 OTHERS = {
     **PEERS,
     "tvm": f"{_HERE}:TvmDefault",
@@ -174,4 +211,4 @@ default pipeline takes seconds to minutes a call and is measured when asked for.
 
 def engines(recipe: str) -> dict[str, str]:
     """Every engine by name for a run of this recipe."""
-    return {US: RECIPES[recipe], **OTHERS}
+    return {US: RECIPES[recipe], AS_C: EXPORTS[recipe], **OTHERS}

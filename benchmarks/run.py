@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.engines import BESIDE, OTHERS, RECIPES, engines
+from benchmarks.engines import AS_C, BESIDE, OTHERS, RECIPES, engines
 from benchmarks.floor import Floor
 from benchmarks.models import MODELS
 from benchmarks.report import Entry, Report, line, machine
@@ -74,8 +74,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=several(map(str, range(1, cpus + 1))), default=["1", "2"][:cpus])
     parser.add_argument(
         "--engines",
-        type=several((US, *OTHERS)),
-        help=f"of {','.join((US, *OTHERS))}; default: those of the recipe's precision, tvm left out (20 s a call)",
+        type=several((US, AS_C, *OTHERS)),
+        help=f"of {','.join((US, AS_C, *OTHERS))}; default: those of the recipe's precision, tvm left out (20 s a"
+        f" call), and {AS_C}, our C export",
     )
     parser.add_argument("--calls", type=int, default=21, help="timed calls of each engine on each entry")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON and Markdown files")

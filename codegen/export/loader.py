@@ -4,6 +4,7 @@ model = load()                               # the folder's library, weights.bin
 outputs = model(input_ids=ids)               # numpy arrays by name in, a dict of numpy arrays out
 s = model.session(threads=2)                 # threads, workspace and states of one caller
 s.run("prefill", input_ids=ids)
+step = s.bound("decode", input_ids=ids)      # step() runs it on what the arrays hold by then
 """
 
 import ast
@@ -81,10 +82,25 @@ class Session:
 
     def run(self, name, **inputs):
         """Runs a function: numpy arrays by name in, a dict of numpy arrays out."""
+        return self.bound(name, **inputs)()
+
+    def bound(self, name, **inputs):
+        """What runs a function on these very arrays, whose contents may change, and gives the same arrays each time.
+
+        An array of another byte order or layout is copied now, and no more looked at.
+        """
         function = self.model.functions[name]
-        arguments, outputs, _alive = function.bind(inputs)
-        self.model.check(self.model.call(function.symbol)(self._handle, ctypes.byref(arguments)))
-        return outputs
+        arguments, outputs, alive = function.bind(inputs)
+        code, pointer = self.model.call(function.symbol), ctypes.byref(arguments)
+
+        def call():
+            status = code(self._handle, pointer)
+            if status:
+                self.model.check(status)
+            return outputs
+
+        call.inputs = alive  # the arguments point to them
+        return call
 
     def reset(self):
         """All states are zeros again."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import openvino
     import torch
 
+    import tersor
+
 Call = Callable[[], np.ndarray]
 
 
@@ -162,15 +164,20 @@ class Tersor(Torch):
         if source.artifact:
             compiled = tersor.load(source.artifact, threads=self._threads)
         else:
-            example = self.tensors(inputs)
-            compiled = tersor.compile(
-                self.module(source),
-                example,
-                recipe=self.recipe,
-                calibration=self.calibration(source, inputs),
-                threads=self._threads,
-            )
+            compiled = self.compile(source, inputs)
         return lambda: compiled(**inputs)[0]
+
+    def compile(self, source: Source, inputs: Inputs) -> tersor.CompiledModel:
+        """The source compiled for these shapes."""
+        import tersor
+
+        return tersor.compile(
+            self.module(source),
+            self.tensors(inputs),
+            recipe=self.recipe,
+            calibration=self.calibration(source, inputs),
+            threads=self._threads,
+        )
 
     def calibration(self, source: Source, inputs: Inputs) -> Iterable[Inputs] | None:
         return None

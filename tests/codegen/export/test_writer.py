@@ -86,6 +86,18 @@ def test_states_live_in_sessions(tmp_path):
     np.testing.assert_array_equal(session.run("decode", x=x[:, 5:6], position=np.int64(5))["y"], alone)
 
 
+def test_bound_calls_read_what_their_arrays_hold(model):
+    session = model.session()
+    given = inputs(small_models.bert(), {"batch": 2, "length": 5})
+    call = session.bound("main", **given)
+    first = {name: value.copy() for name, value in call().items()}
+    given["input_ids"] += 1
+    second = call()
+    expected = model(**given)
+    assert all(np.array_equal(second[name], expected[name]) for name in expected)
+    assert not np.array_equal(first["hidden"], second["hidden"]) and call() is second
+
+
 def test_sessions_of_several_threads_share_a_model(model):
     given = [inputs(small_models.bert(), {"batch": 2, "length": 3 + i}, i) for i in range(4)]
     expected = [model(**g) for g in given]
