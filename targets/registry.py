@@ -100,7 +100,7 @@ def describe(target: Target) -> str:
         rows.append(("" if i else "core types", str(cluster), "" if i else target.sources["clusters"]))
     for key in NUMBERS:
         value = getattr(target, key)
-        text = "unknown" if value is None else str(value) if key == "cores" else size(value)
+        text = "unknown" if value is None else _TEXTS.get(key, size)(value)
         rows.append((_LABELS[key], text, target.sources.get(key, "")))
     wide = max(len(text) for label, text, _ in rows if label != "features")
     lines = [f"{label:<14}{text:<{wide}}  {source}".rstrip() for label, text, source in rows]
@@ -110,7 +110,15 @@ def describe(target: Target) -> str:
     )
 
 
-_LABELS = {"cores": "cores", "l1d": "L1 data", "l2": "L2 per core", "l3": "L3 shared", "memory": "memory"}
+_LABELS = {
+    "cores": "cores",
+    "l1d": "L1 data",
+    "l2": "L2 per core",
+    "l3": "L3 shared",
+    "memory": "memory",
+    "bandwidth": "bandwidth",
+}
+_TEXTS = {"cores": str, "bandwidth": lambda value: f"{value / 1e9:.4g} GB/s"}
 
 
 def size(count: int) -> str:

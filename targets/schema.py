@@ -12,7 +12,7 @@ from typing import Any
 from tersor.errors import TargetError
 from tersor.targets.architectures import ARCHITECTURES, SYSTEMS, VectorUnit
 
-NUMBERS = ("cores", "l1d", "l2", "l3", "memory")
+NUMBERS = ("cores", "l1d", "l2", "l3", "memory", "bandwidth")
 """Fields that hold a measured or assumed quantity; each one present needs an entry in `sources`."""
 
 REQUIRED = ("name", "arch")
@@ -50,7 +50,8 @@ class Target:
 
     `features` are Tersor's names for what kernels ask about (`avx2`, `avx512`, `vnni`, `neon`, `dotprod`, ...); `mcpu`
     and `mattr` are LLVM's names for the same machine, complete enough to generate code from. `os` is one of `SYSTEMS`.
-    Sizes are in bytes: `l1d` and `l2` per core, `l3` shared by all cores, `memory` what a process may use.
+    Sizes are in bytes: `l1d` and `l2` per core, `l3` shared by all cores, `memory` what a process may use; `bandwidth`
+    is the most that can be read of it in a second.
     `clusters` are the kinds of cores, the fastest first, whose caches `l1d` and `l2` are; none where it is not known.
     Features are those that all cores have, as a thread may run on any of them.
     `sources` says for every number where it comes from; a guess starts with "assumed".
@@ -70,6 +71,7 @@ class Target:
     l2: int | None = None
     l3: int | None = None
     memory: int | None = None
+    bandwidth: int | None = None
     os: str | None = None
     clusters: tuple[Cluster, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)

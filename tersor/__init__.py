@@ -20,6 +20,7 @@ _HOME = {
     "capture": "tersor.api",
     "analyze": "tersor.api",
     "explain": "tersor.api",
+    "estimate": "tersor.device",
     "to_onnx": "tersor.frontends.onnx.export",
     "load": "tersor.codegen.runtime",
     "load_on": "tersor.device",

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import numpy as np
 from tersor.codegen.export.folder import WEIGHTS, Exported
 from tersor.codegen.runtime.arguments import Arguments
 from tersor.codegen.runtime.manifest import FunctionSignature, expressions
-from tersor.errors import DeviceError, InputError
+from tersor.errors import DeviceError, InputError, TargetError
+from tersor.targets import Target, resolve
+from tersor.targets.estimate import Estimate
+from tersor.targets.estimate import estimate as least
 from tersor.targets.runners import Job, Runner, connect
 
 CALLS, EMULATED_CALLS, WARMUP = 30, 3, 3
@@ -80,7 +83,7 @@ class DeviceModel:
             CompileError: the program cannot be built.
             DeviceError: the device cannot be reached, or the program failed there.
         """
-        name, signature = self._function(function)
+        name, signature = _function(self.exported, function)
         with tempfile.TemporaryDirectory(prefix="tersor-") as scratch:
             sizes, file = _pack(signature, inputs, Path(scratch, "in"))
             self._execute(name, sizes, {"in": file}, ("out",), Path(scratch), f"threads={self.threads}")
@@ -99,7 +102,7 @@ class DeviceModel:
 
         Raises as `run` does.
         """
-        name, signature = self._function(function)
+        name, signature = _function(self.exported, function)
         calls = (EMULATED_CALLS if self.device.emulated else CALLS) if calls is None else calls
         calls, threads = (
             _count("calls", calls),
@@ -108,7 +111,7 @@ class DeviceModel:
         with tempfile.TemporaryDirectory(prefix="tersor-") as scratch:
             files = {}
             if inputs is None:
-                sizes = self._sizes(name, signature, dims or {})
+                sizes = _sizes(self.exported, name, dims or {})
             elif dims:
                 raise InputError(
                     "inputs and dims were both given", fix="dims are for inputs that are made up"
@@ -158,26 +161,27 @@ class DeviceModel:
             self._program = program
         return self._program
 
-    def _function(self, name: str | None) -> tuple[str, FunctionSignature]:
-        functions = self.exported.functions
-        if name is None:
-            name = "main" if "main" in functions or len(functions) > 1 else next(iter(functions))
-        if name not in functions:
-            raise InputError(f"there is no function {name!r}", fix=f"choose {' or '.join(functions)}")
-        return name, functions[name]
 
-    def _sizes(self, name: str, signature: FunctionSignature, dims: Mapping[str, int]) -> dict[str, int]:
-        if unknown := sorted(set(dims) - set(signature.dims)):
-            raise InputError(
-                f"there is no dimension {unknown[0]!r}",
-                fix=f"use {', '.join(signature.dims)}"
-                if signature.dims
-                else "leave it out: all sizes are fixed",
-            )
-        sizes = {**self.exported.usual[name], **dims}
-        arguments = Arguments(signature)
-        arguments.dimensions(arguments.shapes(sizes))
-        return sizes
+def _function(exported: Exported, name: str | None) -> tuple[str, FunctionSignature]:
+    functions = exported.functions
+    if name is None:
+        name = "main" if "main" in functions or len(functions) > 1 else next(iter(functions))
+    if name not in functions:
+        raise InputError(f"there is no function {name!r}", fix=f"choose {' or '.join(functions)}")
+    return name, functions[name]
+
+
+def _sizes(exported: Exported, name: str, dims: Mapping[str, int]) -> dict[str, int]:
+    signature = exported.functions[name]
+    if unknown := sorted(set(dims) - set(signature.dims)):
+        raise InputError(
+            f"there is no dimension {unknown[0]!r}",
+            fix=f"use {', '.join(signature.dims)}" if signature.dims else "leave it out: all sizes are fixed",
+        )
+    sizes = {**exported.usual[name], **dims}
+    arguments = Arguments(signature)
+    arguments.dimensions(arguments.shapes(sizes))
+    return sizes
 
 
 def _count(name: str, number: Any) -> int:
@@ -205,6 +209,39 @@ def load_on(path: str | os.PathLike[str], device: str | Runner, *, threads: int 
     if len(runners) != 1:
         raise InputError(f"{device!r} names several devices", fix="load the model on each of them")
     return DeviceModel(exported, runners[0], threads)
+
+
+def estimate(
+    path: str | os.PathLike[str],
+    *,
+    target: str | Target | None = None,
+    dims: Mapping[str, int] | None = None,
+    threads: int = 1,
+    function: str | None = None,
+) -> Estimate:
+    """The least time that a call of an exported model can take on a target, by what is known about its cores.
+
+    No measurement: see `tersor.targets.estimate` for what counts.
+
+    Args:
+        target: a name that ``tersor targets`` lists, or a description; what the model was compiled for by default.
+        dims: sizes, by default those of the example inputs.
+
+    Raises:
+        ArtifactError: the folder holds no exported model.
+        InputError: there is no such function or dimension, or the target has fewer cores than threads.
+        TargetError: too little is known about the target, or the model was compiled for another architecture.
+    """
+    exported = Exported.read(Path(path))
+    found = resolve(exported.target.name if target is None else target)
+    if found.arch != exported.target.arch:
+        raise TargetError(
+            f"no estimate for {found.name!r}", why=f"the model is compiled for {exported.target.arch}"
+        )
+    name, _ = _function(exported, function)
+    code = replace(found, features=found.features & exported.target.features)
+    work = exported.work(name, _sizes(exported, name, dims or {}))
+    return least(work, code, _count("threads", threads))
 
 
 def _pack(signature: FunctionSignature, inputs: Mapping[str, Any], file: Path) -> tuple[dict[str, int], Path]:

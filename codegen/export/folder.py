@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tersor.codegen.export.toolchain import toolchain
+from tersor.codegen.runtime.dimensions import parse
 from tersor.codegen.runtime.manifest import FunctionSignature, TensorType
 from tersor.errors import ArtifactError, TersorError
 from tersor.targets import Target
+from tersor.targets.estimate import Work
 
 SIGNATURE, WEIGHTS, KERNELS = "signature.json", "weights.bin", "kernels.o"
 
@@ -36,6 +38,7 @@ class Exported:
     functions: Mapping[str, FunctionSignature]
     symbols: Mapping[str, str]
     usual: Mapping[str, Mapping[str, int]]
+    _work: Mapping[str, Sequence[Mapping[str, Any]]]
 
     @classmethod
     def read(cls, path: Path) -> Exported:
@@ -55,6 +58,7 @@ class Exported:
                 usual={
                     name: {dim: d["usual"] for dim, d in f["dims"].items()} for name, f in functions.items()
                 },
+                _work={name: f["work"] for name, f in functions.items()},
             )
         except (
             OSError,
@@ -75,6 +79,13 @@ class Exported:
     @property
     def weights(self) -> Path:
         return self.path / WEIGHTS
+
+    def work(self, function: str, sizes: Mapping[str, int]) -> list[Work]:
+        """What a call of a function multiplies at these sizes."""
+        return [
+            Work(row["count"], row["dtype"], parse(row["products"]).evaluate(sizes), row["weights"])
+            for row in self._work[function]
+        ]
 
     def build(self, program: Path, *, static: bool) -> None:
         """Compiles the folder's main.c and sources to a program for the target.

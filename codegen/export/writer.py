@@ -17,7 +17,7 @@ from tvm.target.codegen import llvm_version_major
 
 from tersor.codegen.artifact import weight_blocks
 from tersor.codegen.compiler import MANIFEST_TARGET, Compilation, versions
-from tersor.codegen.export import SOURCES, example, source
+from tersor.codegen.export import SOURCES, example, source, work
 from tersor.codegen.export.apps import app_files
 from tersor.codegen.export.apps.app import App
 from tersor.codegen.export.folder import COMPILED, KERNELS, SIGNATURE, WEIGHTS
@@ -32,6 +32,7 @@ from tersor.codegen.runtime.manifest import TensorType
 from tersor.codegen.runtime.weights import header, padding
 from tersor.errors import ArtifactError, CompileError, InputError
 from tersor.folders import new_folder
+from tersor.ir import Program
 from tersor.targets import Target
 
 _STATIC = ("internal.h", "model.c", "threads.c", "threads.h")
@@ -98,7 +99,7 @@ def export_c(
                 "target": {key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
                 "recipe": recipe,
                 "versions": versions() | {"llvm": str(llvm_version_major())},
-                **_signature(functions, states),
+                **_signature(functions, states, compilation.program),
             }
             (folder / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
             app = App(signature, target.arch, numbers["WEIGHTS_BYTES"], numbers["HEADER_CRC"])
@@ -201,7 +202,7 @@ def _build(folder: Path, name: str, tools: Toolchain) -> None:
         tools.link(own, folder / library, shared=True)
 
 
-def _signature(functions: list[Interface], states: dict[str, TensorType]) -> dict[str, Any]:
+def _signature(functions: list[Interface], states: dict[str, TensorType], program: Program) -> dict[str, Any]:
     def tensor(field: Field) -> dict[str, Any]:
         return {
             "name": field.tensor.name,
@@ -224,6 +225,7 @@ def _signature(functions: list[Interface], states: dict[str, TensorType]) -> dic
                 "inputs": [tensor(field) for field in f.inputs],
                 "outputs": [tensor(field) for field in f.outputs],
                 "states": list(f.plan.signature.states),
+                "work": work.described(program.functions[f.plan.name]),
             }
             for f in functions
         ],

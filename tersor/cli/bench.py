@@ -45,6 +45,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_function(parser)
     shared.add_threads(parser)
     parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="of an exported model: run nothing, show the least time that it can take on its target",
+    )
+    parser.add_argument(
+        "--target", metavar="T", help="for --estimate: another target of the same architecture"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="of an exported model: print JSON instead of a table"
     )
 
@@ -53,7 +61,9 @@ def execute(options: argparse.Namespace) -> int:
     import tersor
 
     if shared.exported(options):
-        return on_devices(options)
+        return estimated(options) if options.estimate else on_devices(options)
+    if options.estimate:
+        raise InputError("--estimate is for exported models", fix="tersor compile MODEL --export-c OUT")
     check_engines(options)
     compiled = tersor.load(options.artifact, threads=options.threads)
     inputs = shared.read_npz(options.input) if options.input else None
@@ -61,6 +71,23 @@ def execute(options: argparse.Namespace) -> int:
         return beside(compiled, inputs, options)
     function = shared.function(compiled, options.function)
     print(function.benchmark(inputs, dims=dict(options.size) or None, calls=options.calls))
+    return 0
+
+
+def estimated(options: argparse.Namespace) -> int:
+    """Show what an exported model's time is at the least."""
+    import tersor
+
+    if options.device or options.input:
+        raise InputError("--estimate runs nothing", fix="leave out --device and --input; --size sets sizes")
+    found = tersor.estimate(
+        options.artifact,
+        target=options.target,
+        dims=dict(options.size),
+        threads=options.threads or 1,
+        function=options.function,
+    )
+    print(json.dumps({"estimate": asdict(found)}, indent=1) if options.json else found)
     return 0
 
 

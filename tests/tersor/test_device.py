@@ -195,3 +195,32 @@ def test_devices_are_for_exported_models(model, folders, tmp_path, capsys):
     assert "artifacts" in capsys.readouterr().err
     assert main(["bench", str(folders["native"]), "--calls", "2"]) == 0
     assert "local" in capsys.readouterr().out
+
+
+def test_estimates(folders, capsys):
+    found = tersor.estimate(folders["armv8.2-dotprod"], target="raspberry-pi-5", dims={"batch": 4})
+    products = 4 * 3 * (8 * 16 + 16 * 4)
+    assert found.milliseconds == pytest.approx(products / (2 * 4 * 2.4e9) * 1e3)
+    with pytest.raises(InputError, match="dimension 'batch' is 9"):
+        tersor.estimate(folders["pixel-8"], dims={"batch": 9})
+    with pytest.raises(TargetError, match="compiled for aarch64"):
+        tersor.estimate(folders["pixel-8"], target="x86-64-v3")
+    assert main(["bench", str(folders["pixel-8"]), "--estimate", "--threads", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("estimate for pixel-8, 5 threads: at least") and "float32" in shown
+    assert main(["bench", str(folders["native"]), "--estimate"]) == 2
+    assert "cores are not known" in capsys.readouterr().err
+    assert main(["bench", str(folders["pixel-8"]), "--estimate", "--device", "qemu"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "bytes_each"), [("int8-dynamic", "int8", 1), ("bf16", "bfloat16", 2)]
+)
+def test_work_is_that_of_the_final_program(recipe, dtype, bytes_each, tmp_path):
+    linear = torch.nn.Linear(64, 32)
+    example, dynamic = {"input": torch.ones(4, 64)}, {"input": {0: ("batch", 1, 4)}}
+    compiled = tersor.compile(linear, example, target="armv8.6-i8mm", recipe=recipe, dynamic=dynamic)
+    exported = Exported.read(compiled.export_c(tmp_path / "out"))
+    (work,) = exported.work("main", {"batch": 3})
+    assert (work.count, work.dtype, work.products) == (1, dtype, 3 * 64 * 32)
+    assert 64 * 32 * bytes_each <= work.weights <= 64 * 32 * bytes_each + 32 * 4

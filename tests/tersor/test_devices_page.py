@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers")
 PAGE = (Path(__file__).resolve().parents[2] / "docs/devices.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    return re.search(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="needs qemu-user-static")
@@ -33,14 +33,16 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     inputs = {"input_ids": np.array([[2, 7, 11, 3]]), "attention_mask": np.ones((1, 4), np.int64)}
     np.savez("x.npz", **inputs)
-    for line in block("sh").splitlines():
+    for line in "".join(blocks("sh")).splitlines():
         assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     with torch.no_grad():
         expected = model(**{n: torch.from_numpy(v) for n, v in inputs.items()}).last_hidden_state.numpy()
     found = np.load("y.npz")["last_hidden_state"]
     assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] > 0.99
     names = {"tersor": tersor, "inputs": inputs}
-    exec(block("python"), names)
+    (code,) = blocks("python")
+    exec(code, names)
     np.testing.assert_array_equal(names["outputs"]["last_hidden_state"], found)
     shown = capsys.readouterr().out
+    assert "estimate for raspberry-pi-5, 4 threads: at least" in shown
     assert "length 16" in shown.splitlines()[-1] and "says nothing about a device" in shown
