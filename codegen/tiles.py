@@ -63,7 +63,7 @@ def panel_width(target: Target) -> int:
 def most_rows(target: Target, product: InnerProduct | None = None) -> int:
     """Height of the tallest register tile: what the weight vectors leave of the registers, less a spare for LLVM.
 
-    ``product``: what is computed, by default f32. Loops in assembly need no spare: see ``ByLane.most_rows``.
+    ``product``: what is computed, by default f32. Loops in assembly need no spare: see ``MultiplyAdd.most_rows``.
     """
     product = product or inner_product("float32", target)
     spare = PANEL_VECTORS + 2 if target.vector_registers <= 16 else PANEL_VECTORS + 6
@@ -84,9 +84,9 @@ def choose(target: Target, panels: int, product: InnerProduct | None = None) -> 
     most, step = most_rows(target, product), product.block[0]
     rows = min(8 - 2 * (len(product.parts) - 1), most)  # what is taken apart needs registers too
     few = 4
-    if product.by_lane:
-        most = rows = product.by_lane.most_rows(PANEL_VECTORS)
-        few = -(-rows // 2)
+    if product.assembly:
+        most = rows = product.assembly.most_rows(PANEL_VECTORS * product.per_vector) * step
+        few = -(-rows // 2 // step) * step
     streams = tuple(sorted({r for r in (step, 2, few, rows, most) if r <= most}))
     return GemmTile(rows, streams, _blocks(panels, target.cores or 1))
 

@@ -52,7 +52,7 @@ CHUNK = 16
 """Steps of k between two groups of prefetches in a tile that shares its panel with others."""
 
 LONG_CHUNK = 64
-"""About the same where ``product.by_lane`` runs them: a chunk begins with loads that it has to wait for."""
+"""About the same where ``product.assembly`` runs them: a chunk begins with loads that it has to wait for."""
 
 SHORT_CHAIN = 2
 """Steps of a chain up to which the epilogue of a tile is unrolled."""
@@ -266,8 +266,8 @@ class _Builder:
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
         sums = self._sums(panel, rows)
-        if self.product.by_lane:
-            self._by_lane(sums, panel, rows, 0, self.words, self.tile.ahead)
+        if self.product.assembly:
+            self._loop(sums, panel, rows, 0, self.words, self.tile.ahead)
             self._epilogue(sums, panel, rows)
             return
         ahead = self.tile.ahead // (4 * self.width)
@@ -290,24 +290,24 @@ class _Builder:
         with T.serial(chunks) as chunk:
             with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
                 self._prefetch(panel + 1, *self._line((tile * chunks + chunk) * share + line))
-            if self.product.by_lane:
-                self._by_lane(sums, panel, rows, chunk * size, size)
+            if self.product.assembly:
+                self._loop(sums, panel, rows, chunk * size, size)
             else:
                 sums.accumulate(chunk * size, size, *self._operands(panel, rows))
-        if self.product.by_lane:
-            self._by_lane(sums, panel, rows, chunks * size, self.words - chunks * size)
+        if self.product.assembly:
+            self._loop(sums, panel, rows, chunks * size, self.words - chunks * size)
         else:
             self._rest(sums, panel, rows, chunks * size)
         self._epilogue(sums, panel, rows)
 
     def _chunk(self) -> int:
         """Words between two groups of prefetches."""
-        if not self.product.by_lane:
+        if not self.product.assembly:
             return CHUNK
         group = self.product.group  # equal parts leave no rest, where whole vectors allow it
         return max(self.words // group // max(self.words // LONG_CHUNK, 1), 1) * group
 
-    def _by_lane(
+    def _loop(
         self,
         sums: RegisterTile,
         panel: Expr,
@@ -319,7 +319,9 @@ class _Builder:
         """The products of so many words from ``first`` on; all of them are complete."""
         if words:
             right = T.address_of(self.w[panel, first, 0])
-            sums.stream(words, lambda r: self.product.address(self.a, rows.at(r), first), right, ahead)
+            sums.stream(
+                words, lambda r: self.product.address(self.a, self._block(rows, r), first), right, ahead
+            )
 
     def _sums(self, panel: Expr, rows: _Rows) -> RegisterTile:
         """The accumulators of a tile, with what is owed to signed codes."""
@@ -350,10 +352,13 @@ class _Builder:
         """How a `RegisterTile` reads both matrices."""
 
         def left(r: int, k: Expr, count: int) -> Expr:
-            row = rows.at(r * 2) // 2 if self.product.pairs else rows.at(r)
-            return self.product.word(self.a, row, k, count)
+            return self.product.word(self.a, self._block(rows, r), k, count)
 
         return left, lambda v, k: self.w[panel, k, self._vector(v)]
+
+    def _block(self, rows: _Rows, r: int) -> Expr | int:
+        """The row, or pair of rows, of the left matrix that block r of a tile works on."""
+        return rows.at(r * 2) // 2 if self.product.pairs else rows.at(r)
 
     def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
         # Addresses past the end are harmless: a prefetch never faults.

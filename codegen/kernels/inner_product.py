@@ -22,7 +22,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import bf16, neon
-from tersor.codegen.kernels.by_lane import ByLane
+from tersor.codegen.kernels.assembly import MultiplyAdd
 from tersor.codegen.packing import ELEMENTS, Words
 from tersor.targets import Target
 
@@ -47,8 +47,7 @@ class InnerProduct:
     group: neighbouring words of a row that are loaded as one vector, to be used one after the other.
     block: rows and columns of the results that one vector of accumulators belongs to.
     row: ``row(vectors, i)`` makes a vector of results, row i of a block, from the accumulators that hold it.
-    by_lane: how loops over whole rows in memory are written in assembly, on 64-bit ARM where ``step`` is one
-    instruction by lane.
+    assembly: the instruction that ``step`` is, where loops over rows in memory are written in assembly (64-bit ARM).
     """
 
     left: str
@@ -61,7 +60,7 @@ class InnerProduct:
     group: int
     block: tuple[int, int]
     row: Callable[[Sequence[Expr], int], Expr]
-    by_lane: ByLane | None = None
+    assembly: MultiplyAdd | None = None
 
     @property
     def factor(self) -> int:
@@ -101,8 +100,8 @@ class InnerProduct:
         return self._words(elements)
 
     def address(self, matrix: tirx.Buffer, row: Expr | int, index: Expr | int) -> Expr:
-        """Where word ``index`` of a row of the left matrix lies."""
-        return T.address_of(matrix[row, index * self.factor])
+        """Where word ``index`` of a row, or pair of rows, of the left matrix lies."""
+        return T.address_of(matrix[row, index * (self.factor * self.block[0])])
 
     def last_word(self, matrix: tirx.Buffer, row: Expr | int, k: int) -> Expr:
         """The incomplete word at the end of a row of k elements; nothing past the row is read."""
@@ -153,28 +152,30 @@ def inner_product(dtype: str, target: Target) -> InnerProduct:
 
 def _neon(dtype: str, target: Target) -> InnerProduct:
     known, lanes = target.features, target.lanes("float32")
-    by_lane = None
+    assembly = None
     words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
     group, block, row = lanes, (1, lanes), _only
     if dtype == "bfloat16" and "bf16" in known:
         words, step, body = Words(4), neon.bf16_matrix_step, neon.bf16_functions
         group, block, row = 1, (2, 2), neon.matrix_row
+        assembly = MultiplyAdd("bfmmla", "<4 x float>", "4s", "8h")
     elif dtype == "bfloat16":
         parts = _BF16_PAIR
     elif dtype == "uint8" and "i8mm" in known:
         words, step, group, block, row = Words(8), neon.matrix_step, 1, (2, 2), neon.matrix_row
+        assembly = MultiplyAdd("usmmla", "<4 x i32>", "4s", "16b")
     elif dtype == "uint8" and "dotprod" in known:
         words, step = Words(4, sums=True), neon.dot_step
+        assembly = MultiplyAdd("sdot", "<4 x i32>", "4s", "16b", "4b", lanes, "s")
     elif dtype == "uint8":
         words, step, group, block = Words(16, sums=True), neon.widened_step(target.arch), 1, (1, 1)
         row = neon.partial_sums
-    if target.arch == "aarch64" and step is _fma and parts is _WHOLE:
+    elif target.arch == "aarch64" and dtype == "float32":
         # of the cores without sdot Cortex-A53 gains by paired loads; of those with it Cortex-A55 would lose
-        by_lane = ByLane("fmla", "4s", "4s", "s", "s", lanes, "<4 x float>", paired="dotprod" not in known)
-    elif step is neon.dot_step:
-        by_lane = ByLane("sdot", "4s", "16b", "4b", "s", lanes, "<4 x i32>", paired=False)
+        paired = "dotprod" not in known
+        assembly = MultiplyAdd("fmla", "<4 x float>", "4s", "4s", "s", lanes, "s", paired)
     accumulator = ACCUMULATORS[dtype]
-    return InnerProduct(dtype, words, accumulator, lanes, parts, step, body, group, block, row, by_lane)
+    return InnerProduct(dtype, words, accumulator, lanes, parts, step, body, group, block, row, assembly)
 
 
 WORDS = {dtype: Words(ELEMENTS[weight]) for dtype, weight in WEIGHTS.items()}

@@ -9,7 +9,7 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import math
-from tersor.codegen.kernels.by_lane import Loop
+from tersor.codegen.kernels.assembly import Loop
 from tersor.codegen.kernels.inner_product import InnerProduct
 
 
@@ -63,15 +63,15 @@ class RegisterTile:
                 self.multiply(first + (whole * group + i), 1, left, right)
 
     def stream(self, words: int, left: Callable[[int], Expr], right: Expr, ahead: int | None = None) -> None:
-        """Add the outer products of so many words >= 1 by ``product.by_lane``.
+        """Add the outer products of so many words >= 1 by ``product.assembly``.
 
-        ``left(r)`` is the address of row r's first one, ``right`` that of the right matrix', of which vector follows
-        vector and word follows word. ``ahead``: bytes between the right words in use and those prefetched, if any are.
+        ``left(r)`` is the address of the first one of block r of rows, ``right`` that of the right matrix', of which
+        vector follows vector and word follows word. ``ahead``: bytes between the words in use and those prefetched.
         """
-        loop = Loop(self.product.by_lane, self.height, self.vectors, words, ahead)
+        loop = Loop(self.product.assembly, len(self._rows), self._units, words, ahead)
         sums = [T.address_of(row[0]) for row in self._rows]
         with T.attr(T.int32(0), "pragma_import_llvm", loop.text()):
-            T.evaluate(T.call_extern("void", loop.name, *sums, *map(left, range(self.height)), right))
+            T.evaluate(T.call_extern("void", loop.name, *sums, *map(left, range(loop.height)), right))
 
     def multiply(
         self,

@@ -18,10 +18,10 @@ from tersor.codegen.export.toolchain import toolchain
 from tersor.codegen.export.writer import export_c
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
-from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.inner_product import ACCUMULATORS, stored_words
+from tersor.codegen.kernels.inner_product import ACCUMULATORS, WORDS, stored_words
 from tersor.codegen.kernels.norm import LayerNorm
 from tersor.codegen.kernels.prepare import Prepare
 from tersor.codegen.kernels.quantize import DynamicQuantize
@@ -149,17 +149,19 @@ def test_float_products(name, cpu, dtype):
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "cpu"), [("armv8-a", "cortex-a53"), ("armv8.2-dotprod", "cortex-a76")])
-@pytest.mark.parametrize("k", [1, 3, 4, 9, 16, 21, 24])
-def test_loops_by_lane_of_every_length(name, cpu, k):
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[1:])
+@pytest.mark.parametrize("words", [1, 7, 9, 20])
+def test_loops_of_every_length(name, cpu, words):
     """Loops in assembly: too short for a pass, with and without words that fill no vector, every height of a tile."""
-    generator = torch.Generator().manual_seed(k)
-    w = torch.randn(19, k, generator=generator)
+    target, generator = resolve(name), np.random.default_rng(words)
+    a, w = (generator.standard_normal((rows, words)).astype(np.float32) for rows in (11, 19))
+    size = words * (stored_words("uint8", target) or WORDS["uint8"]).elements
+    codes = generator.integers(0, 256, (11, size), dtype=np.uint8)
+    weights = generator.integers(-128, 128, (19, size), dtype=np.int8)
     for m in (2, 5, 11):
-        a = torch.randn(m, k, generator=generator)
-        chain = Chain((ChainInput("accumulator"),), (), (0,))
-        (got,) = multiply(a.numpy(), [w.numpy()], resolve(name), cpu, "float32", chain)
-        np.testing.assert_allclose(got, (a.double() @ w.double().T).numpy(), atol=1e-5, rtol=1e-5)
+        (got,) = multiply(a[:m], [w], target, cpu, "float32", PLAIN)
+        np.testing.assert_allclose(got, a[:m].astype(np.float64) @ w.T, atol=1e-5, rtol=1e-5)
+        check_codes(codes[:m], weights, target, cpu)
 
 
 FULL = ChainInput("full")

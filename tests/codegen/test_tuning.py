@@ -9,7 +9,7 @@ import pytest
 from kernel_harness import run_kernel
 
 from tersor.codegen import tuning
-from tersor.codegen.kernels.by_lane import Loop
+from tersor.codegen.kernels.assembly import Loop
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.inner_product import ACCUMULATORS, inner_product
@@ -68,14 +68,14 @@ def test_every_candidate_fits_the_registers(target, dtype):
     analytic = choose(target, 3, product)
     for tile in (analytic, *neighbours(analytic, target, product)):
         assert tile.streams == tuple(sorted(tile.streams))
-        if product.by_lane:
-            Loop(product.by_lane, max(tile.rows, *tile.streams), PANEL_VECTORS, 96)
-            continue
+        assert all(rows % product.block[0] == 0 for rows in (tile.rows, *tile.streams))
         tallest = max(tile.rows, *tile.streams) // product.block[0]
+        if product.assembly:
+            Loop(product.assembly, tallest, PANEL_VECTORS * product.per_vector, 96)
+            continue
         each = 2 * product.lanes // product.block[1] + (len(product.parts) if product.loads else 0)
         held = 1 if product.block[1] < product.lanes else 2 * len(product.parts)
         assert tallest * each + held + 1 <= target.vector_registers
-        assert all(rows % product.block[0] == 0 for rows in (tile.rows, *tile.streams))
 
 
 @pytest.mark.parametrize(

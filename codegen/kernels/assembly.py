@@ -1,0 +1,211 @@
+"""Inner loops of products on 64-bit ARM in assembly, in an order that cores without reordering run well.
+
+In-order cores (Cortex-A53, A55) stand still wherever a load, or the sum of an address, comes too late. LLVM puts the
+loads of each pass of a loop at its top, so the loops are written here, as inline assembly in functions that LLVM merges
+into the kernel:
+
+* A register is loaded anew right after its last use, as many products before its next one as possible.
+* One index serves all rows of the left matrix; the right one is a single stream at constant offsets from its pointer.
+* LLVM allocates the registers, all 32 for the tallest tiles: sums, a vector of words per row, the right vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+VECTOR = 16
+"""Bytes of a register."""
+
+REGISTERS = 32
+
+LINE = 64
+"""Bytes that one prefetch brings."""
+
+FARTHEST = 28672
+"""Bytes: how far ahead a prefetch can reach by an offset, less a pass of the loop."""
+
+
+@dataclass(frozen=True)
+class MultiplyAdd:
+    """The instruction that a loop is made of.
+
+    type: LLVM's of the sums. sums, operands: arrangements of the instruction's registers.
+    lane: arrangement of a left operand that is one lane of a register. Where it is None the whole register is.
+    words: of a left register, to be used one after the other. word: the register's name for a single word.
+    paired: two right vectors are loaded by one instruction, while the last ones are in use, and a pass of the loop is
+    twice as long: fewer instructions, more registers and code. By LLVM's models Cortex-A53 gains by it, Cortex-A55 not.
+    """
+
+    mnemonic: str
+    type: str
+    sums: str
+    operands: str
+    lane: str | None = None
+    words: int = 1
+    word: str = "q"
+    paired: bool = False
+
+    @property
+    def right_registers(self) -> int:
+        return 4 if self.paired else 2
+
+    @property
+    def step(self) -> int:
+        """Words that a pass of the loop uses up."""
+        return max(self.words, 4) * (2 if self.paired else 1)
+
+    def most_rows(self, vectors: int) -> int:
+        """Rows of the tallest tile, so many vectors of sums wide."""
+        return (REGISTERS - self.right_registers) // (vectors + 1)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Adds the products of ``words`` >= 1 words: ``height`` rows by ``vectors`` vectors, an even number, of sums.
+
+    ahead: bytes between the right words in use and those prefetched; None prefetches nothing.
+    ValueError when it needs more registers than there are.
+    """
+
+    product: MultiplyAdd
+    height: int
+    vectors: int
+    words: int
+    ahead: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.height > self.product.most_rows(self.vectors) or self.vectors % 2:
+            raise ValueError(f"no registers for {self.height} rows of {self.vectors} vectors")
+
+    @property
+    def name(self) -> str:
+        p = self.product
+        parts = ["tersor", p.mnemonic, p.sums, *(["paired"] if p.paired else [])]
+        parts += [f"{self.height}x{self.vectors}x{self.words}"]
+        return "_".join(parts + ([f"ahead{self.ahead}"] if self.ahead is not None else []))
+
+    def text(self) -> str:
+        """LLVM's text of ``void name(sums of each row.., left rows.., right)``, all of them pointers."""
+        rows, vector = range(self.height), self.product.type
+        outputs = [vector] * self._scalar(0) + ["ptr", "i64", "i64"]
+        result = f"{{ {', '.join(outputs)} }}"
+        lines = []
+        for i in range(self._sums):
+            row, v = divmod(i, self.vectors)
+            lines.append(f"%p{i} = getelementptr {vector}, ptr %sums{row}, i64 {v}")
+            lines.append(f"%s{i} = load {vector}, ptr %p{i}, align {VECTOR}")
+        constraints = ["=&w"] * self._scalar(0) + ["=&r"] * 3
+        constraints += [str(i) for i in range(self._sums)] + [str(self._scalar(i)) for i in range(3)]
+        constraints += ["r"] * self.height + ["~{cc}", "~{memory}"]
+        arguments = [f"{vector} %s{i}" for i in range(self._sums)]
+        arguments += ["ptr %right", "i64 0", f"i64 {self._passes}", *(f"ptr %left{r}" for r in rows)]
+        code = "\\0A".join(self._code())
+        lines.append(
+            f'%r = call {result} asm sideeffect "{code}", "{",".join(constraints)}"({", ".join(arguments)})'
+        )
+        for i in range(self._sums):
+            lines.append(f"%o{i} = extractvalue {result} %r, {i}")
+            lines.append(f"store {vector} %o{i}, ptr %p{i}, align {VECTOR}")
+        parameters = [f"ptr %sums{r}" for r in rows] + [f"ptr %left{r}" for r in rows] + ["ptr %right"]
+        head = f"define void @{self.name}({', '.join(parameters)}) alwaysinline {{"
+        return "\n".join([head, *(f"  {line}" for line in lines), "  ret void", "}", ""])
+
+    @property
+    def _passes(self) -> int:
+        """Of the loop; at least one vector of left words, if there is one, is left for the code behind it."""
+        return max(self.words - self.product.words, 0) // self.product.step
+
+    def _code(self) -> Iterator[str]:
+        """The instructions; ``$i`` is an operand of the assembly."""
+        size, step = self.product.words, self.product.step
+        vectors, single = divmod(self.words, size)
+        yield from (self._load_left(row, size if vectors else 1) for row in range(self.height))
+        yield from self._load_right(0)
+        if self._passes:
+            yield "1:"
+            yield from self._steps([size] * (step // size), size, loop=True)
+            yield "b.ne 1b"
+        yield from self._steps(
+            [size] * (vectors - self._passes * (step // size)) + [1] * single, None, loop=False
+        )
+
+    def _steps(self, units: list[int], following: int | None, loop: bool) -> Iterator[str]:
+        """The products of left registers with so many words each; ``following`` is the one behind them."""
+        total, step = sum(units), 0
+        middle = max(self.height * 3 // 4 - 1, 0)
+        pointer, _, passes = (f"${self._scalar(i)}" for i in range(3))
+        for unit, then in zip(units, [*units[1:], following], strict=True):
+            for lane in range(unit):
+                last, moved = step == total - 1, 0
+                if then and unit == 1:
+                    yield self._advance(unit)
+                for v in range(self.vectors):
+                    for row in range(self.height):
+                        yield self._multiply(row, step * self.vectors + v, lane)
+                        if v == 0 and row == middle:
+                            if then and unit > 1 and lane == 1:
+                                yield self._advance(unit)
+                            if loop and step == total // 2:
+                                yield f"subs {passes}, {passes}, #1"
+                            if loop and last:
+                                moved = total * self.vectors
+                                yield f"add {pointer}, {pointer}, #{moved * VECTOR}"
+                        if loop and v == 0 and row == self.height // 2:
+                            yield from self._prefetch(step * self.vectors * VECTOR)
+                        if self.product.paired and v == self.vectors - 1 and row == 0 and (loop or not last):
+                            yield from self._load_right((step + 1) * self.vectors, moved)
+                        if then and v == self.vectors - 1 and lane == unit - 1:
+                            yield self._load_left(row, then)
+                    after = step * self.vectors + v + self.product.right_registers
+                    if not self.product.paired and (loop or after < total * self.vectors):
+                        yield self._load_one(after, moved)
+                step += 1
+
+    @property
+    def _sums(self) -> int:
+        return self.height * self.vectors
+
+    def _left(self, row: int) -> int:
+        return self._sums + row
+
+    def _right(self, index: int) -> int:
+        """The operand that is vector ``index`` of the right words."""
+        return self._sums + self.height + index % self.product.right_registers
+
+    def _scalar(self, i: int) -> int:
+        """The operand that is the right pointer, the index into left rows, the passes left."""
+        return self._sums + self.height + self.product.right_registers + i
+
+    def _multiply(self, row: int, index: int, lane: int) -> str:
+        p, v = self.product, index % self.vectors
+        sums = f"${{{row * self.vectors + v}}}.{p.sums}"
+        left, right = f"${{{self._left(row)}}}", f"${{{self._right(index)}}}.{p.operands}"
+        if p.lane is None:
+            return f"{p.mnemonic} {sums}, {left}.{p.operands}, {right}"
+        return f"{p.mnemonic} {sums}, {right}, {left}.{p.lane}[{lane}]"
+
+    def _load_left(self, row: int, words: int) -> str:
+        width = "q" if words == self.product.words else self.product.word
+        pointer = self._scalar(3) + self._sums + 3 + row  # behind the sums and scalars as inputs
+        return f"ldr ${{{self._left(row)}:{width}}}, [${pointer}, ${self._scalar(1)}]"
+
+    def _advance(self, words: int) -> str:
+        index = f"${self._scalar(1)}"
+        return f"add {index}, {index}, #{words * VECTOR // self.product.words}"
+
+    def _load_right(self, first: int, moved: int = 0) -> Iterator[str]:
+        """Vectors ``first`` and the next one of the right words."""
+        if not self.product.paired:
+            yield from (self._load_one(first + i, moved) for i in range(2))
+            return
+        pair = ", ".join(f"${{{self._right(first + i)}:q}}" for i in range(2))
+        yield f"ldp {pair}, [${self._scalar(0)}, #{(first - moved) * VECTOR}]"
+
+    def _load_one(self, index: int, moved: int) -> str:
+        offset = (index - moved) * VECTOR
+        return f"ldr ${{{self._right(index)}:q}}, [${self._scalar(0)}, #{offset}]"
+
+    def _prefetch(self, offset: int) -> Iterator[str]:
+        if self.ahead is not None and offset % LINE == 0:
+            yield f"prfm pldl1keep, [${self._scalar(0)}, #{min(self.ahead, FARTHEST) // 8 * 8 + offset}]"
