@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +70,8 @@ class DeviceModel:
     def __init__(self, exported: Exported, device: Runner, threads: int = 1):
         self.exported, self.device = exported, device
         self.threads = _count("threads", threads)
-        self._folder = tempfile.TemporaryDirectory(prefix="tersor-")
+        self._folder = Path(tempfile.mkdtemp(prefix="tersor-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._program: Path | None = None
         device.check(exported.target)
 
@@ -156,7 +159,7 @@ class DeviceModel:
 
     def _built(self) -> Path:
         if self._program is None:
-            program = Path(self._folder.name, "program")
+            program = self._folder / "program"
             self.exported.build(program, static=self.device.static)
             self._program = program
         return self._program

@@ -41,7 +41,7 @@ class Adb(Remote):
     root = "/data/local/tmp/tersor"
 
     def __init__(self, serial: str | None = None):
-        self._adb = _find()
+        self._adb = find()
         self.serial = self._choose(serial)
         self.name = f"adb:{self.serial}"
 
@@ -100,7 +100,8 @@ class Adb(Remote):
         raise DeviceError(f"a file cannot be copied: adb {words[0]}", where=self.name, why=said)
 
 
-def _find() -> str:
+def find() -> str:
+    """The path of adb. DeviceError when it is not installed."""
     sdks = [os.environ.get(name) for name in ("ANDROID_HOME", "ANDROID_SDK_ROOT")]
     places = [None, *(os.path.join(sdk, "platform-tools") for sdk in sdks if sdk)]
     for place in places:

@@ -33,7 +33,7 @@ class Qemu(Local):
 
     def __init__(self, target: Target, cpu: str | None = None):
         self._arch = target.arch
-        self._qemu = _find(target.arch)
+        self._qemu = find(target.arch)
         known = _cores(self._qemu)
         if cpu is not None and cpu not in known:
             raise DeviceError(
@@ -51,7 +51,8 @@ class Qemu(Local):
         return [self._qemu, "-cpu", self.cpu, str(program)]
 
 
-def _find(arch: str) -> str:
+def find(arch: str) -> str:
+    """The path of the emulator for an architecture. DeviceError when it is not installed."""
     name = f"qemu-{_NAMES.get(arch, arch)}"
     for candidate in (f"{name}-static", name):
         if found := shutil.which(candidate):

@@ -16,7 +16,7 @@ from importlib import metadata
 
 from tersor.cli import options as shared
 from tersor.cli.output import table
-from tersor.errors import TargetError
+from tersor.errors import DeviceError, TargetError
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    checks = [*python(), *packages(), *linker(), *target(options.target)]
+    checks = [*python(), *packages(), *linker(), *target(options.target), *runners(options.target)]
     mark = {(True, True): "ok", (True, False): "ok", (False, True): "MISSING", (False, False): "optional"}
     table(
         ("", "check", "found", "to do"),
@@ -102,9 +102,33 @@ def target(name: str) -> Iterator[Check]:
         return
     yield Check(f"target {name}", True, f"{found.mcpu or found.arch}, {found.vector_bits}-bit vectors")
     missing = targets.missing_on_host(found)
-    fix = "compare the result on such a machine" if missing else ""
+    fix = "export C, and run it there (docs/devices.md)" if missing else ""
     lacks = f"no, it lacks {', '.join(missing)}" if missing else "yes"
     yield Check(f"this machine runs {name}", not missing, lacks, needed=False, fix=fix)
+
+
+def runners(name: str) -> Iterator[Check]:
+    """What `tersor bench --device` needs for a target that this machine does not run."""
+    from tersor import targets
+    from tersor.targets.runners import adb, qemu
+
+    try:
+        wanted = targets.resolve(name)
+    except TargetError:
+        return
+    if not targets.missing_on_host(wanted):
+        return
+    finders = {"emulation (--device qemu)": lambda: qemu.find(wanted.arch)} if wanted.os in _EMULATED else {}
+    if wanted.os == "android":
+        finders["phones (--device adb)"] = adb.find
+    for what, find in finders.items():
+        try:
+            yield Check(what, True, find(), needed=False)
+        except DeviceError as error:
+            yield Check(what, False, error.what, needed=False, fix=error.fix or "")
+
+
+_EMULATED = ("linux", "linux-musl", "android")
 
 
 def version(package: str) -> str | None:

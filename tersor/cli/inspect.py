@@ -1,4 +1,4 @@
-"""Show what is in an artifact, or the program that a model becomes.
+"""Show what is in an artifact or an exported model, or the program that a model becomes.
 
 tersor inspect minilm.tersor
 tersor inspect ./all-MiniLM-L6-v2
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tersor.cli import options as shared
 from tersor.cli.output import human, table
+
+if TYPE_CHECKING:
+    from tersor.codegen.runtime import FunctionSignature
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +25,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         metavar="OUT|MODEL",
-        help="an artifact, a local transformers folder, or an ONNX file",
+        help="an artifact, an exported model, a local transformers folder, or an ONNX file",
     )
     shared.add_dynamic(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
+    from tersor.codegen.export.folder import is_exported
     from tersor.codegen.runtime.manifest import MANIFEST
 
+    if is_exported(options.path):
+        return exported(options.path)
     if (options.path / MANIFEST).is_file():
         return artifact(options.path)
     return program(options.path, shared.dynamic_of(options, options.path))
@@ -41,13 +48,7 @@ def artifact(path: Path) -> int:
 
     manifest = read_manifest(path)
     report = json.loads(bytes(map_files(path, manifest)[REPORT]))
-    for name, signature in manifest.functions.items():
-        inputs, outputs = (", ".join(map(str, tensors)) for tensors in (signature.inputs, signature.outputs))
-        print(f"{name}({inputs}) -> {outputs}")
-        for state in signature.states:
-            print(f"  state {manifest.states[state]}")
-        for dimension, (low, high) in signature.dims.items():
-            print(f"  {dimension} from {low} to {high}")
+    show(manifest.functions, {name: str(state) for name, state in manifest.states.items()})
     table(
         ("property", "value"),
         [
@@ -66,6 +67,35 @@ def artifact(path: Path) -> int:
             right=("places", "parameters", "MACs", "error"),
         )
     return 0
+
+
+def exported(path: Path) -> int:
+    """Signatures, origin and files of a model exported as C."""
+    from tersor.codegen.export.folder import Exported
+
+    found = Exported.read(path)
+    show(found.functions, {})
+    table(
+        ("property", "value"),
+        [
+            ("target", f"{found.target.name} ({found.target.llvm_triple})"),
+            ("recipe", found.recipe),
+            ("made by", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
+            *((file.name, human(file.stat().st_size)) for file in sorted(path.iterdir()) if file.is_file()),
+        ],
+    )
+    return 0
+
+
+def show(functions: Mapping[str, FunctionSignature], states: Mapping[str, str]) -> None:
+    """Print how functions are called; states: what is said of each, by name."""
+    for name, signature in functions.items():
+        inputs, outputs = (", ".join(map(str, tensors)) for tensors in (signature.inputs, signature.outputs))
+        print(f"{name}({inputs}) -> {outputs}")
+        for state in signature.states:
+            print(f"  state {states.get(state, state)}")
+        for dimension, (low, high) in signature.dims.items():
+            print(f"  {dimension} from {low} to {high}")
 
 
 def row(step: dict[str, Any]) -> tuple[str, ...]:

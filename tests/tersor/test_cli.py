@@ -251,6 +251,20 @@ def test_doctor_ends_with_1_when_something_is_missing(
     assert "missing: target nowhere" in capsys.readouterr().out
 
 
+def test_doctor_looks_for_what_reaches_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(doctor.runners("native"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("ANDROID_HOME", raising=False)
+    monkeypatch.delenv("ANDROID_SDK_ROOT", raising=False)
+    checks = {check.name: check for check in doctor.runners("pixel-8")}
+    assert {name: "apt-get install" in check.fix for name, check in checks.items()} == {
+        "emulation (--device qemu)": True,
+        "phones (--device adb)": True,
+    }
+    assert not any(check.needed or check.good for check in checks.values())
+    assert not list(doctor.runners("iphone-15"))
+
+
 # -- demo
 
 

@@ -197,6 +197,14 @@ def test_devices_are_for_exported_models(model, folders, tmp_path, capsys):
     assert "local" in capsys.readouterr().out
 
 
+def test_inspect_shows_an_export(folders, capsys):
+    assert main(["inspect", str(folders["pixel-8"])]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("main(x: float32[batch, length, 8], scale: float32[4]) -> y: float32")
+    assert "length from 1 to 9" in shown and "pixel-8 (aarch64-linux-android)" in shown
+    assert "fp32" in shown and "llvm 22" in shown and "weights.bin" in shown
+
+
 def test_estimates(folders, capsys):
     found = tersor.estimate(folders["armv8.2-dotprod"], target="raspberry-pi-5", dims={"batch": 4})
     products = 4 * 3 * (8 * 16 + 16 * 4)
