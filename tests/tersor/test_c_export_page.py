@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import tersor
+from tests.pages import blocks, shell
 
 transformers = pytest.importorskip("transformers")
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/c-export.md").read_text(encoding="utf-8")
-
-
-def block(language: str, number: int = 0) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[number]
+PAGE = "docs/c-export.md"
 
 
 @pytest.mark.skipif(not (shutil.which("cc") and shutil.which("cmake")), reason="needs cc and cmake")
@@ -34,15 +28,10 @@ def test_the_page(tmp_path, monkeypatch):
     )
     model.eval().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    call = "import sys; from tersor.cli import main; sys.exit(main())"
-    tersor_command = f"tersor() {{ {sys.executable} -c '{call}' \"$@\"; }}\n"
-    run = ["bash", "-euc", tersor_command + block("sh")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^  last_hidden_state: \S+ ", done.stdout, re.MULTILINE)) == 2
+    shown = shell(blocks(PAGE, "sh")[0], tmp_path)
+    assert len(re.findall(r"^  last_hidden_state: \S+ ", shown, re.MULTILINE)) == 2
 
-    (tmp_path / "user.c").write_text(block("c"))
+    (tmp_path / "user.c").write_text(blocks(PAGE, "c")[0])
     build = ["cc", "-std=c99", "-Wall", "-Werror", "-Iout", "user.c", "out/libencoder.a", "-lm", "-lpthread"]
     subprocess.run([*build, "-o", "user"], check=True, timeout=60)
     shown = subprocess.run(["./user"], check=True, capture_output=True, text=True, timeout=60).stdout
@@ -54,9 +43,9 @@ def test_the_page(tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(tmp_path / "out")
     names = {"ids": ids, "mask": mask}
-    exec(block("python", 1), names)
+    exec(blocks(PAGE, "python")[1], names)
     np.testing.assert_allclose(names["outputs"]["last_hidden_state"], expected.numpy(), atol=0.05)
     importlib.invalidate_caches()
 
     text = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    exec(block("python"), {"tersor": tersor, "model": model, "example_inputs": text})
+    exec(blocks(PAGE, "python")[0], {"tersor": tersor, "model": model, "example_inputs": text})
