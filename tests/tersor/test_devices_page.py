@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import tersor
-from tersor.cli import main
+from tests.pages import blocks, shell
 
 transformers = pytest.importorskip("transformers")
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/devices.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = "docs/devices.md"
 
 
 @pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="needs qemu-user-static")
-def test_the_page(tmp_path, monkeypatch, capsys):
+def test_the_page(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=32)
@@ -33,16 +26,14 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     inputs = {"input_ids": np.array([[2, 7, 11, 3]]), "attention_mask": np.ones((1, 4), np.int64)}
     np.savez("x.npz", **inputs)
-    for line in "".join(blocks("sh")).splitlines():
-        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    shown = shell("".join(blocks(PAGE, "sh")), tmp_path)
+    assert "estimate for raspberry-pi-5, 4 threads: at least" in shown
+    assert "length 16" in shown and "say nothing about a device" in shown
     with torch.no_grad():
         expected = model(**{n: torch.from_numpy(v) for n, v in inputs.items()}).last_hidden_state.numpy()
     found = np.load("y.npz")["last_hidden_state"]
     assert np.corrcoef(found.flatten(), expected.flatten())[0, 1] > 0.99
     names = {"tersor": tersor, "inputs": inputs}
-    (code,) = blocks("python")
-    exec(code, names)
+    exec(blocks(PAGE, "python")[0], names)
     np.testing.assert_array_equal(names["outputs"]["last_hidden_state"], found)
-    shown = capsys.readouterr().out
-    assert "estimate for raspberry-pi-5, 4 threads: at least" in shown
-    assert "length 16" in shown.splitlines()[-1] and "says nothing about a device" in shown
+    assert "says nothing about a device" in str(names["model"].benchmark(calls=1))

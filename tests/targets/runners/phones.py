@@ -19,7 +19,7 @@ class Phones:
         self.folder = folder
         tools = folder / "tools"
         tools.mkdir(parents=True)
-        _script(tools / "adb", f'exec {sys.executable} -S {FAKE} "$@"')
+        script(tools / "adb", f'exec {sys.executable} -S {FAKE} "$@"')
         self.home = folder / "phones"
         self.home.mkdir()
         monkeypatch.setenv("FAKE_ADB", str(self.home))
@@ -43,11 +43,11 @@ class Phones:
         (root / "cpuinfo").write_text(
             f"processor\t: 0\nFeatures\t: {flags}\n\nprocessor\t: 1\nFeatures\t: {flags}\n"
         )
-        _script(root / "bin/getprop", f'[ "$1" = ro.product.cpu.abilist ] && echo {abi}')
-        _script(root / "bin/uname", '[ "$1" = -s ] && echo Linux || echo aarch64')
+        script(root / "bin/getprop", f'[ "$1" = ro.product.cpu.abilist ] && echo {abi}')
+        script(root / "bin/uname", '[ "$1" = -s ] && echo Linux || echo aarch64')
         free = more.get("free", 50_000_000)
         head = "Filesystem      1K-blocks     Used Available Use% Mounted on"
-        _script(
+        script(
             root / "bin/df", f"echo '{head}'; echo '/dev/block/dm-44 112000000 62000000 {free}  56% /data'"
         )
         return temporary
@@ -61,6 +61,7 @@ class Phones:
         return [w[3:] for w in words if w[2:3] == [command]]
 
 
-def _script(path: Path, text: str) -> None:
+def script(path: Path, text: str) -> None:
+    """Writes a program that a shell runs."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
