@@ -5,8 +5,8 @@ Each model is exported once for an instruction set, with its lengths open, and r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 
 import tersor
 from tersor.codegen.compiler import prepare
-from tersor.codegen.export.toolchain import toolchain
 from tersor.codegen.export.writer import export_c
 from tersor.codegen.observation import with_observers
 from tersor.ir import Program
@@ -23,10 +22,13 @@ from tersor.passes import Context
 from tersor.passes.calibration import Calibration, Dataset
 from tersor.passes.recipes import get
 from tersor.targets import resolve
-from tests.codegen import emulator
 from tests.codegen.export.exported import loader
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    not all(shutil.which(f"qemu-{arch}-static") for arch in ("aarch64", "arm")),
+    reason="needs qemu: apt-get install qemu-user-static",
+)
 pytest.importorskip(
     "ziglang", reason="needs ziglang, which links programs for other CPUs: pip install ziglang"
 )
@@ -65,39 +67,11 @@ def pixels(batch: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator)}
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A statically linked program of a model for an instruction set; ``run`` gives a function's results by name."""
-
-    program: Program
-    folder: Path
-    target: tersor.Target
-
-    @classmethod
-    def make(cls, program: Program, target: str, folder: Path) -> Exported:
-        resolved = resolve(f"{target}:linux-musl")
-        out = export_c(prepare(program, resolved, verify=False), folder / target)
-        files, options = [out / "main.c", out / "libmodel.a"], [f"-I{out}"]
-        toolchain(resolved, static=True).link(files, out / "main", static=True, options=options)
-        return cls(program, out, resolved)
-
-    def run(self, inputs: dict[str, torch.Tensor], cpu: str, function: str = "main") -> dict[str, np.ndarray]:
-        made, given, found = self.program.functions[function], self.folder / "in", self.folder / "found"
-        given.write_bytes(b"".join(inputs[name].numpy().tobytes() for name in made.inputs))
-        sizes = {}
-        for name, value in made.inputs.items():
-            named = zip(value.shape, inputs[name].shape, strict=True)
-            sizes |= {str(dim): size for dim, size in named if not isinstance(dim, int)}
-        settings = [str(self.folder / "weights.bin"), f"function={function}", f"in={given}", f"out={found}"]
-        settings += [f"{name}={size}" for name, size in sizes.items()]
-        emulator.run(self.folder / "main", self.target, *settings, cpu=cpu)
-        data, results = found.read_bytes(), {}
-        for name, node in zip(made.outputs, made.results, strict=True):
-            value = node.meta["value"]
-            shape = [d if isinstance(d, int) else d.evaluate(sizes) for d in value.shape]
-            results[name] = np.frombuffer(data, value.dtype, int(np.prod(shape))).reshape(shape)
-            data = data[results[name].nbytes :]
-        return results
+def on_each_cpu(program: Program, target: str, folder: Path) -> Iterator[tuple[str, tersor.DeviceModel]]:
+    resolved = resolve(f"{target}:linux-musl")
+    exported = export_c(prepare(program, resolved, verify=False), folder / "out")
+    for cpu in CPUS[target]:
+        yield cpu, tersor.load_on(exported, f"qemu:{cpu}")
 
 
 def bert() -> torch.nn.Module:
@@ -130,15 +104,14 @@ FLOATS = {
 def test_float32_is_that_of_torch(kind, target, tmp_path):
     make, batches, dynamic = FLOATS[kind]
     model = make()
-    exported = Exported.make(tersor.capture(model, batches[1], dynamic), target, tmp_path)
-    for inputs in batches:
-        with torch.inference_mode():
-            expected = model(**inputs)
-        for cpu in CPUS[target]:
-            found = exported.run(inputs, cpu)
+    with torch.inference_mode():
+        expected = [model(**inputs) for inputs in batches]
+    for cpu, emulated in on_each_cpu(tersor.capture(model, batches[1], dynamic), target, tmp_path):
+        for inputs, wanted in zip(batches, expected, strict=True):
+            found = emulated(**inputs)
             assert found
             for name, value in found.items():
-                np.testing.assert_allclose(value, expected[name].numpy(), atol=1e-4, err_msg=f"{name}, {cpu}")
+                np.testing.assert_allclose(value, wanted[name].numpy(), atol=1e-4, err_msg=f"{name}, {cpu}")
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +134,10 @@ def integers(tmp_path_factory) -> Iterator[tuple[Program, list]]:
 @pytest.mark.parametrize("target", list(CPUS))
 def test_int8_is_that_of_this_machine(target, integers, tmp_path):
     program, results = integers
-    exported = Exported.make(program, target, tmp_path)
-    for cpu in CPUS[target]:
+    for cpu, emulated in on_each_cpu(program, target, tmp_path):
         moved = total = 0
         for length, expected in zip(LENGTHS, results, strict=True):
-            found = exported.run(text(length), cpu, "main_observed")
+            found = emulated.run("main_observed", **text(length))
             for name, value in found.items():
                 if name.startswith("codes."):
                     apart = np.abs(value.astype(int) - expected[name].astype(int))
