@@ -22,7 +22,7 @@ from pathlib import Path
 
 ITERATIONS = 200
 BY_LANE = re.compile(r"v\d+\.\w+\[\d+\]$")
-BRANCH = re.compile(r"(?:b\.\w+|cbn?z|tbn?z|b)\s.*?0x([0-9a-f]+)")
+BRANCH = re.compile(r"(?:b\.\w+|cbn?z|tbn?z|b)\s.*0x([0-9a-f]+)(?: <|$)")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Matrix products of two activations: neither operand is packed, any dimension may be symbolic.
 
 One task is one batch element and one panel of columns. ``b`` [k, n] is read in place, row by row; a transposed ``b``
-[n, k] is first copied panel by panel, so that the same register tile reads vectors of columns.
+[n, k] is first copied panel by panel, so that the same register tile reads vectors of columns. So is the last,
+incomplete panel of any ``b`` where masked loads cost a branch for every lane (NEON).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class _Builder:
 
     def __init__(self, kernel: BatchedGemm, target: Target):
         self.kernel, self.product = kernel, inner_product("float32", target)
+        self.masks_cost = "neon" in target.features  # a branch for every lane
         self.lanes = self.product.lanes
         self.width = PANEL_VECTORS * self.lanes
         self.rows = min(choose(target, 1).rows, most_rows(target))
@@ -101,11 +103,21 @@ class _Builder:
                 place.insert(0, T.bind(rest % extent))
                 rest = T.bind(rest // extent)
             first = T.bind(task % panels * self.width)
-            self.columns = [T.ramp(first + v * self.lanes, 1, self.lanes) for v in range(PANEL_VECTORS)]
-            whole = isinstance(self.n, int) and self.n % self.width == 0
-            self.masks = [None if whole else self._inside(columns) for columns in self.columns]
-            right = self._transposed_panel(place, first) if self.kernel.transposed else self._panel(place)
-            self._all_rows(place, right)
+            if not self.masks_cost or isinstance(self.n, int) and self.n % self.width == 0:
+                self._columns(place, first, copied=self.kernel.transposed)
+                return
+            with T.If(first + self.width <= self.n):
+                with T.Then():
+                    self._columns(place, first, copied=self.kernel.transposed, inside=True)
+                with T.Else():
+                    self._columns(place, first, copied=True)
+
+    def _columns(self, place: list[Expr], first: Expr, copied: bool, inside: bool = False) -> None:
+        """The panel of columns from ``first`` on. copied: from a copy of b. inside: none of them is beyond the last."""
+        self.columns = [T.ramp(first + v * self.lanes, 1, self.lanes) for v in range(PANEL_VECTORS)]
+        whole = inside or isinstance(self.n, int) and self.n % self.width == 0
+        self.masks = [None if whole else self._inside(columns) for columns in self.columns]
+        self._all_rows(place, self._copied_panel(place, first) if copied else self._panel(place))
 
     def _panel(self, place: list[Expr]) -> Callable[[Expr, int], Expr]:
         """Vectors of b read in place; lanes beyond the last column are not touched."""
@@ -118,13 +130,15 @@ class _Builder:
 
         return right
 
-    def _transposed_panel(self, place: list[Expr], first: Expr) -> Callable[[Expr, int], Expr]:
-        """A copy [k, width] of rows of b; beyond the last one it repeats that one, and nothing of it is stored."""
+    def _copied_panel(self, place: list[Expr], first: Expr) -> Callable[[Expr, int], Expr]:
+        """A copy [k, width] of columns of b; beyond the last one it repeats that one, and nothing of it is stored."""
         place = _place_in(place, self.kernel.b)
         copy = T.alloc_buffer((self.k, self.width), scope="global")
         with T.serial(self.k) as k:
             with T.vectorized(self.width) as c:
-                T.buffer_store(copy, self.b[(*place, T.min(first + c, self.n - 1), k)], [k, c])
+                column = T.min(first + c, self.n - 1)
+                at = (column, k) if self.kernel.transposed else (k, column)
+                T.buffer_store(copy, self.b[(*place, *at)], [k, c])
         return lambda k, v: copy[k, T.ramp(v * self.lanes, 1, self.lanes)]
 
     def _all_rows(self, place: list[Expr], right: Callable[[Expr, int], Expr]) -> None:

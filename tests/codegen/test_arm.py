@@ -208,11 +208,14 @@ def test_families_agree_with_x86(name, cpu, kernel):
                 np.testing.assert_array_equal(got.view(wanted.dtype), wanted)
 
 
-def inner_loops(name: str, dtype: str) -> list[list[str]]:
-    """The instructions of each innermost loop of a kernel that has full tiles only."""
-    target = resolve(name)
+def gemm(dtype: str, target: Target) -> Gemm:
+    """One that has full tiles only."""
     chain = Chain((ChainInput("accumulator", ACCUMULATORS[dtype]),), (), (0,))
-    kernel = Gemm((64,), 256, 64, chain, panel_width(target), 1, dtype, stored_words(dtype, target))
+    return Gemm((64,), 256, 64, chain, panel_width(target), 1, dtype, stored_words(dtype, target))
+
+
+def inner_loops(kernel: Gemm | BatchedGemm, target: Target) -> list[list[str]]:
+    """The instructions of each innermost loop."""
     text = compile_function(kernel.build(target), target).mod.inspect_source("asm")
     labels, lines, loops = {}, [], []
     for line in text.splitlines():
@@ -240,13 +243,23 @@ def inner_loops(name: str, dtype: str) -> list[list[str]]:
 )
 def test_inner_loops_multiply_by_lane_and_spill_nothing(name, dtype, instruction, by_lane):
     found = 0
-    for loop in inner_loops(name, dtype):
+    for loop in inner_loops(gemm(dtype, resolve(name)), resolve(name)):
         products = [line for line in loop if re.match(rf"{instruction}\s", line)]
         found = max(found, len(products))
         assert all(re.search(by_lane, line) for line in products)
         if products:  # 32-bit CPUs have too few registers for all addresses
             assert not [line for line in loop if "sp" in line and not re.match(r"ldr\tr\d", line)]
     assert found >= 16
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_whole_panels_are_read_without_branches(transposed):
+    """NEON has no masked loads: LLVM would make them a branch for every lane."""
+    kernel = BatchedGemm((N, 64), (N, 64) if transposed else (64, N), transposed)
+    loops = inner_loops(kernel, resolve("armv8-a"))
+    products = [loop for loop in loops if sum(line.startswith("fmla") for line in loop) >= 16]
+    assert products
+    assert all(len(re.findall(r"^(?:b|cb|tb)", "\n".join(loop), re.M)) == 1 for loop in products)
 
 
 @pytest.mark.parametrize(
