@@ -1,13 +1,13 @@
-"""Inner loops of the GEMM kernels for ARM CPUs, as built, read by llvm-mca: multiplications per cycle, lanes, spills.
+"""Inner loops of products on ARM CPUs, as built, read by llvm-mca: multiplications per cycle, lanes, spills.
 
     python benchmarks/kernels/arm.py
     python benchmarks/kernels/arm.py --kernel f32 --kernel sdot --listing
 
-Each kernel is compiled to an object with symbolic rows, a real epilogue, and columns and elements of k that do not
-divide the tile. Its innermost loops are taken from the disassembly, of those the ones with the most multiplications:
-"panel" is that of full tiles, "stream" that of few rows, which prefetches. "share" is the multiplications' share of the
-instructions. llvm-mca knows pipes and latencies, no caches; its models of in-order cores (Cortex-A53, A55) are rough.
-Needs llvm-mca and llvm-objdump, 22 or newer for Cortex-X1.
+Each GEMM is compiled to an object with symbolic rows, a real epilogue, and columns and elements of k that do not
+divide the tile; attention with symbolic lengths. The innermost loops are taken from the disassembly, of those the ones
+with the most multiplications: "panel" is that of full tiles, "stream" that of few rows, which prefetches. "share" is
+the multiplications' share of the instructions. llvm-mca knows pipes and latencies, no caches; its models of in-order
+cores (Cortex-A53, A55) are rough. Needs llvm-mca and llvm-objdump, 22 or newer for Cortex-X1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BRANCH = re.compile(r"(?:b\.\w+|cbn?z|tbn?z|b)\s.*0x([0-9a-f]+)(?: <|$)")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel: target, dtype, the chain behind it, the instructions that multiply and add up.
+    """A kernel: target, dtype, what is done with the sums, the instructions that multiply and add up.
 
     peaks: how many of them each core can start in a cycle, None where that says little.
     """
@@ -47,6 +47,7 @@ CASES = {
     "sdot": Case("armv8.2-dotprod", "uint8", "requantize", "sdot", {**WIDE, "cortex-a55": 1}),
     "usmmla": Case("armv8.6-i8mm", "uint8", "requantize", "usmmla", MATRIX),
     "bfmmla": Case("armv8.6-i8mm", "bfloat16", "gelu", "bfmmla", MATRIX),
+    "attention": Case("armv8.2-dotprod", "float32", "softmax", "fmla", {**WIDE, "cortex-a55": 2}),
     "smull": Case("armv8-a", "uint8", "requantize", "smull2?|sadalp", {"cortex-a53": None}),
 }
 
@@ -62,7 +63,7 @@ def main() -> None:
     version = int(re.search(r"version (\d+)", run([mca, "--version"]))[1])
     print(f"{mca}, LLVM {version}; shapes: rows symbolic, k 387, n 1541")
     print(
-        f"{'kernel':>8} {'loop':>6} {'core':>11} {'products':>8} {'a cycle':>7} {'of peak':>7} {'by lane':>7} "
+        f"{'kernel':>9} {'loop':>6} {'core':>11} {'products':>8} {'a cycle':>7} {'of peak':>7} {'by lane':>7} "
         f"{'spills':>6} {'share':>5}"
     )
     for name in options.kernel or CASES:
@@ -78,7 +79,7 @@ def main() -> None:
                 rate = count / cycles(loop, core, mca)
                 of_peak = f"{rate / peak:7.0%}" if peak else f"{'':>7}"
                 print(
-                    f"{name:>8} {kind:>6} {core:>11} {count:8} {rate:7.2f} {of_peak} {lanes:7} {spills:6} "
+                    f"{name:>9} {kind:>6} {core:>11} {count:8} {rate:7.2f} {of_peak} {lanes:7} {spills:6} "
                     f"{count / len(loop):5.0%}"
                 )
             if options.listing:
@@ -99,6 +100,7 @@ def build(case: Case) -> bytes:
     """The kernel's object file."""
     from tersor.codegen.export.functions import plain_kernel
     from tersor.codegen.export.objects import object_code
+    from tersor.codegen.kernels.attention import Attention
     from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
     from tersor.codegen.kernels.gemm import Gemm
     from tersor.codegen.kernels.inner_product import ACCUMULATORS, stored_words
@@ -107,6 +109,10 @@ def build(case: Case) -> bytes:
     from tersor.targets import resolve
 
     target, sums = resolve(case.target), ChainInput("accumulator", ACCUMULATORS[case.dtype])
+    if case.epilogue == "softmax":
+        length = Dim.symbol("length")
+        attention = Attention(Dim.symbol("batch"), length, length, 12, 12, 32, 32, 32**-0.5)
+        return object_code([plain_kernel("kernel", attention.build(target))], target)
     if case.epilogue == "gelu":
         chain = Chain((sums, ChainInput("column")), (Step("add", (0, 1)), Step("gelu_erf", (2,))), (3,))
     else:
