@@ -49,7 +49,9 @@ class DeviceTimes:
 
     def __str__(self) -> str:
         at = "".join(f", {name} {size}" for name, size in self.sizes.items())
-        count = f"{self.calls} calls, {self.threads} thread{'s' * (self.threads > 1)}{at}"
+        count = (
+            f"{self.calls} call{'s' * (self.calls > 1)}, {self.threads} thread{'s' * (self.threads > 1)}{at}"
+        )
         memory = "" if self.memory is None or self.emulated else f", {self.memory / 1e6:.1f} MB resident"
         emulated = "; emulated: this says nothing about a device" if self.emulated else ""
         return (

@@ -163,8 +163,8 @@ def _zig(target: Target, zig_system: str, system: str) -> Toolchain:
     # without -fno-sanitize and -g0 zig adds UBSan's traps and debug information
     options = ["-fno-sanitize=all", "-g0"]
     if arch == "arm":
-        triple += "eabihf"
-        options.append("-mcpu=cortex_a7")
+        triple += "eabi" if system == "android" else "eabihf"  # how floats are passed, as in the kernels
+        options.append("-mcpu=cortex_a8")  # the least with NEON
     if zig_system == "linux-gnu":
         triple += _GLIBC
     return Toolchain((*zig, "cc", "-target", triple), (*zig, "ar"), tuple(options), system)

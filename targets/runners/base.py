@@ -123,8 +123,15 @@ class Runner(ABC):
             raise TargetError(
                 f"a program for {target.name!r} cannot run on {self.name}",
                 why=f"the device lacks {', '.join(missing)}; it is {facts.system} on {facts.architectures[0]}",
-                fix="compile for this device (--target), or choose another one; --device qemu emulates it here",
+                fix="compile for this device (--target), or choose another one" + self._elsewhere(target),
             )
+
+    def _elsewhere(self, target: Target) -> str:
+        return (
+            ""
+            if self.emulated or (target.os or "linux") not in _SYSTEMS["Linux"]
+            else "; --device qemu emulates it"
+        )
 
     @abstractmethod
     def facts(self) -> Facts:

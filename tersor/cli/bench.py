@@ -138,7 +138,7 @@ def device_row(times: DeviceTimes) -> tuple[str, ...]:
         f"{times.min:.4g}",
         str(times.threads),
         memory,
-        f"{times.calls} calls" + (f", {sizes}" if sizes else ""),
+        f"{times.calls} call{'s' * (times.calls > 1)}" + (f", {sizes}" if sizes else ""),
     )
 
 
