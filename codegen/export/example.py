@@ -218,10 +218,16 @@ target_link_libraries({name}_main {name})
 """
 
 
-def readme(name: str, target: Target, functions: Sequence[Interface], sizes: dict[str, int]) -> str:
-    """The text of README.md."""
+def readme(
+    name: str, target: Target, functions: Sequence[Interface], sizes: dict[str, int], *, linked: bool
+) -> str:
+    """The text of README.md. linked: whether the folder has the libraries."""
     app = FOLDERS.get(target.os or "linux")
-    app_row = f"\n| `{app}/` | the model as a module of an app; `{app}/README.md` tells how |" if app else ""
+    library_rows = f"""\
+| `lib{name}.a` | the compiled model |
+| `{name}.py` | the same from Python with numpy, without torch: needs the shared library |
+"""
+    app_row = f"| `{app}/` | the model as a module of an app; `{app}/README.md` tells how |\n"
     calls = "\n".join(_describe(function) for function in functions)
     return f"""\
 # {name}
@@ -232,16 +238,19 @@ A model compiled by Tersor for {target.name}: plain C, which needs libc, libm an
 |---|---|
 | `{name}.h` | the interface; what each function does is said there |
 | `weights.bin` | {sizes["weights"]:,} bytes, mapped at run time, or linked in (`{name}_model_use`) |
-| `lib{name}.a` | the compiled model |
+{library_rows if linked else ""}\
 | `main.c` | an example: runs every function and prints the time and the first elements of each output |
-| `{name}.py` | the same from Python with numpy, without torch: needs the shared library |
 | `signature.json` | inputs, outputs and sizes, for `{name}.py` and other programs |
-| `src/`, `CMakeLists.txt` | to build it all again |{app_row}
-
+| `src/`, `CMakeLists.txt` | to build it all again |
+{app_row if app else ""}
 A session takes {sizes["session"]:,} bytes with one thread and {sizes["thread"]:,} more with each further one.
 
 {calls}
+{_builds(name) if linked else _NOT_LINKED}"""
 
+
+def _builds(name: str) -> str:
+    return f"""\
 Build and run the example with the compiler that you compile the rest of your program with:
 
     cc -O2 main.c lib{name}.a -lm -lpthread -o main
@@ -257,6 +266,12 @@ From Python, with `lib{name}.so` (CMake: `-DBUILD_SHARED_LIBS=ON`) beside `{name
     import {name}
     model = {name}.load()
     outputs = model(...)                # numpy arrays by name in, a dict of them out
+"""
+
+
+_NOT_LINKED = """\
+No compiler for this system was at hand when this was written, so there are no libraries: the tools with which apps are
+built compile the sources. On an Android phone, `tersor bench FOLDER --device adb` builds and runs the example.
 """
 
 

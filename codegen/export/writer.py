@@ -94,6 +94,7 @@ def export_c(
             if tools is not None:
                 progress("compiling C")
                 _build(folder, name, tools)
+            _write_readme(folder, name, target, functions, numbers)
             signature = {
                 "name": name,
                 "target": {key: value for key, value in target.to_dict().items() if key in MANIFEST_TARGET},
@@ -174,13 +175,20 @@ def _write_sources(
     write(folder / "main.c", example.main_source(functions))
     (folder / "CMakeLists.txt").write_text(example.cmake(name), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("loader.py"), folder / f"{name}.py")
+
+
+def _write_readme(
+    folder: Path, name: str, target: Target, functions: list[Interface], numbers: dict[str, int]
+) -> None:
     session = sum(numbers[key] for key in ("STATE_BYTES", "WORKSPACE_BYTES", "SCRATCH_BYTES"))
     sizes = {
         "weights": numbers["WEIGHTS_BYTES"],
         "session": session,
         "thread": numbers["SCRATCH_BYTES"],
     }
-    (folder / "README.md").write_text(example.readme(name, target, functions, sizes), encoding="utf-8")
+    linked = (folder / f"lib{name}.a").exists()
+    text = example.readme(name, target, functions, sizes, linked=linked)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _build(folder: Path, name: str, tools: Toolchain) -> None:

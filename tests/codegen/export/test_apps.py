@@ -107,6 +107,20 @@ def test_a_java_program_runs_the_model(android, tmp_path):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("target", ["pixel-8", "moto-g-2013"])
+def test_the_library_of_an_app_links_for_phones_of_64_and_32_bits(target, tmp_path):
+    """With musl in Android's place, as there is no NDK."""
+    pytest.importorskip("ziglang")
+    home = jdk()
+    out = export(small_models.bert(), tmp_path / "out", target, name="my_encoder")
+    sources = [out / "android/src/main/cpp/jni.c", *(out / "src").glob("*.c"), out / "src/kernels.o"]
+    options = [f"-I{path}" for path in (out, home / "include", home / "include/linux")]
+    options += ["-Werror", "-Wl,-z,defs", "-Wl,-z,max-page-size=16384"]
+    library = tmp_path / "libmy_encoder_jni.so"
+    toolchain(resolve(target), static=True).link(sources, library, shared=True, options=options)
+    assert b"Java_tersor_my_1encoder_Model_nativeMain" in library.read_bytes()
+
+
 def test_awkward_names_and_states_make_java_that_compiles(tmp_path):
     home = jdk()
     program = decoder(functions=("close", "decode"))
@@ -269,7 +283,23 @@ def test_swift_calls_what_the_header_declares(ios):
 
 def test_the_page_of_the_export_names_the_module(android, ios):
     assert "`android/README.md`" in (android / "README.md").read_text()
-    assert "`swift/README.md`" in (ios / "README.md").read_text()
+    page = (ios / "README.md").read_text()
+    assert "`swift/README.md`" in page and "libmy_encoder.a" not in page and "no libraries" in page
+
+
+def test_the_page_of_an_export_with_libraries_says_how_to_link_them(tmp_path):
+    page = (
+        export(small_models.bert(), tmp_path / "out", ANDROID_HERE, compiler="cc") / "README.md"
+    ).read_text()
+    assert "cc -O2 main.c libmodel.a" in page and "| `libmodel.a` |" in page and "`android/README.md`" in page
+
+
+@pytest.mark.parametrize(
+    ("arch", "abi"), [("aarch64", "arm64-v8a"), ("armv7a", "armeabi-v7a"), ("x86_64", "x86_64")]
+)
+def test_gradle_builds_for_the_architecture_of_the_kernels(arch, abi):
+    files = app_files(App({"name": "model", "functions": [], "states": {}}, arch, 64, 1), "android")
+    assert f'abiFilters += "{abi}"' in files["android/build.gradle.kts"]
 
 
 def test_other_systems_get_no_app():
