@@ -6,6 +6,7 @@ latency is the sum over its calls. Passes change few kernels, so a new version o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,7 +20,9 @@ from tersor.codegen.kernels.base import Kernel
 from tersor.codegen.llvm import compile_function
 from tersor.codegen.lowering import legalize, lower
 from tersor.errors import TargetError
+from tersor.ir.costs import node_cost
 from tersor.ir.program import Program
+from tersor.ir.site import sites
 from tersor.targets import Target, missing_on_host
 
 SECONDS = 0.05
@@ -52,11 +55,32 @@ class Latency:
 
     def __call__(self, program: Program) -> float:
         """Raises CompileError when the program cannot be lowered."""
+        lowered = lower(self._legal(program), self.target)
+        return sum(count * self._kernel(kernel) for kernel, count in lowered.calls.items())
+
+    def by_site(self, program: Program) -> dict[str, float]:
+        """Seconds that each site takes, those of a kernel that serves several in proportion to their products; what
+        belongs to none is under "". Raises CompileError as above.
+        """
+        legal = self._legal(program)
+        named = {site.node: site.name for site in sites(legal)}
+        seconds: Counter[str] = Counter()
+        for kernel, nodes in lower(legal, self.target).origins:
+            work = [int(node_cost(node).macs) for node in nodes]
+            for node, macs in zip(nodes, work, strict=True):
+                seconds[named.get(node, "")] += self._kernel(kernel) * (
+                    macs / sum(work) if macs else 1 / len(nodes)
+                )
+            if not nodes:
+                seconds[""] += self._kernel(kernel)
+        return dict(seconds)
+
+    def _legal(self, program: Program) -> Program:
+        """``main`` alone at its sizes, as operations that have kernels."""
         sizes = {name: r.max for name, r in program.main.dims.items()}
         static = program.specialize(sizes | {k: v for k, v in self.sizes.items() if k in sizes})
         static.functions = {static.main.name: static.main}
-        lowered = lower(legalize(static), self.target)
-        return sum(count * self._kernel(kernel) for kernel, count in lowered.calls.items())
+        return legalize(static)
 
     def _kernel(self, kernel: Kernel) -> float:
         if kernel not in self._seconds:

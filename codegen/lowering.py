@@ -77,6 +77,7 @@ class Lowered:
     weights: dict[str, tuple[Weight, ...]] = field(default_factory=dict)  # by function name
     kernels: dict[Kernel, str] = field(default_factory=dict)  # with their symbols in the module
     calls: Counter[Kernel] = field(default_factory=Counter)
+    origins: list[tuple[Kernel, tuple[fx.Node, ...]]] = field(default_factory=list)  # of each call
 
 
 def lower(program: Program, target: Target) -> Lowered:
@@ -163,6 +164,7 @@ class Lowering:
         self._dims = {name: tirx.Var(name, "int64") for name in function.dims}
         self._values: dict[fx.Node, relax.Expr] = {}
         self.memory = StateMemory(function, self.plan)
+        self._current: tuple[fx.Node, ...] = ()
 
     def run(self) -> None:
         """Adds the Relax function, named as the program's, to the module."""
@@ -175,7 +177,9 @@ class Lowering:
             with self._builder.dataflow():
                 for node in self.function.nodes:
                     if node.op == "call_function" and node not in self.plan.inner:
+                        self._current = (node,)
                         self.define(node, self._lower(node))
+                self._current = ()
                 results = self._distinct([self.value(node) for node in self.function.results])
                 # what nobody reads would be dropped, so the states are results too
                 output = self._builder.emit_output(relax.Tuple([*results, *self._updates()]))
@@ -205,7 +209,7 @@ class Lowering:
         join = "beside" if len(weights) > 1 else "stacked"
         packed = self.weight(Weight(tuple(w.target for w in weights), gemm.panel, join, gemm.words))
         extra = [self.view(feed, spec.shape) for feed, spec in zip(feeds, gemm.inputs()[2:], strict=True)]
-        return self.call(gemm, [self.left(group.anchors[0], gemm), packed, *extra], [shape])
+        return self.call(gemm, [self.left(group.anchors[0], gemm), packed, *extra], [shape], of=group.anchors)
 
     def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
         """Results the caller may keep: an input, a weight, a state or a value returned twice is copied."""
@@ -294,10 +298,12 @@ class Lowering:
         args: Sequence[relax.Expr],
         shapes: Sequence[Shape] | None = None,
         into: relax.Expr | None = None,
+        of: Sequence[fx.Node] = (),
     ) -> Any:
         """Calls a kernel; ``shapes`` are the outputs' true shapes (default: as the kernel says).
 
         ``into``: memory that the kernel's one output is written to, instead of new memory; what it held is gone.
+        ``of``: the nodes that its time is spent on, where they are not the one being lowered.
         Returns the output, or a list where the kernel has several.
         """
         kernels = self._lowered.kernels
@@ -307,6 +313,7 @@ class Lowering:
             kernels[kernel] = self._builder.add_func(function, kernel.name()).name_hint
         handle = self._builder.get().get_global_var(kernels[kernel])
         self._lowered.calls[kernel] += 1
+        self._lowered.origins.append((kernel, tuple(of) or self._current))
         outputs = kernel.outputs()
         types = [
             relax.TensorType(self.shape(shape), spec.dtype)

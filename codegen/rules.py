@@ -210,7 +210,7 @@ def _joined(lowering: Lowering, joined: fusion.Joined) -> relax.Expr:
             args.append(lowering.weight(Weight(tuple(n if o is None else o.target for n, o in parts))))
         else:
             args.append(lowering.view(operands[0], spec.shape))
-    return lowering.call(gemm, args, [(*value.shape[:-1], n)])
+    return lowering.call(gemm, args, [(*value.shape[:-1], n)], of=joined.anchors)
 
 
 @register_lowering("matmul")

@@ -78,6 +78,7 @@ class StepCache:
             context.calibration.digest if pass_.calibrated and context.calibration is not None else None,
             [context.reference.digest(), _names(context.reference)] if context.reference is not None else None,
             asdict(context.target) if context.target is not None else None,
+            context.profile is not None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_sorted_text).encode()).hexdigest()
 

@@ -17,7 +17,7 @@ from tersor.targets import Target
 if TYPE_CHECKING:
     from tersor.ir import Program
     from tersor.passes.calibration import Dataset, Statistics
-    from tersor.passes.gates import Evaluate, Measure
+    from tersor.passes.gates import Evaluate, Measure, Profile
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Context:
         seed: fixes every random choice.
         records: facts recorded for a program by its digest.
         measure: latency of a program on the target; injected by who can lower programs.
+        profile: seconds that each site of a program takes on the target, for the report; None leaves them out.
         evaluate: fidelity of a program to the captured model; injected by who has data.
         numerics: whether to run the program before and after each pass and hold the pass to its declared class:
             "always", "never", or "auto" for programs of moderate size (see `tersor.passes.manager`).
@@ -46,6 +47,7 @@ class Context:
     seed: int = 0
     records: Records = field(default_factory=Records)
     measure: Measure | None = None
+    profile: Profile | None = None
     evaluate: Evaluate | None = None
     numerics: Literal["auto", "always", "never"] = "auto"
     inputs: Mapping[str, Mapping[str, torch.Tensor]] | None = None

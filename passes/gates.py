@@ -32,6 +32,12 @@ class Measure(Protocol):
     def __call__(self, program: Program) -> float: ...
 
 
+class Profile(Protocol):
+    """Seconds that each site of a program takes on the target, by name; what belongs to none is under ""."""
+
+    def __call__(self, program: Program) -> Mapping[str, float]: ...
+
+
 class Evaluate(Protocol):
     """Fidelity of a program to the captured model on held-out data, by the figures that `Budget` names.
 

@@ -53,6 +53,7 @@ class _Version:
     precise: Outputs | None = None  # in float64
     present: Present | None = None
     figures: dict[str, float] | None = None  # bytes, latency and fidelity
+    amounts: dict[str, Mapping[str, float]] | None = None  # work and time of its sites
 
     @staticmethod
     def of(program: Program, reference: Program | None = None) -> _Version:
@@ -167,7 +168,7 @@ class Manager:
         step.seconds = time.perf_counter() - started
         if not isinstance(result, PassResult):
             raise self._failure(pass_, Fault(f"run returned {type(result).__name__}", "return a PassResult"))
-        shares = _macs_shares(before.program) if isinstance(pass_.numerics, Lossy) else {}
+        shares = self._shares(before) if isinstance(pass_.numerics, Lossy) else {}
         step.changes = [_placed(c, known.get(c.site, c.site), shares) for c in result.changes]
         step.skips = [replace(s, site=known.get(s.site, s.site)) for s in result.skips]
         step.summary = result.summary
@@ -224,6 +225,14 @@ class Manager:
         if version.present is None:
             version.present = frozenset(facts.present(version.program))
         return version.present
+
+    def _shares(self, version: _Version) -> dict[str, Mapping[str, float]]:
+        """What the sites of a program have their parts of, by the name of the figure."""
+        if version.amounts is None:
+            version.amounts = {"macs_share": _macs(version.program)}
+            if self.context.profile is not None:
+                version.amounts["latency_share"] = self.context.profile(version.program)
+        return version.amounts
 
     # -- results before and after
 
@@ -351,20 +360,22 @@ class Manager:
         return figures
 
 
-def _macs_shares(program: Program) -> dict[str, float]:
-    """Each site's part of the multiply-accumulates of all functions; sites without any are left out."""
+def _macs(program: Program) -> dict[str, float]:
+    """Each site's multiply-accumulates in all functions; sites without any are left out."""
     named, work = names(program), {}
     for function in program.functions.values():
         sizes = {name: limits.max for name, limits in function.dims.items()}
         for node in function.calls():
             if macs := evaluated(node_cost(node).macs, sizes):
                 work[named[node]] = work.get(named[node], 0) + macs
-    total = sum(work.values())
-    return {site: macs / total for site, macs in work.items()}
+    return work
 
 
-def _placed(finding: Finding, site: str, shares: Mapping[str, float]) -> Finding:
-    """A finding under the name of its site, with the site's part of the work where it has figures."""
-    if not finding.figures or site not in shares:
+def _placed(finding: Finding, site: str, shares: Mapping[str, Mapping[str, float]]) -> Finding:
+    """A finding under the name of its site, with the site's parts of the whole where it has figures."""
+    if not finding.figures:
         return replace(finding, site=site)
-    return replace(finding, site=site, figures={**finding.figures, "macs_share": shares[site]})
+    parts = {
+        name: amounts[site] / sum(amounts.values()) for name, amounts in shares.items() if site in amounts
+    }
+    return replace(finding, site=site, figures={**finding.figures, **parts})

@@ -76,6 +76,7 @@ def compile(
     calibration: Any = None,
     evaluation: Iterable[Mapping[str, Any]] | None = None,
     verify: bool = True,
+    profile: bool = False,
     cache: str | Path | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
@@ -95,6 +96,8 @@ def compile(
             Without them on what is held out of the calibration data.
         verify: compares the compiled code with the program on random inputs and on a held-out batch of the calibration
             data, codes layer by layer, and refuses when it disagrees.
+        profile: times the program's kernels before each lossy pass, so that the report says which part of the time
+            each layer takes; on targets whose code this machine can run.
         cache: folder in which results of passes and statistics are kept, so that a run that was killed goes on where
             it stopped; None keeps nothing.
         output: folder to save the artifact to (as ``compiled.save`` does).
@@ -130,11 +133,13 @@ def compile(
     program = _program(model, example_inputs, dynamic, report_step)
     report_step("running passes")
     data = None if calibration is None else Dataset.read(Calibration.of(calibration), program.main)
+    latency = None if missing_on_host(resolved) else Latency(resolved)
     context = Context(
         target=resolved,
         calibration=data,
         evaluate=None if evaluation is None else Fidelity(program, evaluation),
-        measure=None if missing_on_host(resolved) else Latency(resolved),
+        measure=latency,
+        profile=latency.by_site if latency and profile else None,
         cache=cache,
         progress=report_step,
     )
@@ -221,7 +226,7 @@ def analyze(
         only=only,
         skip=skip,
         batches=batches,
-        measure=Latency(resolved) if latency and not missing_on_host(resolved) else None,
+        profile=Latency(resolved).by_site if latency and not missing_on_host(resolved) else None,
         cache=cache,
         step=step,
     )

@@ -51,7 +51,7 @@ class SiteAnalysis:
         input_ratio: magnitude of the largest input channel over that of the median one; a grid for all channels
             leaves the median one log2 of that many bits less. None where the input is not looked at.
         weight_ratio: the same of the columns of the weights; rows have grids of their own, which wide columns stretch.
-        latency_share: part of the program's latency that the site takes alone; None where not measured.
+        latency_share: part of the program's latency that the site takes; None where not measured.
         outcomes: by scheme.
         skipped: scheme -> why it does not apply.
     """

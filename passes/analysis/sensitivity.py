@@ -37,7 +37,7 @@ from tersor.passes.calibration import (
 from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.sweep import progress, running
 from tersor.passes.context import Context
-from tersor.passes.gates import Measure
+from tersor.passes.gates import Profile
 from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.rtn import RoundToNearest
@@ -62,7 +62,7 @@ def analyze(
     only: Iterable[str] | None = None,
     skip: Iterable[str] = (),
     batches: int = 4,
-    measure: Measure | None = None,
+    profile: Profile | None = None,
     cache: str | Path | None = None,
     step: Callable[[str], None] | None = None,
 ) -> Analysis:
@@ -76,7 +76,7 @@ def analyze(
         schemes: of `SCHEMES`.
         only, skip: globs of sites, as passes take them.
         batches: held-out batches to compare outputs on, at most.
-        measure: latency of programs on the target; without it there are no shares of latency.
+        profile: seconds that each site takes on the target; without it there are no shares of latency.
         cache: folder for statistics (see `tersor.passes.calibration.calibrate`).
         step: called with the name of each step as it starts.
 
@@ -119,16 +119,17 @@ def analyze(
             with running(index):
                 _walk(program.main, tried, variants, batch, tokens, advance)
     notes = [*dataset.notes]
-    shares: Mapping[fx.Node, float] = {}
-    if measure is not None:
+    seconds: Mapping[str, float] = {}
+    if profile is not None:
         step("timing")
         try:
-            shares = _latency_shares(program, [site.node for site in tried], measure)
+            seconds = profile(program)
         except TersorError as error:
             notes.append(f"latency was not measured: {error}")
     macs = cost(program).functions[program.main.name].macs
     reached = [site for site in tried if all(trial.outputs.signal for trial in site.trials.values())]
-    rows = [_row(program.main, site, variants, observed, macs, shares.get(site.node)) for site in reached]
+    shares = {site: time / sum(seconds.values()) for site, time in seconds.items()}
+    rows = [_row(program.main, site, variants, observed, macs, shares.get(site.name)) for site in reached]
     order = {scheme: i for i, scheme in enumerate(schemes)}
     rows.sort(key=lambda row: min((order[s], o.output_sqnr_db) for s, o in row.outcomes.items())[1])
     for site in sites:
@@ -341,27 +342,3 @@ def _stored(function: Function, operands: Iterable[Any]) -> int:
         elif (tensor := function.parameter(operand)) is not None:
             total += tensor.nbytes
     return total
-
-
-def _latency_shares(program: Program, nodes: Sequence[fx.Node], measure: Measure) -> dict[fx.Node, float]:
-    """The time that each node takes alone, over that of the program."""
-    whole = measure(program)
-    return {node: measure(_alone(program.main, node)) / whole for node in nodes}
-
-
-def _alone(function: Function, node: fx.Node) -> Program:
-    """A program of this one operation on the same parameters; other operands are inputs."""
-    made = Program()
-    only = made.add_function("main", function.dims)
-    operands = {
-        n: only.add_input(n.name, n.meta["value"])
-        for n in node.all_input_nodes
-        if function.parameter(n) is None
-    }
-    build = only.builder()
-    for n in node.all_input_nodes:
-        if n not in operands:
-            operands[n] = build.parameter(n.target, function.parameters[n.target])
-    result = build.emit(node.target, *fx.map_arg(node.args, operands.__getitem__), **node.kwargs)
-    only.set_outputs({"result": result})
-    return made

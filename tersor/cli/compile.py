@@ -51,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--tune-minutes", type=float, default=0, metavar="M", help="search for better kernels for so long"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the model")
+    parser.add_argument("--profile", action="store_true", help="time the layers, for the report")
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -72,6 +73,7 @@ def execute(options: argparse.Namespace) -> int:
             cache=options.cache,
             tune_minutes=options.tune_minutes,
             verify=not options.no_verify,
+            profile=options.profile,
             output=options.output,
             progress=steps,
         )

@@ -32,6 +32,29 @@ def test_equal_kernels_are_timed_once(monkeypatch):
     assert Latency(resolve("native"), {"n": 8})(stack(2)) == 2.0 and timed[1].lead == (8,)
 
 
+def test_the_time_of_a_kernel_is_that_of_the_sites_it_serves(monkeypatch):
+    """Two projections of one input are one kernel: each has the part of its products; the rest goes by itself."""
+    seconds = {"Gemm": 4.0, "Attention": 2.0, "Softmax": 1.0}
+    monkeypatch.setattr(latency, "seconds_per_call", lambda kernel, target: seconds[type(kernel).__name__])
+    program = Program()
+    function = program.add_function("main", {"n": Range(1, 64)})
+    x = function.add_input("x", Value("float32", (1, Dim.symbol("n"), 64)))
+    b = function.builder()
+    sizes = {"q": 64, "k": 32, "v": 32}
+    q, k, v = (b.linear(x, b.parameter(name, torch.randn(size, 64))) for name, size in sizes.items())
+    mixed = b.attention(q, k, v, heads=2, kv_heads=1, scale=0.2)
+    for node, site in zip((q, k, v, mixed), ("query", "key", "value", "attention"), strict=True):
+        node.meta["site"] = site
+    function.set_outputs({"y": b.softmax(mixed, dim=-1)})
+    assert Latency(resolve("native")).by_site(program) == {
+        "query": 2.0,
+        "key": 1.0,
+        "value": 1.0,
+        "attention": 2.0,
+        "": 1.0,
+    }
+
+
 def test_a_real_timing_is_positive_and_finite():
     assert 0 < Latency(resolve("native"))(stack(1)) < 1
 

@@ -7,7 +7,7 @@ import torch
 
 from tersor.errors import PipelineError
 from tersor.ir import Program
-from tersor.passes import Pipeline
+from tersor.passes import Context, Pipeline
 from tersor.passes.calibration import Histogram, MinMax
 from tersor.passes.numerics import outputs, relative_error, small_inputs
 from tersor.passes.quantize.bf16 import BFloat16
@@ -391,6 +391,13 @@ def test_reports_have_error_bytes_and_work_of_every_layer():
         == 1.5 * weights["block.0.attention.key"]["macs_share"]
     )
     assert all(1e-6 < f["input_error"] < 1e-3 for f in inputs.values())
+    assert all("latency_share" not in f for f in weights.values())
+    times = {site: float(i) for i, site in enumerate(weights)}
+    profiled = Context(profile=lambda program: {"": 5.0, **times})
+    _, report = Pipeline([RoundToNearest()]).run(made, profiled)
+    assert {c.site: c.figures["latency_share"] for c in report.steps[0].changes} == {
+        site: time / (5 + 15) for site, time in times.items()
+    }
 
 
 @pytest.mark.parametrize("method", ["minmax", "mse"])
