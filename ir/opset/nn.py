@@ -89,8 +89,8 @@ def attention(
     ``kv_heads`` groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to
     [B, heads, Tq, Tk]: boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i +
     Tk - Tq. ``window``: of those only j > i + Tk - Tq - window. ``softcap``: before the mask, a score s becomes
-    softcap * tanh(s / softcap) (Gemma 2, 2024). ``products``: "bfloat16" rounds what both products multiply (q, k, v
-    and the probabilities) to bf16; sums and softmax are as wide as q.
+    softcap * tanh(s / softcap) (Gemma 2, 2024). ``products``: "bfloat16" rounds what both products multiply to bf16: q,
+    k, v and exp(score - largest score), of which the sum that divides is not rounded; all else is as wide as q.
     """
     batch, tq, tk = q.shape[0], q.shape[1], k.shape[1]
     q = q.reshape(batch, tq, heads, -1).transpose(1, 2)
@@ -131,8 +131,11 @@ def _spelled_out(
     scores = scores * scale if softcap is None else softcap * torch.tanh(scores * (scale / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    hidden = torch.isneginf(scores).all(-1, keepdim=True)
-    return rounded(scores.softmax(-1).masked_fill(hidden, 0.0)) @ rounded(v)
+    largest = scores.amax(-1, keepdim=True)
+    hidden = torch.isneginf(largest)
+    weights = (scores - largest.masked_fill(hidden, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True).masked_fill(hidden, 1.0)
+    return rounded(weights) @ rounded(v) / total
 
 
 def _infer_attention(

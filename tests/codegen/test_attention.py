@@ -12,6 +12,7 @@ from kernel_harness import run_kernel
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.ir.dims import Dim
+from tersor.ir.opset.nn import attention
 
 RNG = np.random.default_rng(0)
 BATCH, QUERIES, KEYS = Dim.symbol("batch"), Dim.symbol("queries"), Dim.symbol("keys")
@@ -253,6 +254,19 @@ def test_bf16_symbolic_lengths_and_masks(shape, window, bf16_target):
     for b, tq, tk in [(1, 1, 1), (2, 9, 33), (1, 40, 40)]:
         mask = np.broadcast_to(ragged(b, tk), (b, 1, 1 if shape[2] == 1 else tq, tk)).copy()
         check(kernel, bf16_target, b, tq, tk, mask, atol=bf16_error(bf16_target))
+
+
+def test_bf16_is_rounded_where_the_program_rounds(bf16_target):
+    """The same numbers become bf16 in both, so they differ by sums in f32, but for a weight here and there."""
+    if "avx512_bf16" not in bf16_target.features:
+        pytest.skip("this target multiplies nothing narrower than f32")
+    kernel = Attention(2, 50, 50, 2, 1, 32, 32, 0.2, mask=(2, 1, 1, 50), products="bfloat16")
+    q, k, v, mask = array(2, 50, 64), array(2, 50, 32), array(2, 50, 32), ragged(2, 50)
+    (got,) = run_kernel(kernel, [q, k, v, mask], bf16_target)
+    operands = [torch.from_numpy(x) for x in (q, k, v, mask)]
+    expected = attention(*operands, heads=2, kv_heads=1, scale=0.2, products="bfloat16").numpy()
+    difference = np.abs(got - expected)
+    assert difference.max() < 2e-3 and (difference > 1e-5).mean() < 0.05
 
 
 def test_bf16_softcap(bf16_target):
