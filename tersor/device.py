@@ -27,7 +27,7 @@ CALLS, EMULATED_CALLS, WARMUP = 30, 3, 3
 """How many calls are timed, on a device and under emulation, after how many that are not."""
 
 TIMEOUT = 1800.0
-"""Seconds that a program may take."""
+"""Seconds that a program may take unless the caller says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,20 @@ class DeviceModel:
     the program anew, the weights once; states start from zeros. bfloat16 is the bits of the numbers, as uint16.
 
     Attributes:
-        exported: what is run. device: where. threads: how many a call uses.
+        exported: what is run. device: where. threads: how many a call uses. timeout: seconds that the program may take.
     """
 
-    def __init__(self, exported: Exported, device: Runner, threads: int = 1):
+    def __init__(self, exported: Exported, device: Runner, threads: int = 1, timeout: float = TIMEOUT):
         self.exported, self.device = exported, device
-        self.threads = _count("threads", threads)
+        self.threads, self.timeout = _count("threads", threads), timeout
         self._folder = Path(tempfile.mkdtemp(prefix="tersor-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._program: Path | None = None
         device.check(exported.target)
+
+    def __repr__(self) -> str:
+        functions = ", ".join(self.exported.functions)
+        return f"DeviceModel({str(self.exported.path)!r} on {self.device.name}, functions {functions})"
 
     def __call__(self, **inputs: Any) -> dict[str, np.ndarray]:
         return self.run(None, **inputs)
@@ -157,7 +161,7 @@ class DeviceModel:
         words += [f"{dim}={size}" for dim, size in sizes.items()]
         words += [f"{name}={name}" for name in (*files, *results)]
         job = Job(self._built(), words, files, {WEIGHTS: self.exported.weights}, results)
-        return self.device.run(job, folder, TIMEOUT).output
+        return self.device.run(job, folder, self.timeout).output
 
     def _built(self) -> Path:
         if self._program is None:
@@ -195,13 +199,16 @@ def _count(name: str, number: Any) -> int:
     return number
 
 
-def load_on(path: str | os.PathLike[str], device: str | Runner, *, threads: int = 1) -> DeviceModel:
+def load_on(
+    path: str | os.PathLike[str], device: str | Runner, *, threads: int = 1, timeout: float = TIMEOUT
+) -> DeviceModel:
     """An exported model (the folder of ``export_c``) on a device, to be called and timed there.
 
     Args:
         device: "qemu" or "qemu:CPU" (emulation), "adb" or "adb:SERIAL" (a phone), "ssh:[USER@]HOST[:PORT]", "local";
             or a runner of your own.
         threads: how many a call uses.
+        timeout: seconds that the program may take there.
 
     Raises:
         ArtifactError: the folder holds no exported model.
@@ -213,7 +220,7 @@ def load_on(path: str | os.PathLike[str], device: str | Runner, *, threads: int 
     runners = connect(device, exported.target) if isinstance(device, str) else [device]
     if len(runners) != 1:
         raise InputError(f"{device!r} names several devices", fix="load the model on each of them")
-    return DeviceModel(exported, runners[0], threads)
+    return DeviceModel(exported, runners[0], threads, timeout)
 
 
 def estimate(

@@ -202,7 +202,7 @@ def execute(
     except subprocess.TimeoutExpired as error:
         raise DeviceError(
             f"{Path(command[0]).name} did not end within {timeout:g} seconds",
-            fix="give it longer (timeout=), or fewer calls and smaller sizes",
+            fix="see that the device answers; fewer calls and smaller sizes take less, timeout= gives it longer",
         ) from error
 
 

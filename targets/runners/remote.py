@@ -8,6 +8,7 @@ import secrets
 import shlex
 import subprocess
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -96,7 +97,9 @@ class Remote(Runner):
         kept = {name: (file, _digest(file)) for name, file in job.kept.items()}
         new = f"run-{secrets.token_hex(8)}"
         try:
-            there, absent, room = self._prepare(new, [digest for _, digest in kept.values()])
+            there, absent, room = self._prepare(
+                new, {digest: file.stat().st_size for file, digest in kept.values()}
+            )
             files = {"program": job.program, **job.files}
             lacking = {digest: file for file, digest in kept.values() if digest in absent}
             self._check_room([*files.values(), *lacking.values()], room)
@@ -109,7 +112,7 @@ class Remote(Runner):
         finally:
             self._clear(new)
 
-    def _prepare(self, new: str, digests: list[str]) -> tuple[str, set[str], int | None]:
+    def _prepare(self, new: str, sizes: Mapping[str, int]) -> tuple[str, set[str], int | None]:
         """Makes the new folder. Its path, which of the kept files are not there, the free bytes (None if unknown)."""
         script = [
             "umask 077",
@@ -117,8 +120,9 @@ class Remote(Runner):
             f'echo "folder $PWD/{new}"',
             f"find kept -type f -mtime +{_DAYS} -exec rm -f {{}} + 2>/dev/null",
             *(
-                f"if [ -f kept/{digest} ]; then touch kept/{digest}; else echo absent {digest}; fi"
-                for digest in digests
+                f"if [ -f kept/{digest} ] && [ $(wc -c <kept/{digest} 2>/dev/null || echo {count}) -eq {count} ];"
+                f" then touch kept/{digest}; else echo absent {digest}; fi"
+                for digest, count in sizes.items()
             ),
             "df -k . 2>/dev/null",
             "true",

@@ -14,6 +14,8 @@ import tersor
 from tersor.cli import main
 from tersor.codegen.export.folder import Exported
 from tersor.errors import ArtifactError, DeviceError, InputError, TargetError
+from tests.codegen.export.exported import export, loader
+from tests.ir.stateful import WIDTH, decoder
 from tests.targets.runners.phones import Phones
 
 qemu = pytest.mark.skipif(shutil.which("qemu-aarch64-static") is None, reason="needs qemu-user-static")
@@ -130,6 +132,19 @@ def test_what_cannot_be(folders, tmp_path):
     for wrong in ({"calls": 0}, {"threads": 0}, {"calls": True}):
         with pytest.raises(InputError, match="above 0"):
             device.benchmark(**wrong)
+
+
+def test_functions_are_run_by_name(tmp_path):
+    out = export(decoder(), tmp_path / "out")
+    device = tersor.load_on(out, "local")
+    x = np.random.default_rng(0).standard_normal((1, 5, WIDTH)).astype(np.float32)
+    given = {"x": x, "position": np.int64(0)}
+    expected = loader(out).load().session().run("prefill", **given)["y"]
+    np.testing.assert_array_equal(device.run("prefill", **given)["y"], expected)
+    assert "prefill, decode" in repr(device)
+    with pytest.raises(InputError, match=r"(?s)no function 'main'.*prefill or decode"):
+        device(**given)
+    assert device.benchmark(function="decode", calls=2).calls == 2
 
 
 def test_a_damaged_folder(folders, tmp_path):

@@ -66,6 +66,19 @@ def machine(folder: Path) -> Iterator[Machine]:
             if server.poll() is not None:
                 pytest.skip(f"sshd does not start: {(folder / 'log').read_text()[-500:]}")
             time.sleep(0.05)
+        login = [
+            "ssh",
+            "-F",
+            folder / "ssh_config",
+            "-o",
+            "BatchMode=yes",
+            "-p",
+            str(port),
+            "127.0.0.1",
+            "true",
+        ]
+        if subprocess.run(login, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip(f"sshd does not let this user in: {(folder / 'log').read_text()[-500:]}")
         yield Machine(f"{getpass.getuser()}@127.0.0.1:{port}", f"ssh -F {folder}/ssh_config", home)
     finally:
         server.terminate()

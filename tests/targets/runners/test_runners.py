@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,10 @@ def test_weights_are_sent_once(phones, tmp_path):
         assert len(phones.asked("push")) == pushed
     kept = list((place / "tersor/kept").iterdir())
     assert len(kept) == 2
+    os.truncate(place / "tersor/kept" / sha256(b"2" * 99).hexdigest(), 5)
+    phones.asked("push")
+    runner.run(job(tmp_path, "true", weights=b"2" * 99), tmp_path)
+    assert len(phones.asked("push")) == 2
     os.utime(kept[0], (0, 0))
     os.utime(kept[1], (0, 0))
     runner.run(job(tmp_path, "true", weights=b"3"), tmp_path)
