@@ -7,7 +7,7 @@ Each GEMM is compiled to an object with symbolic rows, a real epilogue, and colu
 divide the tile; attention with symbolic lengths. The innermost loops are taken from the disassembly, of those the ones
 with the most multiplications: "panel" is that of full tiles, "stream" that of few rows, which prefetches. "share" is
 the multiplications' share of the instructions. llvm-mca knows pipes and latencies, no caches; its models of in-order
-cores (Cortex-A53, A55) are rough. Needs llvm-mca and llvm-objdump, 22 or newer for Cortex-X1.
+cores (Cortex-A53, A55) are rough. Needs llvm-mca and llvm-objdump, 22 or newer for Cortex-X1 and X2.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def main() -> None:
             lanes = sum(bool(product.match(line) and BY_LANE.search(line)) for line in loop)
             spills = sum(bool(re.search(r"\bsp\b", line)) for line in loop)
             for core, peak in case.peaks.items():
-                if core == "cortex-x1" and version < 22:
-                    continue  # it reads it as a Cortex-A57
+                if core in ("cortex-x1", "cortex-x2") and version < 22:
+                    continue  # it reads them as other cores
                 rate = count / cycles(loop, core, mca)
                 of_peak = f"{rate / peak:7.0%}" if peak else f"{'':>7}"
                 print(
