@@ -42,7 +42,7 @@ class Pipes:
     bfmmla: float | None = None
 
 
-SOURCE = "LLVM's scheduling models"
+SOURCE = "LLVM 19's scheduling models"
 PIPES: dict[str, Pipes] = {
     "cortex-a53": Pipes(1, 0.33),
     "cortex-a55": Pipes(2, 0.33, 1),
@@ -55,8 +55,8 @@ PIPES: dict[str, Pipes] = {
 }
 """By the core that the model is of.
 
-Source: llvm-mca 19 on 24 independent instructions of a kind (14 of each of the three): instructions by cycles. That of
-Cortex-A55 is optimistic for fmla: Arm's optimization guide has the 128-bit form once in a cycle.
+Source: LLVM 19, read by ``python -m benchmarks.kernels.pipes``. Its models of in-order cores (A53, A55, A510) are rough,
+and rather optimistic.
 """
 
 LIKE: dict[str, str] = {
