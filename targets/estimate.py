@@ -55,8 +55,8 @@ PIPES: dict[str, Pipes] = {
 }
 """By the core that the model is of.
 
-Source: LLVM 19, read by ``python -m benchmarks.kernels.pipes``. Its models of in-order cores (A53, A55, A510) are rough,
-and rather optimistic.
+Source: LLVM 19, read by ``python -m benchmarks.kernels.pipes``. Its models of in-order cores (A53, A55, A510) are
+rough, and rather optimistic.
 """
 
 LIKE: dict[str, str] = {
