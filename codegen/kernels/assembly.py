@@ -101,8 +101,9 @@ class Loop:
         arguments = [f"{vector} %s{i}" for i in range(self._sums)]
         arguments += ["ptr %right", "i64 0", f"i64 {self._passes}", *(f"ptr %left{r}" for r in rows)]
         code = "\\0A".join(self._code())
+        # LLVM takes it for short, and would unroll loops round it
         lines.append(
-            f'%r = call {result} asm sideeffect "{code}", "{",".join(constraints)}"({", ".join(arguments)})'
+            f'%r = call {result} asm sideeffect "{code}", "{",".join(constraints)}"({", ".join(arguments)}) noduplicate'
         )
         for i in range(self._sums):
             lines.append(f"%o{i} = extractvalue {result} %r, {i}")

@@ -219,11 +219,11 @@ def inner_loops(kernel: Gemm | BatchedGemm, target: Target) -> list[list[str]]:
     text = compile_function(kernel.build(target), target).mod.inspect_source("asm")
     labels, lines, loops = {}, [], []
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.LBB\w+|1):", line):
+        if label := re.match(r"\s*(\.L\w+):", line):
             labels[label[1]] = len(lines)
         elif re.match(r"\s*[a-z]", line):
             lines.append(line.strip())
-            branch = re.match(r"\s*b\S*\s.*?(\.LBB\w+|1(?=b$))", line)
+            branch = re.match(r"\s*b\S*\s.*?(\.L\w+)", line)
             if branch and branch[1] in labels:
                 loops.append((labels[branch[1]], len(lines)))
     inner = [(s, e) for s, e in loops if not any(s <= t and u <= e and (s, e) != (t, u) for t, u in loops)]
