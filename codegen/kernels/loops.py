@@ -123,7 +123,9 @@ def load(buffer: tirx.Buffer, offset: Extent, lanes: int, where: Expr | None = N
     at = T.ramp(offset, 1, lanes)
     if where is None:
         return buffer[at]
-    return T.masked_load(f"{buffer.dtype}x{lanes}", buffer, at, where)
+    # a statement of its own: inside a Select with the same mask TVM would take the mask for true everywhere, and read
+    # past the end of the memory
+    return math.bind(T.masked_load(f"{buffer.dtype}x{lanes}", buffer, at, where))
 
 
 def store(buffer: tirx.Buffer, offset: Extent, value: Expr, lanes: int, where: Expr | None = None) -> None:
