@@ -82,10 +82,12 @@ def _conv(e: Export, stride: tuple[int, ...], padding: tuple[int, ...], dilation
 
 @exports("attention")
 def _attention(e: Export) -> str:
-    """MatMul, Mul, Add, Softmax, MatMul over [B, H, T, D]; for a soft cap Div, Tanh, Mul before the Add."""
+    """MatMul, Mul, Add, Softmax, MatMul over [B, H, T, D]; for a soft cap Div, Tanh, Mul before the Add. With products
+    in bf16 the Softmax is spelled out around the second MatMul."""
     heads, kv_heads, dtype = e.attribute("heads"), e.attribute("kv_heads"), e.result.dtype
     batch, tq, tk = e.value(0).shape[0], e.value(0).shape[1], e.value(1).shape[1]
-    rounded = partial(_rounded, e) if e.attribute("products") == "bfloat16" else lambda x: x
+    narrow = e.attribute("products") == "bfloat16"
+    rounded = partial(_rounded, e) if narrow else lambda x: x
     q = rounded(split_heads(e, e.argument(0), heads))
     k, v = (rounded(_repeated(e, i, kv_heads, heads // kv_heads)) for i in (1, 2))
     scores = e.emit("MatMul", q, e.permute(k, (0, 1, 3, 2)))
@@ -95,10 +97,21 @@ def _attention(e: Export) -> str:
         cap = e.constant(softcap, dtype)
         scores = e.emit("Mul", e.emit("Tanh", e.emit("Div", scores, cap)), cap)
     mask, may_hide_all = _mask(e, tq, tk)
-    chances = e.emit("Softmax", e.emit("Add", scores, mask) if mask else scores, axis=-1)
-    if may_hide_all:  # a row that hides every key gives 0, here 0 / 0
-        chances = e.emit("Where", e.emit("IsNaN", chances), e.constant(0.0, dtype), chances)
-    out = e.permute(e.emit("MatMul", rounded(chances), v), (0, 2, 1, 3))
+    scores = e.emit("Add", scores, mask) if mask else scores
+    if narrow:  # what is rounded is not divided yet
+        weights = e.emit(
+            "Exp", e.emit("Sub", scores, e.emit("ReduceMax", scores, e.sizes((-1,)), keepdims=1))
+        )
+        total = e.emit("ReduceSum", weights, e.sizes((-1,)), keepdims=1)
+        out = e.emit("Div", e.emit("MatMul", rounded(weights), v), total)
+        if may_hide_all:  # a row that hides every key gives 0, here infinity less infinity
+            out = e.emit("Where", e.emit("IsNaN", total), e.constant(0.0, dtype), out)
+    else:
+        chances = e.emit("Softmax", scores, axis=-1)
+        if may_hide_all:  # here 0 / 0
+            chances = e.emit("Where", e.emit("IsNaN", chances), e.constant(0.0, dtype), chances)
+        out = e.emit("MatMul", chances, v)
+    out = e.permute(out, (0, 2, 1, 3))
     size = e.result.shape[2] // heads
     return e.reshape(out, (batch, tq, heads, size), e.result.shape)
 
