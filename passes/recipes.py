@@ -37,6 +37,9 @@ FOLDS = (
     "fold.zero_neurons",
 )
 
+ROWS = "cleanup.unread_rows"
+"""Last, as the passes before it look for layers that read whole values."""
+
 ATTENTION = {"pass": "quantize.bf16", "kinds": ["attention"]}
 """Between layers in 8 bits, attention multiplies bf16: softmax spans more decades than 8-bit codes do."""
 
@@ -49,10 +52,10 @@ ACTIVATIONS = ({"pass": "quantize.static", "largest_error": LARGEST_ERROR}, "qua
 
 RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "none": ("the program as captured", ()),
-    "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS)),
+    "fp32": ("float32, nothing lost: cleanup and exact folds", (*CLEANUP, *FOLDS, ROWS)),
     "bf16": (
         "products of bf16 numbers, sums in float32: half the bytes, no data needed",
-        (*CLEANUP, *FOLDS, "quantize.bf16"),
+        (*CLEANUP, *FOLDS, "quantize.bf16", ROWS),
     ),
     "int8": (
         "8-bit weights and activations, scales from calibration data (per token where those fail), integer products",
@@ -64,6 +67,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             *ACTIVATIONS,
             ATTENTION,
             "quantize.integers",
+            ROWS,
         ),
     ),
     "int8-mixed": (
@@ -75,6 +79,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             {"pass": "quantize.mixed", "min_sqnr_db": 30},
             ATTENTION,
             "quantize.integers",
+            ROWS,
         ),
     ),
     "int8-gptq": (
@@ -88,6 +93,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             ATTENTION,
             "recover.bias",
             "quantize.integers",
+            ROWS,
         ),
     ),
     "int8-dynamic": (
@@ -100,11 +106,12 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             "quantize.dynamic",
             ATTENTION,
             "quantize.integers",
+            ROWS,
         ),
     ),
     "quantized": (
         "a model that comes with 8-bit codes as it is: integer products where weights and inputs have them",
-        (*CLEANUP, *FOLDS, "quantize.integers"),
+        (*CLEANUP, *FOLDS, "quantize.integers", ROWS),
     ),
 }
 """Name -> what it is for, and its steps."""
