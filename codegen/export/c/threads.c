@@ -5,7 +5,7 @@
  * and fast cores take more pieces than slow ones.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE /* sched_setaffinity */
+#define _GNU_SOURCE /* sched_setaffinity, sched_getcpu */
 #endif
 #include "threads.h"
 
@@ -91,6 +91,7 @@ struct tersor_pool {
   int64_t asleep;
   int64_t stopping;
   int64_t unbound; /* threads that could not be bound to their CPU */
+  int64_t caller;  /* CPU that the caller was on when it last woke others, or -1 */
   int64_t started;
   lock lock;
   condition wake;
@@ -138,10 +139,38 @@ static int bind_to(int cpu) {
 #endif
 }
 
+static int current_cpu(void) {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+/* A thread that wakes on the caller's CPU would only take time from it, and schedulers may leave it there for
+ * milliseconds: it goes to the others of the CPUs that it may use. */
+static void keep_off(int cpu, const void *allowed) {
+#if defined(__linux__)
+  if (cpu < 0 || cpu >= CPU_SETSIZE || current_cpu() != cpu) return;
+  cpu_set_t set = *(const cpu_set_t *)allowed;
+  CPU_CLR(cpu, &set);
+  if (CPU_COUNT(&set) != 0) sched_setaffinity(0, sizeof set, &set);
+#else
+  (void)cpu;
+  (void)allowed;
+#endif
+}
+
 static void work(struct member *member) {
   struct tersor_pool *pool = member->pool;
   int64_t last = 0;
   if (bind_to(member->cpu)) atomic_add(&pool->unbound, 1);
+#if defined(__linux__)
+  cpu_set_t allowed;
+  const int free_to_move = member->cpu < 0 && sched_getaffinity(0, sizeof allowed, &allowed) == 0;
+#else
+  const int allowed = 0, free_to_move = 0;
+#endif
   atomic_add(&pool->started, 1);
   while (!atomic_load(&pool->stopping)) {
     int64_t open = 0;
@@ -163,6 +192,7 @@ static void work(struct member *member) {
     }
     atomic_add(&pool->asleep, -1);
     lock_give(&pool->lock);
+    if (free_to_move) keep_off((int)atomic_load(&pool->caller), &allowed);
   }
 }
 
@@ -193,6 +223,7 @@ void tersor_parallel(struct tersor_worker *worker, tersor_task task, const void 
   atomic_store(&pool->next, 0);
   atomic_store(&pool->open, pool->loops);
   if (atomic_load(&pool->asleep) != 0) {
+    atomic_store(&pool->caller, current_cpu());
     lock_take(&pool->lock);
     condition_wake(&pool->wake);
     lock_give(&pool->lock);
@@ -210,6 +241,7 @@ void tersor_parallel(struct tersor_worker *worker, tersor_task task, const void 
 int tersor_pool_start(struct tersor_pool *pool, int threads, const int *cpus, char *scratch, size_t scratch_bytes) {
   pool->next = pool->inside = pool->open = pool->loops = 0;
   pool->asleep = pool->stopping = pool->unbound = pool->started = 0;
+  pool->caller = -1;
   pool->task = NULL;
   pool->closure = NULL;
   pool->count = pool->piece = 0;

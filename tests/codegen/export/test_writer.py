@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +117,20 @@ def test_sessions_of_several_threads_share_a_model(model):
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_more_threads_than_cpus(model):
+    given = inputs(small_models.bert(), {"batch": 4, "length": 12})
+    expected, allowed = model(**given), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        session = model.session(threads=3)
+        for pause in (0, 0.01, 0.01):  # after which the threads sleep
+            time.sleep(pause)
+            found = session.run("main", **given)
+            assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_many_runs_take_no_memory(model):
@@ -267,7 +282,8 @@ def test_nothing_but_libc_libm_and_threads_is_needed(folder):
         "open",
         "sched_yield",
     }
-    libc |= {"__fxstat", "sched_setaffinity", "__stack_chk_fail", "memmove"}
+    libc |= {"__fxstat", "__stack_chk_fail", "memmove"}
+    libc |= {"sched_setaffinity", "sched_getaffinity", "sched_getcpu", "__sched_cpucount"}
     start = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize", "__gmon_start__"}
     libm = {"expf", "logf", "powf", "sinf", "cosf", "tanhf", "erff", "fmaf"}
     unknown = {s for s in symbols - libc - start - libm if not s.startswith("pthread_")}
