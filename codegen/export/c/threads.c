@@ -1,8 +1,9 @@
 /* Threads of a session. Part of an export by Tersor; C99 and the threads of POSIX or Windows.
  *
- * One loop is open at a time. Threads that are awake take pieces of it until none is left; the caller takes pieces too,
- * closes the loop and waits for those that are inside. A thread that wakes late finds it closed and delays nobody,
- * and fast cores take more pieces than slow ones.
+ * One loop is open at a time, cut into a share for each thread. A thread that is awake takes pieces from the front of its
+ * own share, one after the other, as kernels fetch ahead into the next piece; then from the ends of others' shares. The
+ * caller does so too, closes the loop and waits for those that are inside. A thread that wakes late finds its share
+ * taken and delays nobody, and fast cores take from slow ones.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_setaffinity, sched_getcpu */
@@ -46,12 +47,15 @@ typedef pthread_cond_t condition;
 #define atomic_store(p, v) ((void)_InterlockedExchange64(p, v))
 #define atomic_swap(p, v) _InterlockedExchange64(p, v)
 #define atomic_add(p, v) _InterlockedExchangeAdd64(p, v)
+#define atomic_replace(p, from, to) (_InterlockedCompareExchange64(p, to, from) == (from))
 #define relax() _mm_pause()
 #else
 #define atomic_load(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
 #define atomic_store(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
 #define atomic_swap(p, v) __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST)
 #define atomic_add(p, v) __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST)
+#define atomic_replace(p, from, to) \
+  __atomic_compare_exchange_n(p, &(int64_t){from}, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
 #if defined(__x86_64__) || defined(__i386__)
 #define relax() __asm__ __volatile__("pause" ::: "memory")
 #elif defined(__aarch64__) || (defined(__arm__) && __ARM_ARCH >= 7)
@@ -68,26 +72,31 @@ void tersor_flag_clear(int64_t *flag) { atomic_store(flag, 0); }
 /* Looks at the next loop before a thread sleeps; some tens of microseconds, what the kernels between two loops take. */
 #define SPIN 2000
 
-/* Pieces per thread: enough for a fast core to overtake a slow one, few enough to cost nothing. */
+/* Pieces of a share: enough for a fast core to overtake a slow one, few enough to cost nothing. */
 #define PIECES 4
+
+/* Iterations of the open loop that nobody took: the first in the upper half, the one behind the last in the lower. */
+struct share {
+  int64_t left;
+  char line[56]; /* a cache line each: threads write them */
+};
 
 struct member {
   struct tersor_pool *pool;
   void *scratch;
   thread thread;
-  int cpu; /* or -1 */
+  int number; /* of its share; the caller's is 0 */
+  int cpu;    /* or -1 */
 };
 
 struct tersor_pool {
-  /* those that every thread writes, on a cache line of their own */
-  int64_t next;   /* first iteration that nobody took */
-  int64_t inside; /* threads that may look at the loop below */
-  char line[48];
+  int64_t inside; /* threads that may look at the loop below; on a cache line of its own, as every thread writes it */
+  char line[56];
   int64_t open;  /* number of the loop that may be entered, 0 when there is none */
   int64_t loops; /* loops so far */
   tersor_task task;
   const void *closure;
-  int64_t count, piece;
+  int64_t piece;
   int64_t asleep;
   int64_t stopping;
   int64_t unbound; /* threads that could not be bound to their CPU */
@@ -96,29 +105,45 @@ struct tersor_pool {
   lock lock;
   condition wake;
   int threads, running;
+  struct share *shares;
   struct member members[1];
 };
 
 static size_t rounded(size_t size) { return (size + 63) / 64 * 64; }
 
-size_t tersor_pool_bytes(int threads) {
+static size_t members_bytes(int threads) {
   return rounded(sizeof(struct tersor_pool) + (size_t)threads * sizeof(struct member));
 }
 
-static void take_pieces(struct tersor_pool *pool, void *scratch) {
-  const int64_t count = pool->count, piece = pool->piece;
+size_t tersor_pool_bytes(int threads) { return members_bytes(threads) + (size_t)threads * sizeof(struct share); }
+
+/* Runs pieces of a share, from its front or its end, until it is empty. */
+static void take_pieces(struct tersor_pool *pool, struct share *share, int front, void *scratch) {
   for (;;) {
-    const int64_t begin = atomic_add(&pool->next, piece);
-    if (begin >= count) return;
-    pool->task(pool->closure, scratch, begin, count - begin < piece ? count : begin + piece);
+    const int64_t left = atomic_load(&share->left);
+    const int64_t begin = left >> 32, end = left & INT32_MAX;
+    if (begin >= end) return;
+    const int64_t size = end - begin < pool->piece ? end - begin : pool->piece;
+    const int64_t rest = front ? left + (size << 32) : left - size;
+    if (!atomic_replace(&share->left, left, rest)) continue;
+    if (front)
+      pool->task(pool->closure, scratch, begin, begin + size);
+    else
+      pool->task(pool->closure, scratch, end - size, end);
   }
 }
 
-static void join_loop(struct tersor_pool *pool, void *scratch, int64_t *last) {
+static void take_part(struct tersor_pool *pool, int number, void *scratch) {
+  take_pieces(pool, &pool->shares[number], 1, scratch);
+  for (int i = 1; i < pool->threads; i++) take_pieces(pool, &pool->shares[(number + i) % pool->threads], 0, scratch);
+}
+
+static void join_loop(struct member *member, int64_t *last) {
+  struct tersor_pool *pool = member->pool;
   atomic_add(&pool->inside, 1);
   const int64_t open = atomic_load(&pool->open); /* after "inside": the caller closes, then looks at it */
   if (open != 0 && open != *last) {
-    take_pieces(pool, scratch);
+    take_part(pool, member->number, member->scratch);
     *last = open;
   }
   atomic_add(&pool->inside, -1);
@@ -180,7 +205,7 @@ static void work(struct member *member) {
       relax();
     }
     if (open != 0 && open != last) {
-      join_loop(pool, member->scratch, &last);
+      join_loop(member, &last);
       continue;
     }
     lock_take(&pool->lock);
@@ -210,17 +235,19 @@ static void *entry(void *member) {
 
 void tersor_parallel(struct tersor_worker *worker, tersor_task task, const void *closure, int64_t count) {
   struct tersor_pool *pool = worker->pool;
-  if (pool == NULL || count < 2) {
+  if (pool == NULL || count < 2 || count > INT32_MAX) {
     task(closure, worker->scratch, 0, count);
     return;
   }
   pool->task = task;
   pool->closure = closure;
-  pool->count = count;
   pool->piece = count / (PIECES * (int64_t)pool->threads);
   if (pool->piece < 1) pool->piece = 1;
+  for (int64_t i = 0; i < pool->threads; i++) {
+    const int64_t begin = count * i / pool->threads, end = count * (i + 1) / pool->threads;
+    atomic_store(&pool->shares[i].left, begin << 32 | end);
+  }
   pool->loops++;
-  atomic_store(&pool->next, 0);
   atomic_store(&pool->open, pool->loops);
   if (atomic_load(&pool->asleep) != 0) {
     atomic_store(&pool->caller, current_cpu());
@@ -228,7 +255,7 @@ void tersor_parallel(struct tersor_worker *worker, tersor_task task, const void 
     condition_wake(&pool->wake);
     lock_give(&pool->lock);
   }
-  take_pieces(pool, worker->scratch);
+  take_part(pool, 0, worker->scratch);
   atomic_store(&pool->open, 0);
   for (int i = 0; atomic_load(&pool->inside) != 0; i++) {
     if (i < SPIN)
@@ -239,20 +266,22 @@ void tersor_parallel(struct tersor_worker *worker, tersor_task task, const void 
 }
 
 int tersor_pool_start(struct tersor_pool *pool, int threads, const int *cpus, char *scratch, size_t scratch_bytes) {
-  pool->next = pool->inside = pool->open = pool->loops = 0;
+  pool->inside = pool->open = pool->loops = 0;
   pool->asleep = pool->stopping = pool->unbound = pool->started = 0;
   pool->caller = -1;
   pool->task = NULL;
   pool->closure = NULL;
-  pool->count = pool->piece = 0;
+  pool->piece = 0;
   pool->threads = threads;
   pool->running = 0;
+  pool->shares = (struct share *)((char *)pool + members_bytes(threads));
   lock_init(&pool->lock);
   condition_init(&pool->wake);
   for (int i = 1; i < threads; i++) {
     struct member *member = &pool->members[pool->running];
     member->pool = pool;
     member->scratch = scratch + (size_t)i * scratch_bytes;
+    member->number = i;
     member->cpu = cpus ? cpus[i] : -1;
 #ifdef _WIN32
     member->thread = CreateThread(NULL, 0, entry, member, 0, NULL);
