@@ -8,6 +8,7 @@ last node first.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -21,8 +22,11 @@ from tersor.ir.program import Function
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 LOGICAL = {"logical_and", "logical_or", "logical_not"}
 
-EPILOGUE_DTYPES = {"float32", "bfloat16", "int8", "uint8"}
+EPILOGUE_DTYPES = {"float32", "float16", "bfloat16", "int8", "uint8"}
 """What a GEMM's epilogue may store."""
+
+BF16 = frozenset({"bfloat16"})
+"""What every target has products for that read both operands in 16 bits; some have such of float16 as well."""
 
 
 @dataclass
@@ -36,14 +40,22 @@ class Group:
 
 @dataclass
 class Plan:
-    """The groups by root, and every node that lives inside a group without being its root."""
+    """The groups by root, and every node that lives inside a group without being its root.
 
+    ``narrow``: dtypes of 16 bits that products read both operands in.
+    """
+
+    narrow: Set[str] = BF16
     groups: dict[fx.Node, Group] = field(default_factory=dict)
     inner: set[fx.Node] = field(default_factory=set)
     joined: dict[fx.Node, Joined] = field(default_factory=dict)  # attention -> its q, k and v projections
     tails: dict[fx.Node, Tail] = field(
         default_factory=dict
     )  # norm, attention or `dynamic_scale` -> what its kernel adds
+
+    def left_matrix(self, linear: fx.Node) -> fx.Node:
+        """What a linear layer's product reads (`left_matrix`)."""
+        return left_matrix(linear, self.narrow)
 
 
 @dataclass(frozen=True)
@@ -89,14 +101,14 @@ class Tail:
         ]
 
 
-def plan(function: Function) -> Plan:
-    """Groups the nodes of a function; nodes in no group are lowered one by one."""
-    result = Plan()
-    claimed = _widenings(function)
+def plan(function: Function, narrow: Set[str] = BF16) -> Plan:
+    """Groups the nodes of a function; nodes in no group are lowered one by one. ``narrow``: as in `Plan`."""
+    result = Plan(narrow)
+    claimed = _widenings(function, narrow)
     for node in reversed(function.nodes):
         if node in claimed or not (is_elementwise(node) or is_anchor(node)):
             continue
-        group = _grow(node, claimed)
+        group = _grow(node, claimed, narrow)
         claimed.update(group.members, group.anchors)
         result.groups[node] = group
     result.inner = claimed - result.groups.keys()
@@ -114,37 +126,53 @@ def is_anchor(node: fx.Node) -> bool:
     return is_call(node, "linear", "integer_linear") and stored_weight(node).op == "get_attr"
 
 
-def left_matrix(linear: fx.Node) -> fx.Node:
-    """What a linear layer's product reads: its input, or the bf16 values of which that is the f32 form."""
-    return linear.args[0].args[0] if _multiplies_bf16(linear) else linear.args[0]
+def left_matrix(linear: fx.Node, narrow: Set[str] = BF16) -> fx.Node:
+    """What a linear layer's product reads: its input, or the ``narrow`` values of which that is the f32 form."""
+    return linear.args[0].args[0] if _widened_both(linear) in narrow else linear.args[0]
 
 
 def stored_weight(linear: fx.Node) -> fx.Node:
-    """What holds a linear layer's weight: the operand, or the bf16 parameter of which that is the f32 form."""
-    return linear.args[1].args[0] if _multiplies_bf16(linear) else linear.args[1]
+    """What holds a linear layer's weight: the operand, or the parameter in 16 bits of which that is the f32 form.
+
+    fp16 weights are read so whatever they are multiplied by, bf16 ones beside bf16 values only.
+    """
+    weight = linear.args[1]
+    stored = _widened_from(weight) == "float16" and weight.args[0].op == "get_attr"
+    return weight.args[0] if stored or _widened_both(linear) else weight
 
 
-def _multiplies_bf16(linear: fx.Node) -> bool:
-    """Whether both operands are bf16 values widened to f32: products of such are exact in f32."""
+def _widened_both(linear: fx.Node) -> str | None:
+    """The dtype of 16 bits of which both operands are values, widened to f32: products of such are exact in f32."""
     x, weight = linear.args[:2]
-    return _is_widened(x) and _is_widened(weight) and weight.args[0].op == "get_attr"
+    dtype = _widened_from(weight)
+    return dtype if dtype == _widened_from(x) and dtype and weight.args[0].op == "get_attr" else None
 
 
-def _is_widened(node: fx.Node) -> bool:
-    return is_call(node, "cast") and node.args[0].meta["value"].dtype == "bfloat16"
+def _widened_from(node: fx.Node) -> str | None:
+    """The dtype of 16 bits of which a node is the f32 form."""
+    if not is_call(node, "cast") or node.meta["value"].dtype != "float32":
+        return None
+    dtype = node.args[0].meta["value"].dtype
+    return dtype if dtype in ("bfloat16", "float16") else None
 
 
-def _widenings(function: Function) -> set[fx.Node]:
-    """Casts from bf16 that only products read which take the bf16 values themselves."""
+def _widenings(function: Function, narrow: Set[str]) -> set[fx.Node]:
+    """Casts from 16 bits that only products read which take the narrow values themselves."""
+
+    def is_passed_by(linear: fx.Node, cast: fx.Node) -> bool:
+        if not is_call(linear, "linear") or linear.args[2:3] == (cast,):
+            return False
+        read = {linear.args[0]: left_matrix(linear, narrow), linear.args[1]: stored_weight(linear)}
+        return read[cast] is cast.args[0]
+
     return {
         node
-        for node in filter(_is_widened, function.calls("cast"))
-        if node.users
-        and all(is_call(u, "linear") and u.args[2:3] != (node,) and _multiplies_bf16(u) for u in node.users)
+        for node in filter(_widened_from, function.calls("cast"))
+        if node.users and all(is_passed_by(user, node) for user in node.users)
     }
 
 
-def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
+def _grow(root: fx.Node, claimed: set[fx.Node], narrow: Set[str]) -> Group:
     group = Group(root)
     if is_anchor(root):
         group.anchors = [root]
@@ -160,7 +188,11 @@ def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
         if is_elementwise(node):
             inside.add(node)
             frontier.extend(node.all_input_nodes)
-        elif is_anchor(node) and _joins(node, group.anchors) and root.meta["value"].dtype in EPILOGUE_DTYPES:
+        elif (
+            is_anchor(node)
+            and _joins(node, group.anchors, narrow)
+            and root.meta["value"].dtype in EPILOGUE_DTYPES
+        ):
             group.anchors.append(node)
     group.members = [n for n in root.graph.nodes if n in inside]
     group.anchors.sort(key=list(root.graph.nodes).index)
@@ -169,12 +201,12 @@ def _grow(root: fx.Node, claimed: set[fx.Node]) -> Group:
     return group
 
 
-def _joins(node: fx.Node, anchors: list[fx.Node]) -> bool:
+def _joins(node: fx.Node, anchors: list[fx.Node], narrow: Set[str]) -> bool:
     """Whether a linear can be computed beside those in a group: at most two, of one input and one size."""
     return not anchors or (
         len(anchors) == 1
         and anchors[0].target is node.target
-        and left_matrix(anchors[0]) is left_matrix(node)
+        and left_matrix(anchors[0], narrow) is left_matrix(node, narrow)
         and stored_weight(anchors[0]).meta["value"] == stored_weight(node).meta["value"]
     )
 
@@ -189,7 +221,10 @@ def _join_projections(function: Function, result: Plan) -> None:
         ):
             continue
         anchors = tuple(g.anchors[0] for g in groups)
-        if len({(a.target, left_matrix(a)) for a in anchors}) > 1:
+        read = {
+            (a.target, left_matrix(a, result.narrow), stored_weight(a).meta["value"].dtype) for a in anchors
+        }
+        if len(read) > 1:
             continue
         if joined := _joined(anchors, groups):
             result.joined[node] = joined

@@ -19,7 +19,7 @@ from tersor.codegen.kernels.base import Kernel
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.inner_product import stored_words
+from tersor.codegen.kernels.inner_product import multiplies_fp16, stored_words
 from tersor.codegen.kernels.prepare import Prepare, prepared
 from tersor.codegen.state import StateMemory
 from tersor.codegen.weights import Weight
@@ -119,6 +119,8 @@ def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
 
 
 SUPPORTED_DTYPES = {"float32", "bfloat16", "int64", "int32", "int8", "uint8", "bool"}
+ONLY_STORED = {"float16": ("cast", "reshape", "permute", "slice", "concat", "expand")}
+"""Dtypes that no kernel computes in, and the operations that may make such values, or move them."""
 
 
 def check_supported(program: Program) -> None:
@@ -133,7 +135,7 @@ def check_supported(program: Program) -> None:
             operations.setdefault(f"operation {node.target.name!r} has no lowering", []).append(
                 describe(node)
             )
-        elif value.dtype not in SUPPORTED_DTYPES:
+        elif value.dtype not in SUPPORTED_DTYPES and not _is_only_stored(node):
             dtypes.setdefault(f"dtype {value.dtype} is not supported", []).append(describe(node))
     if operations or dtypes:
         problems = {**operations, **dtypes}
@@ -148,6 +150,12 @@ def check_supported(program: Program) -> None:
         )
 
 
+def _is_only_stored(node: fx.Node) -> bool:
+    """Whether a node is of a dtype that it may have because nothing is computed there."""
+    moves = ONLY_STORED.get(node.meta["value"].dtype)
+    return moves is not None and (node.op != "call_function" or node.target.name in moves)
+
+
 class Lowering:
     """The state while one function is lowered; lowering rules emit kernel calls through it.
 
@@ -158,7 +166,8 @@ class Lowering:
     """
 
     def __init__(self, function: Function, target: Target, builder: relax.BlockBuilder, lowered: Lowered):
-        self.function, self.target, self.plan = function, target, fusion.plan(function)
+        narrow = fusion.BF16 | {"float16"} if multiplies_fp16(target) else fusion.BF16
+        self.function, self.target, self.plan = function, target, fusion.plan(function, narrow)
         self.weights: dict[Weight, relax.Var] = {}
         self._builder, self._lowered = builder, lowered
         self._dims = {name: tirx.Var(name, "int64") for name in function.dims}
@@ -277,14 +286,17 @@ class Lowering:
 
     def gemm(self, anchor: fx.Node, n: int, chain: Chain, weights: int = 1) -> Gemm:
         """The kernel for linear layers of one input, in the layout that the target reads."""
-        value = fusion.left_matrix(anchor).meta["value"]
+        value, weight = (
+            x.meta["value"] for x in (self.plan.left_matrix(anchor), fusion.stored_weight(anchor))
+        )
         *lead, k = value.shape
         panel, words = tiles.panel_width(self.target), stored_words(value.dtype, self.target)
-        return Gemm(opaque(tuple(lead)), k, n, chain, panel, weights, value.dtype, words)
+        stored = weight.dtype if (value.dtype, weight.dtype) == ("float32", "float16") else None
+        return Gemm(opaque(tuple(lead)), k, n, chain, panel, weights, value.dtype, words, stored)
 
     def left(self, anchor: fx.Node, gemm: Gemm) -> relax.Expr:
         """The input of a linear layer as its kernel reads it."""
-        x = fusion.left_matrix(anchor)
+        x = self.plan.left_matrix(anchor)
         if gemm.words is None:
             return self.value(x)
         *lead, k = x.meta["value"].shape

@@ -1,9 +1,10 @@
 """Layouts of constant weights: numpy functions that pack them once, at compile time, and undo it.
 
-Weights are packed as 32-bit *words* of elements that are neighbours along K: one f32, two bf16 or four int8, the
-first in the lowest bits; some instructions want more int8 numbers side by side (`Words`). A *panel* is as many output
-columns as one register tile is wide. GEMM weights are stored panel after panel, inside a panel word k after word k, so
-that a kernel reads them as one linear stream: ``[ceil(N / columns)][ceil(K / elements of a word)][width]``.
+Weights are packed as *words* of elements that are neighbours along K: one f32, one fp16 (16 bits), two bf16 or four
+int8, the first in the lowest bits; some instructions want more int8 numbers side by side (`Words`). A *panel* is as
+many output columns as one register tile is wide. GEMM weights are stored panel after panel, inside a panel word k after
+word k, so that a kernel reads them as one linear stream:
+``[ceil(N / columns)][ceil(K / elements of a word)][width]``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ELEMENTS = {"float32": 1, "bfloat16": 2, "int8": 4}
+ELEMENTS = {"float32": 1, "float16": 1, "bfloat16": 2, "int8": 4}
 """Dtypes of weights that can be packed, with how many elements make a word."""
+
+STORED = {"float32": "float32", "float16": "float16", "bfloat16": "int32", "int8": "int32"}
+"""Dtype of the words that such elements make."""
 
 
 OFFSET = 128
@@ -39,20 +43,20 @@ def packed(
 ) -> tuple[tuple[int, int, int], str]:
     """Shape and dtype of ``weights`` matrices [n, k] packed together into panels of ``panel`` columns in all.
 
-    ``words``: None is 32 bits, without sums.
+    ``words``: None is `ELEMENTS`, without sums.
     """
     words = words or Words(ELEMENTS[dtype])
     width = panel * (words.elements // ELEMENTS[dtype])
     shape = (-(-n // (panel // weights)), -(-k // words.elements) + words.sums, width)
-    return shape, "float32" if dtype == "float32" else "int32"
+    return shape, STORED[dtype]
 
 
 def pack(weights: Sequence[np.ndarray], panel: int, words: Words | None = None) -> np.ndarray:
     """Pack matrices [N, K] (as of ``linear``: out = x @ w.T) for a kernel with as many accumulators.
 
-    Matrices are float32, int8 or bfloat16, the last also as uint16 bit patterns (numpy has no bfloat16 of its own).
-    Each gets ``panel // len(weights)`` columns of every panel, side by side; N and K are padded with zeros.
-    ``words``: None is 32 bits, without sums.
+    Matrices are float32, float16, int8 or bfloat16, the last also as uint16 bit patterns (numpy has no bfloat16 of its
+    own). Each gets ``panel // len(weights)`` columns of every panel, side by side; N and K are padded with zeros.
+    ``words``: None is `ELEMENTS`, without sums.
     ValueError when the matrices differ in shape or dtype or do not divide the panel.
     """
     if len({(w.shape, w.dtype) for w in weights}) != 1 or panel % len(weights):
@@ -117,7 +121,7 @@ def _element(weight: np.ndarray) -> str:
 
 
 def _words(weight: np.ndarray, elements: int, word: str) -> np.ndarray:
-    """The rows as words [n, ceil(k / elements), 32-bit numbers of a word], the last one padded with zeros."""
+    """The rows as words [n, ceil(k / elements), numbers of dtype ``word``], the last one padded with zeros."""
     missing = -weight.shape[1] % elements
     whole = np.pad(weight, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(weight)
     return whole.view(word).reshape(len(weight), whole.shape[1] // elements, -1)

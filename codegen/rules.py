@@ -196,7 +196,10 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
 
 def _joined(lowering: Lowering, joined: fusion.Joined) -> relax.Expr:
     """Linear layers of one input as one, their outputs side by side."""
-    x, sizes = fusion.left_matrix(joined.anchors[0]), [a.meta["value"].shape[-1] for a in joined.anchors]
+    x, sizes = (
+        lowering.plan.left_matrix(joined.anchors[0]),
+        [a.meta["value"].shape[-1] for a in joined.anchors],
+    )
     value, n = x.meta["value"], sum(sizes)
     gemm = lowering.gemm(joined.anchors[0], n, joined.chain)
     sources = tuple(fusion.stored_weight(a).target for a in joined.anchors)

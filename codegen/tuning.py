@@ -186,7 +186,7 @@ def tune(
 
 def _search(kernel: Gemm, target: Target, deadline: float) -> Record | None:
     """The best of the analytic tile and its neighbours; None when there was no time to see them all."""
-    product = inner_product(kernel.dtype, target)
+    product = inner_product(kernel.dtype, target, kernel.stored)
     analytic = choose(target, kernel.panels, product)
     tiles = _distinct(kernel, target, (analytic, *neighbours(analytic, target, product)))
     times: list[float] = []
@@ -250,5 +250,5 @@ def _data(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) ->
     if dtype == "int32":
         return generator.integers(0, 0x3FFF, (*shape, 2), dtype=np.uint16).view(np.int32)[..., 0]
     if dtype.startswith("float"):
-        return generator.standard_normal(shape, dtype=dtype)
+        return generator.standard_normal(shape, dtype="float32").astype(dtype)
     return generator.integers(0, 100, shape).astype(dtype)

@@ -57,6 +57,10 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "products of bf16 numbers, sums in float32: half the bytes, no data needed",
         (*CLEANUP, *FOLDS, "quantize.bf16", ROWS),
     ),
+    "fp16": (
+        "products of fp16 numbers, sums in float32: half the bytes, fast on ARM cores with fp16 arithmetic",
+        (*CLEANUP, *FOLDS, "quantize.fp16", ROWS),
+    ),
     "int8": (
         "8-bit weights and activations, scales from calibration data (per token where those fail), integer products",
         (

@@ -18,7 +18,7 @@ from tersor.targets.schema import Cluster, Target
 class Work:
     """An operation: how often it runs, its products (multiplications and additions) in ``dtype``, its bytes of weights.
 
-    dtype: "int8", "bfloat16" or "float32"; all other floats count as that.
+    dtype: "int8", "bfloat16", "float16" or "float32"; all other floats count as that.
     """
 
     count: int
@@ -31,8 +31,8 @@ class Work:
 class Pipes:
     """Vector instructions of 128 bits that a core can start in a cycle; None where it has none of the kind.
 
-    fmla: 4 products of float32. sdot: 16 of int8. usmmla: 32 of int8. bfmmla: 16 of bfloat16. smull: smull, smlal2 and
-    sadalp together, 16 of int8, for cores without sdot.
+    fmla: 4 products of float32, or 8 of float16 on cores with fp16 arithmetic. sdot: 16 of int8. usmmla: 32 of int8.
+    bfmmla: 16 of bfloat16. smull: smull, smlal2 and sadalp together, 16 of int8, for cores without sdot.
     """
 
     fmla: float
@@ -162,6 +162,8 @@ def _rate(core: Cluster, dtype: str, target: Target) -> float:
             rate = 16 * (pipes.sdot if "dotprod" in has and pipes.sdot else pipes.smull)
     elif dtype == "bfloat16" and "bf16" in has and pipes.bfmmla:
         rate = 16 * pipes.bfmmla
+    elif dtype == "float16" and "fp16" in has:
+        rate = 8 * pipes.fmla
     else:
         rate = 4 * pipes.fmla
     return rate * core.mhz * 1e6

@@ -36,4 +36,7 @@ def _dtype(operands: list[fx.Node]) -> str:
     dtypes = {operand.meta["value"].dtype for operand in operands[:2]}
     if dtypes <= {"int8", "uint8"}:
         return "int8"
-    return "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    for narrow in ("bfloat16", "float16"):
+        if dtypes == {narrow}:
+            return narrow
+    return "float32"

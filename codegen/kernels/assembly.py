@@ -35,6 +35,8 @@ class MultiplyAdd:
     words: of a left register, to be used one after the other. word: the register's name for a single word.
     paired: two right vectors are loaded by one instruction, while the last ones are in use, and a pass of the loop is
     twice as long: fewer instructions, more registers and code. By LLVM's models Cortex-A53 gains by it, Cortex-A55 not.
+    piece: how many words may be added up before the sums, which are fp16 then and start from zero, are added to those
+    in memory, which are f32. None: the sums in memory are of ``type`` and simply go on.
     """
 
     mnemonic: str
@@ -45,6 +47,7 @@ class MultiplyAdd:
     words: int = 1
     word: str = "q"
     paired: bool = False
+    piece: int | None = None
 
     @property
     def right_registers(self) -> int:
@@ -55,28 +58,44 @@ class MultiplyAdd:
         """Words that a pass of the loop uses up."""
         return max(self.words, 4) * (2 if self.paired else 1)
 
-    def most_rows(self, vectors: int) -> int:
-        """Rows of the tallest tile, so many vectors of sums wide."""
-        return (REGISTERS - self.right_registers) // (vectors + 1)
+    @property
+    def stored(self) -> str:
+        """LLVM's type of what a register of sums is in memory."""
+        return self.type.replace("half", "float") if self.piece else self.type
+
+    def vectors(self, stored: int) -> int:
+        """Registers for so many vectors of sums in memory."""
+        return stored // 2 if self.piece else stored
+
+    def most_rows(self, stored: int) -> int:
+        """Rows of the tallest tile, so many vectors of sums in memory wide."""
+        return (REGISTERS - self.right_registers) // (self.vectors(stored) + 1)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Adds the products of ``words`` >= 1 words: ``height`` rows by ``vectors`` vectors, an even number, of sums.
+    """Adds the products of ``words`` >= 1 words: ``height`` rows by an even number of vectors ``stored`` in memory.
 
     ahead: bytes between the right words in use and those prefetched; None prefetches nothing.
-    ValueError when it needs more registers than there are.
+    ValueError when it needs more registers than there are, or when these are more words than a piece has.
     """
 
     product: MultiplyAdd
     height: int
-    vectors: int
+    stored: int
     words: int
     ahead: int | None = None
 
     def __post_init__(self) -> None:
-        if self.height > self.product.most_rows(self.vectors) or self.vectors % 2:
-            raise ValueError(f"no registers for {self.height} rows of {self.vectors} vectors")
+        if self.height > self.product.most_rows(self.stored) or self.stored % 2:
+            raise ValueError(f"no registers for {self.height} rows of {self.stored} vectors")
+        if self.product.piece and self.words > self.product.piece:
+            raise ValueError(f"{self.words} words are more than {self.product.piece}")
+
+    @property
+    def vectors(self) -> int:
+        """Registers of sums in a row."""
+        return self.product.vectors(self.stored)
 
     @property
     def name(self) -> str:
@@ -87,18 +106,22 @@ class Loop:
 
     def text(self) -> str:
         """LLVM's text of ``void name(sums of each row.., left rows.., right)``, all of them pointers."""
-        rows, vector = range(self.height), self.product.type
+        rows, vector, stored = range(self.height), self.product.type, self.product.stored
         outputs = [vector] * self._scalar(0) + ["ptr", "i64", "i64"]
         result = f"{{ {', '.join(outputs)} }}"
         lines = []
         for i in range(self._sums):
             row, v = divmod(i, self.vectors)
-            lines.append(f"%p{i} = getelementptr {vector}, ptr %sums{row}, i64 {v}")
-            lines.append(f"%s{i} = load {vector}, ptr %p{i}, align {VECTOR}")
-        constraints = ["=&w"] * self._scalar(0) + ["=&r"] * 3
+            lines.append(f"%p{i} = getelementptr {stored}, ptr %sums{row}, i64 {v}")
+            lines.append(f"%s{i} = load {stored}, ptr %p{i}, align {VECTOR}")
+        # a lane of 16 bits is one of the first 16 registers': instructions have no more bits for it
+        left = "=&x" if self.product.lane == "h" else "=&w"
+        constraints = ["=&w"] * self._sums + [left] * self.height
+        constraints += ["=&w"] * self.product.right_registers + ["=&r"] * 3
         constraints += [str(i) for i in range(self._sums)] + [str(self._scalar(i)) for i in range(3)]
         constraints += ["r"] * self.height + ["~{cc}", "~{memory}"]
-        arguments = [f"{vector} %s{i}" for i in range(self._sums)]
+        starts = ["zeroinitializer" if self.product.piece else f"%s{i}" for i in range(self._sums)]
+        arguments = [f"{vector} {start}" for start in starts]
         arguments += ["ptr %right", "i64 0", f"i64 {self._passes}", *(f"ptr %left{r}" for r in rows)]
         code = "\\0A".join(self._code())
         # LLVM takes it for short, and would unroll loops round it
@@ -107,7 +130,12 @@ class Loop:
         )
         for i in range(self._sums):
             lines.append(f"%o{i} = extractvalue {result} %r, {i}")
-            lines.append(f"store {vector} %o{i}, ptr %p{i}, align {VECTOR}")
+            if self.product.piece:
+                lines.append(f"%w{i} = fpext {vector} %o{i} to {stored}")
+                lines.append(f"%t{i} = fadd {stored} %s{i}, %w{i}")
+            lines.append(
+                f"store {stored} {'%t' if self.product.piece else '%o'}{i}, ptr %p{i}, align {VECTOR}"
+            )
         parameters = [f"ptr %sums{r}" for r in rows] + [f"ptr %left{r}" for r in rows] + ["ptr %right"]
         head = f"define void @{self.name}({', '.join(parameters)}) alwaysinline {{"
         return "\n".join([head, *(f"  {line}" for line in lines), "  ret void", "}", ""])
@@ -196,9 +224,10 @@ class Loop:
         return f"add {index}, {index}, #{words * VECTOR // self.product.words}"
 
     def _load_right(self, first: int, moved: int = 0) -> Iterator[str]:
-        """Vectors ``first`` and the next one of the right words."""
+        """Vectors ``first`` and the next one, if there is one, of the right words."""
         if not self.product.paired:
-            yield from (self._load_one(first + i, moved) for i in range(2))
+            there = min(2, self.words * self.vectors)
+            yield from (self._load_one(first + i, moved) for i in range(there))
             return
         pair = ", ".join(f"${{{self._right(first + i)}:q}}" for i in range(2))
         yield f"ldp {pair}, [${self._scalar(0)}, #{(first - moved) * VECTOR}]"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
@@ -57,16 +58,15 @@ LONG_CHUNK = 64
 SHORT_CHAIN = 2
 """Steps of a chain up to which the epilogue of a tile is unrolled."""
 
-LINE = CACHE_LINE // 4
-"""Words of a cache line."""
-
 
 @dataclass(frozen=True)
 class Gemm:
     """``out[*lead, n] = chain(a[*lead, k] @ w[n, k].T, ...)``.
 
-    dtype: that of ``a``. "float32" (times f32 weights, accumulators f32), "bfloat16" (times bf16, accumulators f32) or
-    "uint8" (times int8, accumulators int32, exact modulo 2**32). The outputs have the dtypes of the chain's.
+    dtype: that of ``a``. "float32" (times f32 weights, accumulators f32), "bfloat16" (times bf16, accumulators f32),
+    "float16" (times fp16, accumulators f32 of sums of `PIECE` products in fp16) or "uint8" (times int8, accumulators
+    int32, exact modulo 2**32). The outputs have the dtypes of the chain's.
+    stored: "float16" for float32 times fp16 weights, products and sums in f32; None for the weights named above.
 
     ``panel`` is the width of a packed panel: ``tiles.panel_width(target)``. ``weights`` matrices of equal shape are
     packed together (``packing.pack``), and each has an accumulator: the chain's first ``weights`` inputs. So
@@ -86,8 +86,9 @@ class Gemm:
     chain: Chain = PLAIN
     panel: int = 32
     weights: int = 1
-    dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "uint8"] = "float32"
     words: Words | None = None
+    stored: Literal["float16"] | None = None
 
     def __post_init__(self) -> None:
         kinds = [value.kind for value in self.chain.inputs]
@@ -97,6 +98,8 @@ class Gemm:
             )
         if any(value.dtype != ACCUMULATORS[self.dtype] for value in self.chain.inputs[: self.weights]):
             raise ValueError(f"the accumulators of a {self.dtype} GEMM are {ACCUMULATORS[self.dtype]}")
+        if self.stored and self.dtype != "float32":
+            raise ValueError(f"{self.dtype} is not multiplied by {self.stored}, float32 is")
         if self.panel % self.weights:
             raise ValueError(f"a panel of {self.panel} columns cannot hold {self.weights} weights")
 
@@ -123,16 +126,18 @@ class Gemm:
         return TensorSpec((*self.lead, self.k), self.dtype)
 
     def name(self) -> str:
-        parts = ["gemm"] + ([self.dtype] if self.dtype != "float32" else []) + [f"{self.k}x{self.n}"]
+        parts = ["gemm"] + ([self.dtype] if self.dtype != "float32" else [])
+        parts += ([f"by_{self.stored}"] if self.stored else []) + [f"{self.k}x{self.n}"]
         parts += [str(self.rows)] if isinstance(self.rows, int) else []
         parts += [f"w{self.weights}"] if self.weights > 1 else []
         return "_".join(parts + ([self.chain.label()] if self.chain.steps else []))
 
     def inputs(self) -> tuple[TensorSpec, ...]:
         shapes = {"full": (*self.lead, self.n), "column": (self.n,), "row": (*self.lead, 1), "scalar": ()}
+        weight = self.stored or WEIGHTS[self.dtype]
         return (
             self.left,
-            TensorSpec(*packed(self.n, self.k, WEIGHTS[self.dtype], self.panel, self.weights, self.words)),
+            TensorSpec(*packed(self.n, self.k, weight, self.panel, self.weights, self.words)),
             *(TensorSpec(shapes[v.kind], v.dtype) for v in self.chain.inputs[self.weights :]),
         )
 
@@ -140,8 +145,8 @@ class Gemm:
         return tuple(TensorSpec((*self.lead, self.n), dtype) for dtype in output_dtypes(self.chain))
 
     def build(self, target: Target, tile: GemmTile | None = None) -> tirx.PrimFunc:
-        """The scheduled function; ``tile`` overrides the chosen one. ValueError for another target's panel."""
-        product = inner_product(self.dtype, target)
+        """The scheduled function; ``tile`` overrides the chosen one. ValueError for another target's panel or dtype."""
+        product = inner_product(self.dtype, target, self.stored)
         if self.columns % product.lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {product.lanes}")
         if self.words != stored_words(self.dtype, target):
@@ -169,7 +174,10 @@ class _Builder:
         self.tail = gemm.k % product.factor > 0
         if gemm.words is not None:  # rows are filled up with zeros
             self.words, self.tail = self.words + self.tail, False
-        self.width = gemm.inputs()[1].shape[2]
+        weights = gemm.inputs()[1]
+        self.width = weights.shape[2]
+        self.bytes = np.dtype(weights.dtype).itemsize  # of a number of the packed weights
+        self.line = CACHE_LINE // self.bytes
 
     def function(self) -> tirx.PrimFunc:
         gemm = self.gemm
@@ -192,8 +200,9 @@ class _Builder:
 
     def _schedule(self, m: int | Expr) -> None:
         """All panels, on several threads when there is enough to do."""
-        weight_bytes = 4 * self.panels * (self.words + self.tail) * self.width
-        row_flops = weight_bytes // 2  # in f32's time: a word counts as one multiplication whatever it holds
+        stored = self.panels * (self.words + self.tail) * self.width
+        weight_bytes = self.bytes * stored
+        row_flops = 2 * stored  # in f32's time: a word counts as one multiplication whatever it holds
         if isinstance(m, int):
             large = weight_bytes >= PARALLEL_BYTES or row_flops * m >= PARALLEL_FLOPS
             self._tasks(T.parallel if large else T.serial, m)
@@ -270,10 +279,10 @@ class _Builder:
             self._loop(sums, panel, rows, 0, self.words, self.tile.ahead)
             self._epilogue(sums, panel, rows)
             return
-        ahead = self.tile.ahead // (4 * self.width)
+        ahead = self.tile.ahead // (self.bytes * self.width)
         group = self.product.group
         with T.serial(self.words // group) as i:
-            for number in range(group * self.width // LINE):
+            for number in range(max(group * self.width // self.line, 1)):
                 word, column = self._line(number)
                 self._prefetch(panel, i * group + (ahead + word), column)
             sums.multiply(i * group, group, *self._operands(panel, rows))
@@ -285,7 +294,7 @@ class _Builder:
         sums = self._sums(panel, rows)
         size = self._chunk()
         chunks = self.words // size
-        lines = size * self.width // LINE
+        lines = size * self.width // self.line
         share = -(-lines // count) if isinstance(count, int) else T.ceildiv(lines, count)
         with T.serial(chunks) as chunk:
             with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
@@ -304,6 +313,8 @@ class _Builder:
         """Words between two groups of prefetches."""
         if not self.product.assembly:
             return CHUNK
+        if self.product.assembly.piece:
+            return min(self.product.assembly.piece, self.words)
         group = self.product.group  # equal parts leave no rest, where whole vectors allow it
         return max(self.words // group // max(self.words // LONG_CHUNK, 1), 1) * group
 
@@ -317,11 +328,19 @@ class _Builder:
         ahead: int | None = None,
     ) -> None:
         """The products of so many words from ``first`` on; all of them are complete."""
+
+        def run(start: Expr | int, count: int) -> None:
+            right = T.address_of(self.w[panel, start, 0])
+            left = lambda r: self.product.address(self.a, self._block(rows, r), start)  # noqa: E731
+            sums.stream(count, left, right, ahead)
+
+        piece = self.product.assembly.piece or words
+        if words > piece:
+            with T.serial(words // piece) as i:
+                run(first + i * piece, piece)
+            first, words = first + words // piece * piece, words % piece
         if words:
-            right = T.address_of(self.w[panel, first, 0])
-            sums.stream(
-                words, lambda r: self.product.address(self.a, self._block(rows, r), first), right, ahead
-            )
+            run(first, words)
 
     def _sums(self, panel: Expr, rows: _Rows) -> RegisterTile:
         """The accumulators of a tile, with what is owed to signed codes."""
@@ -340,10 +359,10 @@ class _Builder:
 
     def _line(self, number: Expr | int) -> tuple[Expr | int, Expr | int]:
         """Word and column where a line of a panel begins."""
-        if self.width < LINE:
-            return number * (LINE // self.width), 0
-        lines = self.width // LINE
-        return number // lines, number % lines * LINE
+        if self.width < self.line:
+            return number * (self.line // self.width), 0
+        lines = self.width // self.line
+        return number // lines, number % lines * self.line
 
     def _vector(self, v: int, base: Expr | int = 0) -> Expr:
         return T.ramp(base + v * self.lanes, 1, self.lanes)

@@ -7,6 +7,8 @@ which, differs:
 
 * AVX, and NEON with products by lane (``fmla v, v, v.s[i]``, ``sdot``): one row, a column in every lane. The
   left word is repeated in all lanes. NEON takes it from a vector of four words of a row, which is loaded once for them.
+* NEON with fp16 arithmetic (``fmla v.8h, v.8h, v.h[i]``): the same, in pieces of k whose sums are fp16 numbers, eight
+  to a vector; behind each piece they are added to accumulators in f32.
 * NEON with matrix products (``usmmla``, ``bfmmla``): two rows by two columns. The rows come in pairs.
 * NEON without products of bytes: one row and column, its lanes are partial sums.
 """
@@ -28,10 +30,10 @@ from tersor.targets import Target
 
 Function = Callable[[Expr], Expr]
 
-WEIGHTS = {"float32": "float32", "bfloat16": "bfloat16", "uint8": "int8"}
-"""Dtype of the elements of the right matrix by that of the left one."""
+WEIGHTS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "int8"}
+"""Dtype of the elements of the right matrix by that of the left one; float32 also multiplies float16."""
 
-ACCUMULATORS = {"float32": "float32", "bfloat16": "float32", "uint8": "int32"}
+ACCUMULATORS = {"float32": "float32", "float16": "float32", "bfloat16": "float32", "uint8": "int32"}
 """Dtype of the sums by that of the left matrix."""
 
 
@@ -47,7 +49,8 @@ class InnerProduct:
     group: neighbouring words of a row that are loaded as one vector, to be used one after the other.
     block: rows and columns of the results that one vector of accumulators belongs to.
     row: ``row(vectors, i)`` makes a vector of results, row i of a block, from the accumulators that hold it.
-    assembly: the instruction that ``step`` is, where loops over rows in memory are written in assembly (64-bit ARM).
+    assembly: the instruction that ``step`` is, where loops over rows in memory are written in assembly (64-bit ARM);
+    for fp16 there is no other way.
     """
 
     left: str
@@ -126,19 +129,34 @@ class InnerProduct:
         return T.broadcast(words, self.lanes) if lanes == 1 else tirx.Shuffle([words], [index] * self.lanes)
 
 
-def inner_product(dtype: str, target: Target) -> InnerProduct:
-    """The product for a left matrix of this dtype on a target.
+def multiplies_fp16(target: Target) -> bool:
+    """Whether a target multiplies fp16 numbers faster than f32."""
+    return target.arch == "aarch64" and "fp16" in target.features
+
+
+def inner_product(dtype: str, target: Target, weight: str | None = None) -> InnerProduct:
+    """The product for a left matrix of this dtype on a target; ``weight`` is the right one's if not `WEIGHTS`.
 
     * "float32" times f32: one fused multiply-add.
+    * "float32" times fp16: the same, the right operand widened.
+    * "float16" times fp16, on targets that multiply them (`multiplies_fp16`): sums of `PIECE` products are fp16.
     * "bfloat16" times bf16, sums in f32: vdpbf16ps or bfmmla, which take denormals for zeros, or two f32 products.
     * "uint8" times int8, exact sums in int32. x86: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes
       are widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits. NEON:
       usmmla, sdot or widening products; the last two multiply signed bytes, codes less 128 (`Prepare`, `Words.sums`).
+
+    ValueError when the target does not multiply fp16 numbers.
     """
+    if dtype == "float16" and not multiplies_fp16(target):
+        raise ValueError(
+            f"{target.name} has no products of fp16 numbers: multiply float32 by float16 instead"
+        )
     if "neon" in target.features:
-        return _neon(dtype, target)
+        return _neon(dtype, target, weight or WEIGHTS[dtype])
     words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
-    if dtype == "bfloat16" and "avx512_bf16" in target.features:
+    if weight == "float16":
+        parts = _WIDENED
+    elif dtype == "bfloat16" and "avx512_bf16" in target.features:
         step, body = bf16.dot, bf16.functions
     elif dtype == "bfloat16":
         parts = _BF16_PAIR
@@ -150,12 +168,17 @@ def inner_product(dtype: str, target: Target) -> InnerProduct:
     return InnerProduct(dtype, words, ACCUMULATORS[dtype], lanes, parts, step, body, 1, (1, lanes), _only)
 
 
-def _neon(dtype: str, target: Target) -> InnerProduct:
+def _neon(dtype: str, target: Target, weight: str) -> InnerProduct:
     known, lanes = target.features, target.lanes("float32")
     assembly = None
     words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
     group, block, row = lanes, (1, lanes), _only
-    if dtype == "bfloat16" and "bf16" in known:
+    if dtype == "float16":
+        group = 2 * lanes
+        assembly = MultiplyAdd("fmla", "<8 x half>", "8h", "8h", "h", 8, "h", piece=PIECE)
+    elif weight == "float16":
+        parts = _WIDENED
+    elif dtype == "bfloat16" and "bf16" in known:
         words, step, body = Words(4), neon.bf16_matrix_step, neon.bf16_functions
         group, block, row = 1, (2, 2), neon.matrix_row
         assembly = MultiplyAdd("bfmmla", "<4 x float>", "4s", "8h")
@@ -179,11 +202,14 @@ def _neon(dtype: str, target: Target) -> InnerProduct:
 
 
 WORDS = {dtype: Words(ELEMENTS[weight]) for dtype, weight in WEIGHTS.items()}
-"""Words of 32 bits, by dtype of the left matrix."""
+"""Words of 32 bits (of fp16: 16), by dtype of the left matrix."""
+
+PIECE = 64
+"""Products that are summed in fp16: the error of the sum grows with them, and so does the speed."""
 
 
 def stored_words(dtype: str, target: Target) -> Words | None:
-    """How weights for a left matrix of this dtype are packed for a target; None for words of 32 bits, without sums."""
+    """How weights for a left matrix of this dtype are packed for a target; None for `WORDS`."""
     words = inner_product(dtype, target).words
     return None if words == WORDS[dtype] else words
 
@@ -217,6 +243,15 @@ def _high_bf16(words: Expr) -> Expr:
 
 _BF16_PAIR = ((_low_bf16, _low_bf16), (_high_bf16, _high_bf16))
 """A bf16 number is the upper half of an f32."""
+
+
+def _wide(words: Expr) -> Expr:
+    lanes = words.ty.dtype.lanes
+    return tirx.Cast(f"float32x{lanes}" if lanes > 1 else "float32", words)
+
+
+_WIDENED = ((_same, _wide),)
+"""Only the right matrix is fp16."""
 
 
 def _view(words: Expr, element: str) -> Expr:

@@ -63,7 +63,7 @@ class RegisterTile:
                 self.multiply(first + (whole * group + i), 1, left, right)
 
     def stream(self, words: int, left: Callable[[int], Expr], right: Expr, ahead: int | None = None) -> None:
-        """Add the outer products of so many words >= 1 by ``product.assembly``.
+        """Add the outer products of so many words >= 1, no more than a piece of ``product.assembly``, by that.
 
         ``left(r)`` is the address of the first one of block r of rows, ``right`` that of the right matrix', of which
         vector follows vector and word follows word. ``ahead``: bytes between the words in use and those prefetched.

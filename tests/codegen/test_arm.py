@@ -21,7 +21,7 @@ from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.inner_product import ACCUMULATORS, WORDS, stored_words
+from tersor.codegen.kernels.inner_product import ACCUMULATORS, PIECE, WORDS, stored_words
 from tersor.codegen.kernels.norm import LayerNorm
 from tersor.codegen.kernels.prepare import Prepare
 from tersor.codegen.kernels.quantize import DynamicQuantize
@@ -76,10 +76,12 @@ def linker() -> None:
     )
 
 
-def multiply(a: np.ndarray, w: list[np.ndarray], target: Target, cpu: str, dtype: str, chain: Chain, *more):
+def multiply(
+    a: np.ndarray, w: list[np.ndarray], target: Target, cpu: str, dtype: str, chain: Chain, *more, stored=None
+):
     """A GEMM with symbolic rows on prepared inputs."""
     (m, k), n, words = a.shape, len(w[0]), stored_words(dtype, target)
-    kernel = Gemm((N,), k, n, chain, panel_width(target), len(w), dtype, words)
+    kernel = Gemm((N,), k, n, chain, panel_width(target), len(w), dtype, words, stored)
     if words is not None:
         size = -(-k // words.elements) * words.elements
         (a,) = run_plain(Prepare((N,), k, words, dtype), [a], target, [(m + (not words.sums), size)], cpu=cpu)
@@ -147,6 +149,58 @@ def test_float_products(name, cpu, dtype):
         arrays = [(x.view(torch.uint16) if dtype == "bfloat16" else x).numpy() for x in stored]
         (got,) = multiply(arrays[0], arrays[1:], resolve(name), cpu, dtype, chain, bias.numpy())
         np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=1e-5)
+
+
+def sums_in_pieces(a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """What cores with fp16 arithmetic make of a product, bit for bit: one rounding for each product and its addition,
+    pieces of `PIECE` added up in f32."""
+    a, w, total = a.astype(np.float64), w.astype(np.float64), np.zeros((len(a), len(w)), np.float32)
+    for first in range(0, a.shape[1], PIECE):
+        piece = np.zeros(total.shape, np.float16)
+        for k in range(first, min(first + PIECE, a.shape[1])):
+            piece = (piece + np.multiply.outer(a[:, k], w[:, k])).astype(np.float16)
+        total += piece.astype(np.float32)
+    return total
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[2:])
+@pytest.mark.parametrize("k", [1, 7, 9, 67, 200])
+def test_products_in_fp16(name, cpu, k):
+    target, generator = resolve(name), np.random.default_rng(k)
+    bias = generator.standard_normal(100).astype(np.float32)
+    chain = Chain((ChainInput("accumulator"), COLUMN), (Step("add", (0, 1)), Step("gelu_erf", (2,))), (0, 3))
+    w = generator.standard_normal((100, k)).astype(np.float16)
+    for m in LENGTHS[:-1]:
+        a = generator.standard_normal((m, k)).astype(np.float16)
+        sums, out = multiply(a, [w], target, cpu, "float16", chain, bias)
+        np.testing.assert_array_equal(sums, sums_in_pieces(a, w))
+        exact = a.astype(np.float64) @ w.T.astype(np.float64)
+        assert np.linalg.norm(sums - exact) <= 2e-3 * np.linalg.norm(exact)
+        wanted = torch.nn.functional.gelu(torch.from_numpy(sums + bias).double())
+        np.testing.assert_allclose(out, wanted.numpy(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [N, 37])
+def test_two_weights_in_fp16(rows):
+    """A right vector that is half of one matrix and half of the other; symbolic rows, and rows cut into tiles."""
+    target, generator = resolve("armv8.2-dotprod"), np.random.default_rng(3)
+    chain = Chain((ChainInput("accumulator"),) * 2, (Step("sub", (0, 1)),), (2,))
+    a = generator.standard_normal((37, 130)).astype(np.float16)
+    w = [generator.standard_normal((30, 130)).astype(np.float16) for _ in range(2)]
+    kernel = Gemm((rows,), 130, 30, chain, panel_width(target), 2, "float16")
+    (got,) = run_plain(kernel, [a, pack(w, kernel.panel)], target, [(37, 30)], cpu="cortex-a76")
+    np.testing.assert_array_equal(got, sums_in_pieces(a, w[0]) - sums_in_pieces(a, w[1]))
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[:3])
+def test_fp16_weights_are_widened(name, cpu):
+    """f32 values times fp16 weights: on cores without fp16 arithmetic, and where only the weights are narrow."""
+    generator = np.random.default_rng(9)
+    w = generator.standard_normal((45, 67)).astype(np.float16)
+    for m in LENGTHS[:-1]:
+        a = generator.standard_normal((m, 67)).astype(np.float32)
+        (got,) = multiply(a, [w], resolve(name), cpu, "float32", PLAIN, stored="float16")
+        np.testing.assert_allclose(got, a.astype(np.float64) @ w.T.astype(np.float64), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "cpu"), EMULATED[1:])
@@ -234,6 +288,7 @@ def inner_loops(kernel: Gemm | BatchedGemm, target: Target) -> list[list[str]]:
     ("name", "dtype", "instruction", "by_lane"),
     [
         ("armv8-a", "float32", "fmla", r"v\d+\.s\[\d\]$"),
+        ("armv8.2-dotprod", "float16", "fmla", r"v\d+\.h\[\d\]$"),
         ("armv8.2-dotprod", "uint8", "sdot", r"v\d+\.4b\[\d\]$"),
         ("armv8.6-i8mm", "uint8", "usmmla", ""),
         ("armv8.6-i8mm", "bfloat16", "bfmmla", ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor.codegen.fusion import build_chain, left_matrix, plan, stored_weight
+from tersor.codegen.fusion import BF16, build_chain, left_matrix, plan, stored_weight
 from tersor.codegen.kernels.chain import Const
 from tersor.ir import Dim, Function, Value
 
@@ -244,6 +244,34 @@ def test_products_of_bf16_read_the_narrow_values():
     assert wide in made.inner and [s.op for s in build_chain(group)[0].steps] == ["gelu_erf", "cast"]
     (norm,) = made.tails
     assert made.tails[norm].group.root is short and not made.tails[norm].kept
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_products_of_fp16_read_narrow_values_where_the_target_multiplies_them(multiplied):
+    """Elsewhere they read the rounded values in f32, but the stored weight in any case."""
+    function, x = block()
+    b = function.builder()
+    short = b.cast(x, dtype="float16")
+    wide = b.cast(short, dtype="float32")
+    stored = b.parameter("w", torch.ones(16, 16, dtype=torch.float16))
+    read = b.cast(stored, dtype="float32")
+    y = b.linear(wide, read)
+    function.set_outputs({"y": y})
+    made = plan(function, BF16 | {"float16"} if multiplied else BF16)
+    assert made.left_matrix(y) is (short if multiplied else wide) and stored_weight(y) is stored
+    assert read in made.inner and made.groups[y].anchors == [y]
+    assert (wide in made.inner) == multiplied and (wide in made.groups) != multiplied
+
+
+def test_layers_whose_weights_differ_in_dtype_are_not_joined():
+    function, x = block()
+    b = function.builder()
+    narrow = [b.parameter(f"w{i}", torch.ones(16, 16, dtype=torch.float16)) for i in range(2)]
+    weights = [b.cast(n, dtype="float32") for n in narrow] + [b.parameter("wide", torch.ones(16, 16))]
+    y = b.attention(*(b.linear(x, w) for w in weights), heads=2, kv_heads=2, scale=0.3)
+    function.set_outputs({"y": y})
+    made = plan(function)
+    assert made.joined == {} and {stored_weight(g.anchors[0]) for g in made.groups.values()} >= {*narrow}
 
 
 def test_a_widened_value_that_others_read_is_computed():

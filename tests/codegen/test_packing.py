@@ -40,7 +40,7 @@ def test_words_of_several_elements():
 
 @pytest.mark.parametrize("n", [1, 16, 31, 32, 33, 100])
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_unpack_is_the_inverse(n, count, dtype):
     bits = {"bfloat16": np.uint16}.get(dtype, dtype)
     weights = [(matrix(n, 7, 1000 * i) % 127).astype(bits) for i in range(count)]

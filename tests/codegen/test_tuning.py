@@ -12,7 +12,7 @@ from tersor.codegen import tuning
 from tersor.codegen.kernels.assembly import Loop
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.inner_product import ACCUMULATORS, inner_product
+from tersor.codegen.kernels.inner_product import ACCUMULATORS, inner_product, multiplies_fp16
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import (
     PANEL_VECTORS,
@@ -61,17 +61,20 @@ def test_analytic_tiles():
     assert [choose(t, 24, inner_product("bfloat16", t)).rows for t in (AVX2, AVX512)] == [5, 6]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
 @pytest.mark.parametrize("target", [AVX2, AVX512, ARMV7, ARMV8, I8MM], ids=lambda target: target.name)
 def test_every_candidate_fits_the_registers(target, dtype):
-    product = inner_product(dtype, target)
+    if dtype == "float16" and not multiplies_fp16(target):
+        product = inner_product("float32", target, "float16")
+    else:
+        product = inner_product(dtype, target)
     analytic = choose(target, 3, product)
     for tile in (analytic, *neighbours(analytic, target, product)):
         assert tile.streams == tuple(sorted(tile.streams))
         assert all(rows % product.block[0] == 0 for rows in (tile.rows, *tile.streams))
         tallest = max(tile.rows, *tile.streams) // product.block[0]
         if product.assembly:
-            Loop(product.assembly, tallest, PANEL_VECTORS * product.per_vector, 96)
+            Loop(product.assembly, tallest, PANEL_VECTORS * product.per_vector, product.assembly.piece or 96)
             continue
         each = 2 * product.lanes // product.block[1] + (len(product.parts) if product.loads else 0)
         held = 1 if product.block[1] < product.lanes else 2 * len(product.parts)

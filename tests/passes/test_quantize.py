@@ -12,6 +12,7 @@ from tersor.passes.calibration import Histogram, MinMax
 from tersor.passes.numerics import outputs, relative_error, small_inputs
 from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
+from tersor.passes.quantize.fp16 import Float16
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.integers import IntegerProducts
 from tersor.passes.quantize.ranges import choose_range, rounding_error
@@ -364,6 +365,64 @@ def test_attention_multiplies_bf16_and_layers_of_one_input_share_it():
     assert len(inputs) == 4 and len(after.main.calls("linear")) == 6
     only = apply(BFloat16(kinds=("attention",)), made)
     assert not only.main.calls("cast") and only.main.calls("attention")[0].kwargs["products"] == "bfloat16"
+
+
+# -- fp16
+
+
+def fp16_layer(narrow: bool, scale: float = 1.0) -> Program:
+    """One linear layer of f32 with weights around ``scale``, or of fp16 values widened to f32."""
+
+    def emit(build, x, mask):
+        weight, bias = (
+            scale * Weights(build).tensor(8, WIDTH),
+            build.parameter("b", Weights(build, 1).tensor(8)),
+        )
+        if not narrow:
+            return {"y": build.linear(x, build.parameter("w", weight), bias, site="layer")}
+        limited = build.minimum(build.maximum(x, -65504.0), 65504.0)
+        x = build.cast(build.cast(limited, dtype="float16"), dtype="float32")
+        stored = build.cast(build.parameter("w", weight.to(torch.float16)), dtype="float32")
+        return {"y": build.linear(x, stored, bias, site="layer")}
+
+    return program(emit)
+
+
+def test_products_become_fp16():
+    before, after = fp16_layer(False), fp16_layer(True)
+    check_pass(Float16(), before, after, unmatched=layer(weights=True))
+    assert 1e-6 < error(before, after) < 1e-3
+
+
+def test_attention_stays_in_float32_and_layers_of_one_input_share_their_fp16_form():
+    made = Transformer(layers=1).build()
+    after = apply(Float16(), made)
+    assert [n.kwargs for n in after.main.calls("attention")] == [
+        n.kwargs for n in made.main.calls("attention")
+    ]
+    assert (
+        len({n.args[0] for n in after.main.calls("linear")}) == 4
+        and len(after.main.calls("cast")) == 2 * 4 + 6
+    )
+
+
+def test_weights_beyond_fp16_are_left_alone():
+    _, report = Pipeline([Float16()]).run(large := fp16_layer(False, scale=1e6))
+    (skip,) = report.steps[0].skips
+    assert skip.reason == "its weight has values beyond 65504, the largest in fp16"
+    assert apply(Float16(), large) is large
+
+
+def test_inputs_beyond_fp16_are_limited_to_its_range():
+    after = apply(Float16(), before := fp16_layer(False))
+    x = torch.zeros(2, 8, WIDTH)
+    x[0, 0, 0], x[0, 1, 1], x[1, 0, 0] = 1e6, -torch.inf, torch.nan
+    mask = torch.ones(2, 1, 1, 8, dtype=torch.bool)
+    found = after(x=x, mask=mask)["y"]
+    torch.testing.assert_close(
+        found[0], before(x=x.clamp(-65504, 65504), mask=mask)["y"][0], rtol=1e-3, atol=10
+    )
+    assert found[0].isfinite().all() and found[1, 0].isnan().all()
 
 
 # -- what reports say

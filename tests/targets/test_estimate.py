@@ -31,6 +31,8 @@ N1 = Cluster("neoverse-n1", 2, 1000)
         ("float32", "neon", 8),
         ("bfloat16", "neon", 8),
         ("bfloat16", "neon bf16", 32),
+        ("float16", "neon", 8),
+        ("float16", "neon fp16", 16),
         ("int8", "neon", 0.67 * 16),
         ("int8", "neon dotprod", 32),
         ("int8", "neon dotprod i8mm", 64),

@@ -237,7 +237,8 @@ def test_estimates(folders, capsys):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "dtype", "bytes_each"), [("int8-dynamic", "int8", 1), ("bf16", "bfloat16", 2)]
+    ("recipe", "dtype", "bytes_each"),
+    [("int8-dynamic", "int8", 1), ("bf16", "bfloat16", 2), ("fp16", "float16", 2)],
 )
 def test_work_is_that_of_the_final_program(recipe, dtype, bytes_each, tmp_path):
     linear = torch.nn.Linear(64, 32)

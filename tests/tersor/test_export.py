@@ -91,7 +91,7 @@ def test_codes_between_passes_carry_over(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(_run(path, {"x": x})["y"]), program(x=x)["y"])
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8-dynamic", "bf16"])
+@pytest.mark.parametrize("recipe", ["int8", "int8-dynamic", "bf16", "fp16"])
 @pytest.mark.parametrize("integers", [True, False], ids=["in integers", "decoded"])
 def test_fewer_bits_carry_over(recipe: str, integers: bool) -> None:
     """Every recipe with its integer products and, as other engines like it better, before: there and back."""

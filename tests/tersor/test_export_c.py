@@ -46,7 +46,9 @@ def same(compiled, exported, given) -> None:
         np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.parametrize(("kind", "recipe"), [("bert", "int8"), ("bert", "bf16"), ("llama", "int8-dynamic")])
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [("bert", "int8"), ("bert", "bf16"), ("llama", "fp16"), ("llama", "int8-dynamic")]
+)
 def test_text_models(kind, recipe, tmp_path):
     torch.manual_seed(0)
     if kind == "bert":
