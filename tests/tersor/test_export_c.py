@@ -47,7 +47,7 @@ def same(compiled, exported, given) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "recipe"), [("bert", "int8"), ("bert", "bf16"), ("llama", "fp16"), ("llama", "int8-dynamic")]
+    ("kind", "recipe"), [("bert", "int8"), ("bert", "bf16"), ("bert", "fp16"), ("llama", "int8-dynamic")]
 )
 def test_text_models(kind, recipe, tmp_path):
     torch.manual_seed(0)
