@@ -22,8 +22,8 @@ class Float16(Pass):
     of one input share its rounded form. Attention stays in float32.
 
     Code for ARM cores with fp16 arithmetic adds up to 64 products in fp16, and those sums in float32. That rounds by
-    about 1.2e-3 of the result's norm, operands in fp16 by 3e-4 and in bf16 by 2.3e-3 (normal random numbers). A sum of 64
-    products beyond 65504 becomes infinite there. On other targets weights are widened as they are read: products and
+    about 1.2e-3 of the result's norm, operands in fp16 by 3e-4 and in bf16 by 2.3e-3 (normal random numbers). A sum of
+    64 products beyond 65504 becomes infinite there. On other targets weights are widened as they are read: products and
     sums are float32.
 
     Source: Micikevicius et al. 2018, Mixed Precision Training (fp16 operands, float32 sums).
