@@ -63,8 +63,10 @@ class RemoveUnreadRows(Pass):
             node = made
         for position, dim in operands.items():
             operand = node.args[position]
-            first = operand.next if operand.op == "call_function" else function.calls()[0]
-            build = function.builder(before=first, like=cut, made_by=self.name)
+            behind = operand.next
+            while behind.op == "placeholder":  # inputs stay together
+                behind = behind.next
+            build = function.builder(before=behind, like=cut, made_by=self.name)
             made = build.emit("slice", operand, **{**cut.kwargs, "dim": dim})
             for other in [user for user in operand.users if user is not made and _same(made, user)]:
                 function.replace(other, made)

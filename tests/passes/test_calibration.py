@@ -538,8 +538,8 @@ def test_passes_that_need_no_data_get_none():
 
 def test_without_data_the_error_names_a_recipe_that_needs_none():
     made = Transformer(layers=1).build()
-    for pipeline in (Pipeline([Clip()], name="fp64"), Pipeline([Stage("s", (Clip(),))], name="fp64")):
-        with pytest.raises(PipelineError, match="recipe 'fp64' needs calibration data") as raised:
+    for pipeline in (Pipeline([Clip()], name="fp320"), Pipeline([Stage("s", (Clip(),))], name="fp320")):
+        with pytest.raises(PipelineError, match="recipe 'fp320' needs calibration data") as raised:
             pipeline.run(made)
         assert "clip" in raised.value.why and "'fp32'" in raised.value.fix
     with pytest.raises(PipelineError, match="needs calibration data"):

@@ -118,3 +118,14 @@ def test_layers_in_skip_are_computed_whole():
     after = apply(RemoveUnreadRows(skip="o"), classifier(False))
     assert after.main.calls("attention")[0].meta["value"].shape[1] != 1
     assert after.main.calls("layer_norm")[0].meta["value"].shape[1] == 1
+
+
+def test_parameters_are_cut_where_they_are_read():
+    def emit(build, x, mask):
+        mean = build.mean(x, dims=(1,), keepdim=True)
+        y = build.add(mean, build.parameter("positions", torch.randn(1, 32, 16)))
+        return {"y": build.slice(y, dim=1, start=0, end=1)}
+
+    after = apply(RemoveUnreadRows(), program(emit))
+    assert after.main.calls("add")[0].meta["value"].shape[1] == 1
+    assert after.main.calls("slice")[0].args[0].op == "get_attr"
