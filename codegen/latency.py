@@ -56,7 +56,7 @@ class Latency:
     def __call__(self, program: Program) -> float:
         """Raises CompileError when the program cannot be lowered."""
         lowered = lower(self._legal(program), self.target)
-        return sum(count * self._kernel(kernel) for kernel, count in lowered.calls.items())
+        return sum(self._kernel(kernel) for kernel, _ in lowered.origins)
 
     def by_site(self, program: Program) -> dict[str, float]:
         """Seconds that each site takes, those of a kernel that serves several in proportion to their products; what

@@ -5,7 +5,6 @@ The rules for single operations live in `tersor.codegen.rules`; third parties ad
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +75,6 @@ class Lowered:
     module: tvm.IRModule
     weights: dict[str, tuple[Weight, ...]] = field(default_factory=dict)  # by function name
     kernels: dict[Kernel, str] = field(default_factory=dict)  # with their symbols in the module
-    calls: Counter[Kernel] = field(default_factory=Counter)
     origins: list[tuple[Kernel, tuple[fx.Node, ...]]] = field(default_factory=list)  # of each call
 
 
@@ -324,7 +322,6 @@ class Lowering:
             function = kernel.build(self.target).without_attr("global_symbol")
             kernels[kernel] = self._builder.add_func(function, kernel.name()).name_hint
         handle = self._builder.get().get_global_var(kernels[kernel])
-        self._lowered.calls[kernel] += 1
         self._lowered.origins.append((kernel, tuple(of) or self._current))
         outputs = kernel.outputs()
         types = [

@@ -31,7 +31,7 @@ from tersor.passes.numerics import (
     small_sizes,
 )
 from tersor.passes.report import GateReport, Report, Size, StepReport
-from tersor.passes.sites import names
+from tersor.passes.sites import names, shares
 
 COMPARED_BYTES = 128 << 20
 COMPARED_MACS = 20_000_000_000
@@ -53,7 +53,7 @@ class _Version:
     precise: Outputs | None = None  # in float64
     present: Present | None = None
     figures: dict[str, float] | None = None  # bytes, latency and fidelity
-    amounts: dict[str, Mapping[str, float]] | None = None  # work and time of its sites
+    shares: dict[str, Mapping[str, float]] | None = None  # its sites' parts of work and time
 
     @staticmethod
     def of(program: Program, reference: Program | None = None) -> _Version:
@@ -168,8 +168,8 @@ class Manager:
         step.seconds = time.perf_counter() - started
         if not isinstance(result, PassResult):
             raise self._failure(pass_, Fault(f"run returned {type(result).__name__}", "return a PassResult"))
-        shares = self._shares(before) if isinstance(pass_.numerics, Lossy) else {}
-        step.changes = [_placed(c, known.get(c.site, c.site), shares) for c in result.changes]
+        parts = self._shares(before) if isinstance(pass_.numerics, Lossy) else {}
+        step.changes = [_placed(c, known.get(c.site, c.site), parts) for c in result.changes]
         step.skips = [replace(s, site=known.get(s.site, s.site)) for s in result.skips]
         step.summary = result.summary
         step.skips += checks.idle_patterns(pass_, before.program)
@@ -227,12 +227,12 @@ class Manager:
         return version.present
 
     def _shares(self, version: _Version) -> dict[str, Mapping[str, float]]:
-        """What the sites of a program have their parts of, by the name of the figure."""
-        if version.amounts is None:
-            version.amounts = {"macs_share": _macs(version.program)}
+        """Each site's parts of the whole, by the name of the figure."""
+        if version.shares is None:
+            version.shares = {"macs_share": shares(_macs(version.program))}
             if self.context.profile is not None:
-                version.amounts["latency_share"] = self.context.profile(version.program)
-        return version.amounts
+                version.shares["latency_share"] = shares(self.context.profile(version.program))
+        return version.shares
 
     # -- results before and after
 
@@ -371,11 +371,9 @@ def _macs(program: Program) -> dict[str, float]:
     return work
 
 
-def _placed(finding: Finding, site: str, shares: Mapping[str, Mapping[str, float]]) -> Finding:
+def _placed(finding: Finding, site: str, parts: Mapping[str, Mapping[str, float]]) -> Finding:
     """A finding under the name of its site, with the site's parts of the whole where it has figures."""
     if not finding.figures:
         return replace(finding, site=site)
-    parts = {
-        name: amounts[site] / sum(amounts.values()) for name, amounts in shares.items() if site in amounts
-    }
-    return replace(finding, site=site, figures={**finding.figures, **parts})
+    own = {name: by_site[site] for name, by_site in parts.items() if site in by_site}
+    return replace(finding, site=site, figures={**finding.figures, **own})

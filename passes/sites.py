@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from tersor.ir import Program
@@ -27,6 +29,12 @@ def names(program: Program) -> dict[fx.Node, str]:
     return {
         node: found.get(node) or site_of(node) for _, node in program.nodes() if node.op == "call_function"
     }
+
+
+def shares(amounts: Mapping[str, float]) -> dict[str, float]:
+    """Each site's part of what all have together."""
+    total = sum(amounts.values())
+    return {site: amount / total for site, amount in amounts.items()}
 
 
 def places(program: Program) -> set[tuple[str, str]]:

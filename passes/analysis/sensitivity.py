@@ -42,7 +42,7 @@ from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.rtn import RoundToNearest
 from tersor.passes.quantize.static import StaticActivations
-from tersor.passes.sites import names, site_of
+from tersor.passes.sites import names, shares, site_of
 
 SCHEMES: Mapping[str, tuple[type[Pass], ...]] = {
     "int8": (RoundToNearest, StaticActivations),
@@ -119,17 +119,16 @@ def analyze(
             with running(index):
                 _walk(program.main, tried, variants, batch, tokens, advance)
     notes = [*dataset.notes]
-    seconds: Mapping[str, float] = {}
+    parts: Mapping[str, float] = {}
     if profile is not None:
         step("timing")
         try:
-            seconds = profile(program)
+            parts = shares(profile(program))
         except TersorError as error:
             notes.append(f"latency was not measured: {error}")
     macs = cost(program).functions[program.main.name].macs
     reached = [site for site in tried if all(trial.outputs.signal for trial in site.trials.values())]
-    shares = {site: time / sum(seconds.values()) for site, time in seconds.items()}
-    rows = [_row(program.main, site, variants, observed, macs, shares.get(site.name)) for site in reached]
+    rows = [_row(program.main, site, variants, observed, macs, parts.get(site.name)) for site in reached]
     order = {scheme: i for i, scheme in enumerate(schemes)}
     rows.sort(key=lambda row: min((order[s], o.output_sqnr_db) for s, o in row.outcomes.items())[1])
     for site in sites:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from tersor.ir import Function, Program, Value
+from tersor.ir import Function, Program
 from tersor.ir.matching import is_call
 from tersor.ir.program import infer
 from tersor.passes.base import Equivalent, Pass, PassResult
@@ -39,13 +39,13 @@ class RemoveUnreadRows(Pass):
         result, named = PassResult(), names(program)
         spared = self.unselected(program)
         for function in program.functions.values():
-            pending = [node for node in function.calls("slice")]
+            pending = function.calls("slice")
             while pending:
                 cut = pending.pop()
                 if cut._erased:
                     continue
                 node = cut.args[0]
-                if node in spared or (operands := _cut_operands(function, cut)) is None:
+                if node in spared or (operands := _cut_operands(cut)) is None:
                     continue
                 pending += self._move(function, cut, operands)
                 if node in named:
@@ -78,7 +78,7 @@ class RemoveUnreadRows(Pass):
         return cuts
 
 
-def _cut_operands(function: Function, cut: fx.Node) -> Operands | None:
+def _cut_operands(cut: fx.Node) -> Operands | None:
     """What must be cut before the value that ``cut`` slices is computed; None where it must be computed whole."""
     node, part = cut.args[0], cut.meta["value"]
     if node.op != "call_function":
@@ -102,15 +102,14 @@ def _same(cut: fx.Node, user: fx.Node) -> bool:
     return is_call(user, "slice") and user.kwargs == cut.kwargs
 
 
-def _values(node: fx.Node) -> list[Value | None]:
-    return [arg.meta["value"] if isinstance(arg, fx.Node) else None for arg in node.args]
-
-
 def _elementwise(node: fx.Node, dim: int, cut: fx.Node) -> Operands:
     """Operands that are repeated along the dimension stay as they are."""
     whole, found = node.meta["value"], {}
-    for position, value in enumerate(_values(node)):
-        at = dim - whole.rank + value.rank if value is not None else -1
+    for position, operand in enumerate(node.args):
+        if not isinstance(operand, fx.Node):
+            continue
+        value = operand.meta["value"]
+        at = dim - whole.rank + value.rank
         if at >= 0 and value.shape[at] != 1:
             found[position] = at
     return found
