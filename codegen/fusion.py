@@ -114,6 +114,8 @@ def plan(function: Function, narrow: Set[str] = BF16) -> Plan:
     result.inner = claimed - result.groups.keys()
     _join_projections(function, result)
     _follow_rows(function, result)
+    for rows in filter(is_decoded_rows, function.calls("dequantize")):
+        result.inner.update(n for n in rows.args[:2] if is_call(n))  # its kernel reads table and scales
     return result
 
 
@@ -273,6 +275,26 @@ def is_token_codes(node: fx.Node) -> bool:
 def is_token_scale(node: fx.Node) -> bool:
     """A scale per row whose codes are made too."""
     return is_call(node, "dynamic_scale") and any(map(is_token_codes, node.users))
+
+
+def is_decoded_rows(node: fx.Node) -> bool:
+    """Rows looked up in a stored table of codes and decoded, with one scale or one for each row of the table."""
+    if not is_call(node, "dequantize") or not is_call(node.args[0], "embedding"):
+        return False
+    (ids, table), scale, zero = node.args[0].args, *(*node.args, None)[1:3]
+    of_rows = (
+        is_call(scale, "index_select")
+        and scale.args[1] is ids
+        and scale.kwargs["dim"] == 0
+        and scale.args[0].op == "get_attr"
+        and scale.args[0].meta["value"].shape == (table.meta["value"].shape[0], 1)
+    )
+    return (
+        table.op == "get_attr"
+        and (of_rows or scale.op == "get_attr" and not scale.meta["value"].rank)
+        and not isinstance(zero, fx.Node)
+        and all(len(n.users) == 1 for n in (node.args[0], scale) if is_call(n))
+    )
 
 
 def _follow_rows(function: Function, result: Plan) -> None:

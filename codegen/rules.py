@@ -16,7 +16,7 @@ from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.cache import CacheUpdate
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
-from tersor.codegen.kernels.embedding import Embedding
+from tersor.codegen.kernels.embedding import Decoding, Embedding
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.norm import PLAIN, LayerNorm, Reduce, RMSNorm
 from tersor.codegen.kernels.quantize import DynamicQuantize
@@ -27,6 +27,7 @@ from tersor.codegen.lowering import Lowering, copy_kernel, opaque, register_lowe
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
 from tersor.ir.dims import Dim, Shape, product
+from tersor.ir.matching import is_call
 from tersor.ir.value import Value
 from tersor.ir.verifier import describe
 
@@ -130,6 +131,17 @@ def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
         stored = lowering.value(table)
     kernel = Embedding(opaque(ids.meta["value"].shape), count, size, panel)
     return lowering.call(kernel, [lowering.value(ids), stored], [node.meta["value"].shape])
+
+
+@register_lowering("dequantize", when=fusion.is_decoded_rows)
+def _decoded_rows(lowering: Lowering, node: fx.Node) -> relax.Expr:
+    """Rows of a table of codes, decoded by the kernel that looks them up."""
+    (ids, table), scale, zero = node.args[0].args, *(*node.args, None)[1:3]
+    (count, size), per_row = table.meta["value"].shape, is_call(scale, "index_select")
+    codes = Decoding(table.meta["value"].dtype, per_row, float(zero or 0))
+    kernel = Embedding(opaque(ids.meta["value"].shape), count, size, codes=codes)
+    args = [lowering.value(n) for n in (ids, table, scale.args[0] if per_row else scale)]
+    return lowering.call(kernel, args, [node.meta["value"].shape], of=node.args[:1])
 
 
 @register_lowering("rotary_embedding")

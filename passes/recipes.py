@@ -40,6 +40,9 @@ FOLDS = (
 ROWS = "cleanup.unread_rows"
 """Last, as the passes before it look for layers that read whole values."""
 
+TABLES = "quantize.embeddings"
+"""First of what rounds, so that others see what it leaves; without it (`Pipeline.remove`) tables stay wide."""
+
 ATTENTION = {"pass": "quantize.bf16", "kinds": ["attention"]}
 """Between layers in 8 bits, attention multiplies bf16: softmax spans more decades than 8-bit codes do."""
 
@@ -67,6 +70,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             *CLEANUP,
             *FOLDS,
             SMOOTHING,
+            TABLES,
             "quantize.rtn",
             *ACTIVATIONS,
             ATTENTION,
@@ -92,6 +96,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             *CLEANUP,
             *FOLDS,
             SMOOTHING,
+            TABLES,
             "quantize.gptq",
             *ACTIVATIONS,
             ATTENTION,
@@ -106,6 +111,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             *CLEANUP,
             *FOLDS,
             {"pass": "smooth.smoothquant", "activations": "token", "optional": True},
+            TABLES,
             "quantize.rtn",
             "quantize.dynamic",
             ATTENTION,

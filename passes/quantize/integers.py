@@ -1,4 +1,4 @@
-"""Linear layers between decoded operands become integer products."""
+"""Linear layers between decoded operands become integer products, and tables are looked up in codes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class IntegerProducts(Pass):
     A zero point p that is found while the model runs, and zero points q of the weights, are taken off the sums:
              %i = integer_linear(%a, @w.codes) - p (sum(w.codes) - K q) - q integer_linear(%a, @ones)
 
+    Of a table in codes the rows that are read are decoded, which is exact:
+    Before:  %t = dequantize(@t.codes, @t.scale, axis=0);  %y = embedding(%ids, %t)
+    After:   %y = dequantize(embedding(%ids, @t.codes), index_select(@t.scales, %ids, dim=0))
+
     Legal when the activations are in codes with a scale and a zero point, or one of each per token, the weights int8
     with a scale and a whole zero point per row, or one for all, and no sum can leave int32.
 
@@ -43,15 +47,16 @@ class IntegerProducts(Pass):
 
     numerics = Lossy()
     stage = "requantize"
-    acts_on = ("linear",)
+    acts_on = ("linear", "embedding")
 
     def run(self, program: Program, context: Context) -> PassResult:
         result = PassResult()
+        self._look_up(program, result)
         for function in program.functions.values():
             for node in function.calls("quantize"):
                 _make_unsigned(function, node, self.name)
         products = {function: _Products(function, self.name) for function in program.functions.values()}
-        for function, linear in self.select(program):
+        for function, linear in self.select(program, "linear"):
             x, weight = decoded(linear.args[0]), decoded(linear.args[1])
             if x is None and weight is None:
                 result.skip(linear, "it is not quantized")
@@ -64,6 +69,57 @@ class IntegerProducts(Pass):
             function.replace(linear, products[function].integer(linear, x, weight))
         drop_unread(program)
         return result
+
+    def _look_up(self, program: Program, result: PassResult) -> None:
+        """Embeddings of tables that are decoded whole read codes, and decode what they have read."""
+        columns: dict[str, str] = {}
+        for function, embedding in self.select(program, "embedding"):
+            table = decoded(embedding.args[1])
+            if table is None:
+                result.skip(embedding, "it is not quantized")
+                continue
+            if reason := _unfit_table(function, table):
+                result.skip(embedding, reason)
+                continue
+            build = function.builder(before=embedding, made_by=self.name)
+            ids = embedding.args[0]
+            factors = [
+                _of_rows(build, ids, factor, columns) if _is_per_row(factor, table) else factor
+                for factor in (table.scale, table.zero)
+                if factor is not None
+            ]
+            result.change(embedding, "rows are looked up in codes")
+            rows = build.emit("embedding", ids, table.codes, site=embedding.meta.pop("site", None))
+            form = {"group": table.group} if table.group else {"axis": -1} if (table.axis or 0) % 2 else {}
+            function.replace(embedding, build.dequantize(rows, *factors, **form))
+
+
+def _unfit_table(function: Function, table: Decoded) -> str | None:
+    """Why rows of a table cannot be looked up before they are decoded; None when they can."""
+    stored = [x for x in (table.codes, table.scale, table.zero) if isinstance(x, fx.Node)]
+    if any(function.parameter(x) is None for x in stored):
+        return "its codes and their scales are not stored"
+    rows = table.codes.meta["value"].shape[0]
+    if any(x.meta["value"].rank == 2 and x.meta["value"].shape[0] != rows for x in stored):
+        return "its scales are laid out across its rows"
+    return None
+
+
+def _is_per_row(factor: fx.Node | float, table: Decoded) -> bool:
+    """Whether each row of a table has its own scale or zero point (or some), not one for all or one per column."""
+    rank = factor.meta["value"].rank if isinstance(factor, fx.Node) else 0
+    return rank == 2 or rank == 1 and table.axis % 2 == 0
+
+
+def _of_rows(build: Builder, ids: fx.Node, factor: fx.Node, columns: dict[str, str]) -> fx.Node:
+    """The scales or zero points of the rows at ``ids``: [rows] as [rows, 1], stored once, or groups as they are."""
+    function = build.function
+    if factor.meta["value"].rank == 1:
+        if factor.target not in columns:
+            values = function.parameter(factor)[:, None]
+            columns[factor.target] = function.parameters.add(f"{factor.target}s", values)
+        factor = build.read(columns[factor.target])
+    return build.index_select(factor, ids, dim=0)
 
 
 def _make_unsigned(function: Function, encoding: fx.Node, made_by: str) -> None:

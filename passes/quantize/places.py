@@ -1,4 +1,4 @@
-"""What the quantizing passes find in a program: linear layers, and what is quantized of them already."""
+"""What the quantizing passes find in a program: layers and tables, and what is quantized of them already."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def drop_unread(program: Program) -> None:
     program.drop_unused_parameters()
 
 
-def plain_weight(function: Function, linear: fx.Node, readers: Readers) -> torch.Tensor | str:
-    """The weight of a linear layer that can be quantized, or the reason why it cannot."""
-    weight = linear.args[1]
+def plain_weight(function: Function, layer: fx.Node, readers: Readers) -> torch.Tensor | str:
+    """The weight of a linear layer, or table of an embedding, that can be quantized; or the reason why it cannot."""
+    weight = layer.args[1]
     if decoded(weight):
         return "its weight is stored in codes already"
     tensor = function.parameter(weight)
@@ -89,6 +89,6 @@ def plain_weight(function: Function, linear: fx.Node, readers: Readers) -> torch
     if tensor.dtype != torch.float32:
         return f"its weight is {tensor.dtype}, not float32"
     for user in readers[weight.target]:
-        if not is_call(user, "linear"):
+        if not is_call(user, layer.target.name):
             return f"its weight is also read by {in_words(user)}"
     return tensor

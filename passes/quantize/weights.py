@@ -1,4 +1,4 @@
-"""Weights in codes: which layers have them, how they are stored, and how a layer reads them."""
+"""Weights and tables in codes: which layers have them, how they are stored, and how a layer reads them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.passes.base import Lossy, Pass, PassResult
+from tersor.passes.context import Context
 from tersor.passes.quantize.grid import Grid
-from tersor.passes.quantize.places import plain_weight, readers
+from tersor.passes.quantize.places import drop_unread, plain_weight, readers
 from tersor.passes.quantize.ranges import clipped_rows
 
 
@@ -77,14 +78,14 @@ class WeightCodes(Pass):
     def weights(self, program: Program, result: PassResult) -> dict[fx.Node, torch.Tensor]:
         """The selected layers whose weights can be stored in codes, with these; ``result`` gets the others."""
         found, read_by = {}, readers(program)
-        for function, linear in self.select(program):
-            weight = plain_weight(function, linear, read_by)
+        for function, layer in self.select(program):
+            weight = plain_weight(function, layer, read_by)
             if isinstance(weight, str):
-                result.skip(linear, weight)
+                result.skip(layer, weight)
             elif self.group is not None and weight.shape[1] % self.group:
-                result.skip(linear, f"its {weight.shape[1]} inputs are not made of groups of {self.group}")
+                result.skip(layer, f"its {weight.shape[1]} inputs are not made of groups of {self.group}")
             else:
-                found[linear] = weight
+                found[layer] = weight
         return found
 
     def store(self, program: Program, name: str, coded: Coded) -> tuple[str, str]:
@@ -92,13 +93,31 @@ class WeightCodes(Pass):
         add = program.parameters.add
         return add(f"{name}.codes", coded.codes), add(f"{name}.scale", coded.scale)
 
-    def read(self, function: Function, linear: fx.Node, stored: tuple[str, str]) -> None:
+    def read(self, function: Function, layer: fx.Node, stored: tuple[str, str]) -> None:
         """Makes a layer read stored codes."""
-        build = function.builder(before=linear, made_by=self.name)
+        build = function.builder(before=layer, made_by=self.name)
         codes, scale = (build.read(part) for part in stored)
         form = {"axis": 0} if self.group is None else {"group": self.group}
-        linear.args = (linear.args[0], build.dequantize(codes, scale, **form), *linear.args[2:])
+        layer.args = (layer.args[0], build.dequantize(codes, scale, **form), *layer.args[2:])
 
     def words(self) -> str:
         """The form of the codes."""
         return f"weights in {self.bits} bits per {'row' if self.group is None else f'{self.group} inputs'}"
+
+
+class Rounding(WeightCodes):
+    """Base of the passes that round each number of a weight to the nearest code."""
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        result, stored = PassResult(), {}
+        figures: dict[str, dict[str, float]] = {}
+        functions = {function.graph: function for function in program.functions.values()}
+        for layer, weight in self.weights(program, result).items():
+            name = layer.args[1].target
+            if name not in stored:
+                coded = self.nearest(weight)
+                stored[name], figures[name] = self.store(program, name, coded), coded.figures(weight)
+            self.read(functions[layer.graph], layer, stored[name])
+            result.change(layer, self.words(), **figures[name])
+        drop_unread(program)
+        return result

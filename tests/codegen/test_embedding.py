@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_harness import run_kernel
 
-from tersor.codegen.kernels.embedding import Embedding
+from tersor.codegen.kernels.embedding import Decoding, Embedding
 from tersor.codegen.packing import pack
 from tersor.ir.dims import Dim
 
@@ -36,3 +36,38 @@ def test_ids_out_of_range_give_nan_rows_and_read_nothing(panel, target):
     valid = (ids >= 0) & (ids < 20)
     np.testing.assert_array_equal(got[valid], table[ids[valid]])
     assert np.isnan(got[~valid]).all()
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [Decoding("int8"), Decoding("int8", per_row=False), Decoding("uint8", zero=117.0)],
+    ids=["scale per row", "one scale", "zero point"],
+)
+@pytest.mark.parametrize("size", [5, 16, 50])
+def test_rows_of_codes_are_decoded_bit_for_bit(codes, size, target):
+    limits = np.iinfo(codes.dtype)
+    table = RNG.integers(limits.min, limits.max + 1, (45, size)).astype(codes.dtype)
+    table[44, :2] = limits.min, limits.max
+    scales = np.abs(RNG.standard_normal((45, 1) if codes.per_row else (), dtype=np.float32)) + 0.01
+    values = (table.astype(np.float32) - np.float32(codes.zero)) * scales
+    kernel = Embedding((BATCH, LENGTH), 45, size, codes=codes)
+    for b, t in [(1, 1), (2, 7), (3, 600)]:
+        ids = RNG.integers(0, 45, (b, t))
+        ids.flat[0] = 44
+        (got,) = run_kernel(kernel, [ids, table, scales], target)
+        np.testing.assert_array_equal(got, values[ids])
+
+
+def test_codes_at_ids_out_of_range_give_nan_rows_and_read_nothing(target):
+    table, scales = RNG.integers(-127, 128, (20, 8)).astype(np.int8), np.ones((20, 1), np.float32)
+    ids = np.array([0, -1, 19, 20, 2**62, -(2**62), 3])
+    kernel = Embedding((7,), 20, 8, codes=Decoding("int8"))
+    (got,) = run_kernel(kernel, [ids, table, scales], target)
+    valid = (ids >= 0) & (ids < 20)
+    np.testing.assert_array_equal(got[valid], table[ids[valid]])
+    assert np.isnan(got[~valid]).all()
+
+
+def test_codes_have_the_plain_layout():
+    with pytest.raises(ValueError, match="plain"):
+        Embedding((1,), 20, 8, panel=16, codes=Decoding("int8"))

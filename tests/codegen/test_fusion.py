@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tersor.codegen.fusion import BF16, build_chain, left_matrix, plan, stored_weight
+from tersor.codegen.fusion import BF16, build_chain, is_decoded_rows, left_matrix, plan, stored_weight
 from tersor.codegen.kernels.chain import Const
 from tersor.ir import Dim, Function, Value
 
@@ -283,3 +283,16 @@ def test_a_widened_value_that_others_read_is_computed():
     assert wide not in plan(function).inner or wide in {
         m for g in plan(function).groups.values() for m in g.members
     }
+
+
+@pytest.mark.parametrize("other", [None, "codes", "scales"])
+def test_rows_of_codes_are_decoded_where_they_are_looked_up_unless_something_else_reads_them(other):
+    function = Function("main")
+    ids = function.add_input("ids", Value("int64", (B, T)))
+    b = function.builder()
+    codes = b.embedding(ids, b.parameter("c", torch.zeros(9, 4, dtype=torch.int8)))
+    scales = b.index_select(b.parameter("s", torch.ones(9, 1)), ids, dim=0)
+    rows = b.dequantize(codes, scales)
+    function.set_outputs({"y": rows} | ({"z": codes if other == "codes" else scales} if other else {}))
+    assert is_decoded_rows(rows) == (other is None)
+    assert plan(function).inner == ({codes, scales} if other is None else set())

@@ -50,6 +50,23 @@ def coded(b, x, zero: float):
     return b.quantize(x, scale, point, dtype="uint8"), scale, point
 
 
+def codes_of(b, dtype: str = "int8"):
+    """A stored table of codes, the smallest and the largest among them."""
+    low = -128 if dtype == "int8" else 0
+    return b.parameter("c", (torch.arange(50 * 24) % 256 + low).reshape(50, 24).to(DTYPES[dtype]))
+
+
+def coded_rows(b, ids, form: str, zero: float | None = None):
+    """Rows of a table of codes, decoded behind the look-up with a scale per row, per group of 8, or one for all."""
+    rows = b.embedding(ids, codes_of(b, "int8" if zero is None else "uint8"))
+    if form == "one":
+        return b.dequantize(rows, b.parameter("s", torch.tensor(0.02)), zero)
+    width = 1 if form == "row" else 3
+    scales = b.parameter("s", torch.linspace(0.01, 0.02, 50 * width).reshape(50, width))
+    read = b.index_select(scales, ids, dim=0)
+    return b.dequantize(rows, read, zero, **({} if form == "row" else {"group": 8}))
+
+
 def narrow(b, x, stored: bool = False, to: str = "bfloat16"):
     """Values of 16 bits as f32: of a value, or of a parameter that is stored so."""
     if stored:
@@ -100,6 +117,23 @@ CASES = {
     "embedding in a table of integers": (
         (LONG,),
         lambda b, ids: b.embedding(ids, b.parameter("t", torch.arange(12).reshape(4, 3))),
+    ),
+    "rows of codes with a scale each": ((LONG,), lambda b, ids: coded_rows(b, ids, "row")),
+    "rows of codes with one scale and a zero point": (
+        (LONG,),
+        lambda b, ids: coded_rows(b, ids, "one", 117.0),
+    ),
+    "rows of codes with scales by group": ((LONG,), lambda b, ids: coded_rows(b, ids, "group")),
+    "rows of codes read twice": (
+        (LONG,),
+        lambda b, ids: ((y := coded_rows(b, ids, "row")), b.cast(y.args[0], dtype="float32")),
+    ),
+    "rows of a table that is decoded whole": (
+        (LONG,),
+        lambda b, ids: b.embedding(
+            ids,
+            b.dequantize(codes_of(b), b.parameter("s", torch.linspace(0.01, 0.02, 50)), axis=0),
+        ),
     ),
     "softmax": ((X,), lambda b, x: b.softmax(x, dim=-1)),
     "softmax over another dimension": ((X,), lambda b, x: b.softmax(x, dim=1)),

@@ -1,0 +1,47 @@
+"""Tables of embeddings in codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from tersor.ir import Program
+from tersor.ir.text import human_bytes
+from tersor.passes.base import PassResult
+from tersor.passes.quantize.weights import Rounding
+from tersor.passes.registry import register
+
+
+@register("quantize.embeddings")
+class EmbeddingTables(Rounding):
+    """T[i]  ->  s[i] C[i] with 8-bit codes C = round(T / s) and a scale per row (or group) of the table T.
+
+    Before:  %y = embedding(%ids, @t)
+    After:   %t = dequantize(@t.codes, @t.scale, axis=0);  %y = embedding(%ids, %t)
+
+    The table of words is most of what a small model takes. quantize.integers has the rows looked up in codes, so that
+    only those that are read are decoded.
+
+    Legal when the table is a float32 parameter that only embeddings read. One that is tied to an output projection
+    stays as it is: the projection would be rounded too. So does a small one, which is hardly worth a kernel.
+
+    Source: Jacob et al. 2018, per row as in Guan et al. 2019 (Post-Training 4-bit Quantization on Embedding Tables).
+
+    Options: bits, group and clip as of quantize.rtn; smallest (bytes of the smallest table to store in codes).
+    """
+
+    smallest: int = 1 << 16
+
+    acts_on = ("embedding",)
+
+    def problem(self) -> str | None:
+        return "smallest must not be negative" if self.smallest < 0 else super().problem()
+
+    def weights(self, program: Program, result: PassResult) -> dict[fx.Node, torch.Tensor]:
+        found = super().weights(program, result)
+        for embedding, table in list(found.items()):
+            if table.nbytes < self.smallest:
+                rows, taken = table.shape[0], human_bytes(table.nbytes)
+                result.skip(embedding, f"its {rows} rows take {taken} only")
+                del found[embedding]
+        return found

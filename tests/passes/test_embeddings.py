@@ -1,0 +1,143 @@
+"""Tables of embeddings in codes, and their rows looked up in codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tersor.errors import PipelineError
+from tersor.ir import Program, cost
+from tersor.passes import Context, Pipeline
+from tersor.passes.quantize.embeddings import EmbeddingTables
+from tersor.passes.quantize.grid import Grid
+from tersor.passes.quantize.integers import IntegerProducts
+from tersor.passes.recipes import RECIPES, get
+from tests.passes.check_pass import apply, check_pass
+from tests.passes.programs import Weights, program
+
+WIDTH, ROWS = 16, 40
+ALL = EmbeddingTables(smallest=0)
+
+
+def words(form: str = "wide", group: int | None = None, rows: int = ROWS) -> Program:
+    """Rows of a table, chosen by the input: "wide", "coded" (decoded whole) or "rows" (decoded when they are read)."""
+
+    def emit(build, x, mask):
+        table, ids = Weights(build).tensor(rows, WIDTH), build.argmax(x, dim=-1)
+        if form == "wide":
+            return {"y": build.embedding(ids, build.parameter("t", table), site="words")}
+        scale, _ = Grid().fit_rows(table, group)
+        spread = scale[:, None] if group is None else scale.repeat_interleave(group, -1)
+        codes = build.parameter("t.codes", torch.round(table / spread).to(torch.int8))
+        if form == "coded":
+            how = {"axis": 0} if group is None else {"group": group}
+            whole = build.dequantize(codes, build.parameter("t.scale", scale), **how)
+            return {"y": build.embedding(ids, whole, site="words")}
+        stored = build.parameter("t.scales", scale if group else scale[:, None])
+        read = build.index_select(stored, ids, dim=0)
+        found = build.emit("embedding", ids, codes, site="words")
+        return {"y": build.dequantize(found, read, **({"group": group} if group else {}))}
+
+    return program(emit)
+
+
+def reasons(pass_, made: Program) -> list[str]:
+    return [skip.reason for skip in Pipeline([pass_]).run(made)[1].steps[0].skips]
+
+
+def rows(made: Program) -> torch.Tensor:
+    """What a program looks up at every position of its table."""
+    return made(x=torch.eye(WIDTH).reshape(1, WIDTH, WIDTH))["y"]
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_tables_become_codes(group):
+    pass_ = EmbeddingTables(group=group, smallest=0)
+    check_pass(pass_, words(), words("coded", group), unmatched=words("coded"))
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_rows_are_looked_up_in_codes_and_are_the_same(group):
+    coded = words("coded", group)
+    after = check_pass(IntegerProducts(), coded, words("rows", group), unmatched=words())
+    assert torch.equal(rows(after), rows(coded))
+
+
+def test_rows_are_off_by_half_a_step():
+    after, report = Pipeline([ALL, "quantize.integers"]).run(words())
+    step = words("coded").parameters["t.scale"].tensor[:WIDTH, None]
+    assert ((rows(after) - rows(words())).abs() <= 0.5001 * step).all()
+    (said,) = report.steps[0].changes
+    assert said.site == "words" and 0 < said.figures["weight_error"] < 1e-4
+    assert said.figures["bytes_before"] == 4 * ROWS * WIDTH
+    assert said.figures["bytes_after"] == after.parameters.bytes == ROWS * (WIDTH + 4)
+
+
+def test_only_the_rows_that_are_read_count_as_moved():
+    sizes = {"batch": 1, "length": 1}
+    moved = {form: cost(words(form, rows=4096), sizes).bytes for form in ("wide", "coded", "rows")}
+    assert moved["rows"] < 2 * moved["wide"] < moved["coded"] / 100
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "form"),
+    [
+        (torch.tensor(0.02), 7.0, {}),
+        (torch.linspace(0.01, 0.02, ROWS), torch.arange(float(ROWS)), {"axis": -2}),
+        (torch.linspace(0.01, 0.02, WIDTH), None, {"axis": 1}),
+        (torch.linspace(0.01, 0.02, ROWS)[:, None], None, {}),
+        (torch.linspace(0.01, 0.02, ROWS), 3.0, {"axis": 0}),
+    ],
+    ids=["one", "per row with zero points", "per column", "a column", "one zero point"],
+)
+def test_every_form_of_scales_is_the_same_afterwards(scale, zero, form):
+    def emit(build, x, mask):
+        codes = torch.randint(-128, 128, (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
+        stored = [build.parameter("t.codes", codes.to(torch.int8)), build.parameter("t.scale", scale)]
+        stored += [build.parameter("t.zero", zero) if isinstance(zero, torch.Tensor) else zero]
+        return {
+            "y": build.embedding(build.argmax(x, dim=-1), build.dequantize(*stored, **form), site="words")
+        }
+
+    made = program(emit)
+    after = apply(IntegerProducts(), made)
+    (found,) = after.main.calls("embedding")
+    assert found.meta["value"].dtype == "int8" and found.meta["site"] == "words"
+    assert torch.equal(rows(after), rows(made))
+
+
+def test_two_look_ups_share_a_table_and_its_scales():
+    def emit(build, x, mask):
+        table = Weights(build)("t", ROWS, WIDTH)
+        places = build.argmax(x, dim=-1), build.argmax(build.neg(x), dim=-1)
+        return {f"y{i}": build.embedding(ids, table, site=f"words.{i}") for i, ids in enumerate(places)}
+
+    after, report = Pipeline([ALL, "quantize.integers"]).run(program(emit))
+    assert set(after.parameters) == {"t.codes", "t.scales"}
+    assert [change.site for change in report.steps[1].changes] == ["words.0", "words.1"]
+
+
+def test_a_tied_table_stays_wide_and_the_report_says_why():
+    def emit(build, x, mask):
+        table = Weights(build)("t", ROWS, WIDTH)
+        found = build.embedding(build.argmax(x, dim=-1), table, site="words")
+        return {"y": build.linear(found, table, site="head")}
+
+    assert reasons(ALL, program(emit)) == ["its weight is also read by head (linear)"]
+    assert reasons(IntegerProducts(), program(emit)) == ["it is not quantized"] * 2
+
+
+def test_a_small_table_stays_wide():
+    assert reasons(EmbeddingTables(), words()) == ["its 40 rows take 2.6 kB only"]
+    with pytest.raises(PipelineError, match="negative"):
+        EmbeddingTables(smallest=-1)
+
+
+def test_recipes_of_8_bits_store_tables_in_codes_and_others_do_not():
+    made = words(rows=2048)
+    for name in RECIPES:
+        data = [{"x": torch.randn(2, 8, WIDTH)}] if name in ("int8", "int8-gptq", "int8-mixed") else None
+        after, _ = get(name).run(made, Context(), calibration=data)
+        assert ("t.codes" in after.parameters) == (name in ("int8", "int8-dynamic", "int8-gptq")), name
+    wide, _ = get("int8-dynamic").remove("quantize.embeddings").run(made)
+    assert set(wide.parameters) == {"t"}
