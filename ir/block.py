@@ -11,7 +11,7 @@ now gives) need one sweep and hold the values of one block:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -66,6 +66,24 @@ class Block:
         )  # fmt: skip
         return BlockState({n: v for n, v in values.items() if n in self.carried}, state.sizes, state.dtype)
 
+    @property
+    def operations(self) -> list[fx.Node]:
+        """Its nodes without the parameters they read."""
+        return [n for n in self.nodes if n.op != "get_attr"]
+
+    def cut(self, first: Collection[fx.Node]) -> tuple[Block, Block]:
+        """Two parts, to be run one after the other: those of its operations that are in ``first``, and the rest.
+
+        Each reads the parameters that it needs itself, so the rest sees those that change in between.
+        """
+        chosen = set(first)
+        rest = self._part([n for n in self.operations if n not in chosen], self.carried)
+        needed = self.carried - set(rest.nodes) | set(rest.inputs)
+        return self._part([n for n in self.operations if n in chosen], needed), rest
+
+    def _part(self, operations: list[fx.Node], carried: Collection[fx.Node]) -> Block:
+        return _block(self.name, self.function, operations, self.stream, carried)
+
 
 def start(
     function: Function,
@@ -118,14 +136,21 @@ def blocks(function: Function) -> list[Block]:
     found: list[Block] = []
     needed = set(function.ends)
     for part, cut in reversed(parts):
-        inside = set(part)
-        reads = {operand: None for n in part for operand in n.all_input_nodes if operand not in inside}
-        carried, inputs = frozenset(needed), tuple(n for n in reads if n.op != "get_attr")
-        constants = {n for n in reads if n.op == "get_attr"}
-        ordered = tuple(n for n in function.graph.nodes if n in inside or n in constants)
-        found.append(Block(_name(part, names), function, ordered, inputs, cut, carried))
-        needed = needed - inside | set(inputs)
+        found.append(_block(_name(part, names), function, part, cut, needed))
+        needed = needed - set(part) | set(found[-1].inputs)
     return _with_ends_named(found[::-1])
+
+
+def _block(
+    name: str, function: Function, operations: list[fx.Node], stream: fx.Node | None, carried: Collection[fx.Node]
+) -> Block:  # fmt: skip
+    """A block of these operations and the parameters that they read."""
+    inside = set(operations)
+    reads = {operand: None for n in operations for operand in n.all_input_nodes if operand not in inside}
+    inputs = tuple(n for n in reads if n.op != "get_attr")
+    nodes = inside.union(n for n in reads if n.op == "get_attr")
+    ordered = tuple(n for n in function.graph.nodes if n in nodes)
+    return Block(name, function, ordered, inputs, stream, frozenset(carried))
 
 
 class _Flow:

@@ -11,7 +11,7 @@ the blocks before it as they are now. One sweep serves all, and one block's valu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,6 +32,10 @@ from tersor.passes.calibration.sweep import Gatherer, check_finite, progress, ru
 class Step:
     """A block of ``main``, and what stands before it for each batch.
 
+    Values are kept up to the first operation that reads what was asked for last; the next question goes on from there.
+    So a pass that asks for the inputs of layers in their order, and changes each before it asks for the next, costs one
+    run of the block. Where something earlier has changed, or is asked for, the block begins anew.
+
     Attributes:
         program: the program, whose earlier blocks are as they are now.
         index: the block's place in `tersor.ir.block.blocks`.
@@ -44,6 +48,7 @@ class Step:
     _batches: Batches = field(repr=False)
     _split: Split = "fit"
     _seed: int = 0
+    _reached: _Reached | None = field(default=None, init=False, repr=False)
 
     @property
     def block(self) -> Block:
@@ -74,7 +79,7 @@ class Step:
                 answers[node, request.what] = request.what.fresh()
                 wanted[node].append(answers[node, request.what])
         gather = Gatherer(wanted, self._seed)
-        for index, tokens, observe in self._observed(wanted):
+        for index, tokens, observe in self._observed(wanted.keys()):
             observe(gather.observer(tokens, index))
         found = {request: answers[node, request.what] for request, node in values.items()}
         return Statistics({request: answer if answer.count else None for request, answer in found.items()})
@@ -98,25 +103,47 @@ class Step:
             observe(keep)
             yield found
 
-    def _observed(
-        self, wanted: Collection[fx.Node]
-    ) -> Iterator[tuple[int, Tokens, Callable[[Observer], None]]]:
+    def _observed(self, wanted: Set[fx.Node]) -> Iterator[tuple[int, Tokens, Callable[[Observer], None]]]:
         """For each batch its number, its padding, and what shows the block's values, up to the last one wanted."""
         block, padding = self.block, Padding(self.program.main)
         inside = {*block.nodes, *block.inputs}
         for node in wanted:
             if node not in inside:
                 raise self._elsewhere(node, self._split)
-        last = max((i for i, node in enumerate(block.nodes) if node in wanted), default=-1)
-        part = replace(block, nodes=block.nodes[: last + 1], carried=frozenset())
-        for index, (state, batch) in enumerate(zip(self.states, self._batches, strict=True)):
+        left, states = self._left(block, wanted)
+        nodes = left.operations
+        end = max((i for i, node in enumerate(nodes) if node in wanted), default=-1) + 1
+        middle = next((i for i, n in enumerate(nodes[:end]) if wanted & set(n.all_input_nodes)), end)
+        before, rest = left.cut(nodes[:middle])
+        after = replace(rest.cut(nodes[middle:end])[0], carried=frozenset())
+        reached: list[BlockState] = []
+        for index, (state, batch) in enumerate(zip(states, self._batches, strict=True)):
 
             def observe(observer: Observer, state=state, index=index) -> None:
-                for node in block.inputs:
+                for node in wanted & state.values.keys():
                     observer(node, state.values[node])
-                _run(part, state, index, observer)
+                reached.append(_run(before, state, index, observer))
+                _run(after, reached[-1], index, observer)
 
             yield index, padding.of(batch.inputs, batch.mask), observe
+        done = {*block.operations} - {*rest.operations}
+        digests = self.program.main.value_digests()
+        self._reached = _Reached(done, reached, {n: digests[n] for n in reached[0].values})
+
+    def finish(self) -> list[BlockState]:
+        """The values behind the block as it is now, one per batch."""
+        left, states = self._left(self.block)
+        return [_run(left, state, index) for index, state in enumerate(states)]
+
+    def _left(self, block: Block, wanted: Collection[fx.Node] = ()) -> tuple[Block, list[BlockState]]:
+        """What is still to be run of the block as it is now, and the values before that for each batch."""
+        if self._reached is not None:
+            done, left = block.cut(self._reached.operations)
+            now, known = self.program.main.value_digests(), self._reached.digests
+            still = all(known.get(node) == now[node] for node in done.carried)
+            if still and all(node in known or node in left.nodes for node in wanted):
+                return left, self._reached.states
+        return block, self.states
 
     def _elsewhere(self, node: fx.Node, split: Split) -> PipelineError:
         return PipelineError(
@@ -149,16 +176,24 @@ def sequential(
     count = len(blocks(function))
     with progress(title, count) as advance:
         for index in range(count):
-            yield Step(program, index, states, batches, split, seed)
+            yield (step := Step(program, index, states, batches, split, seed))
             now = blocks(function)
             if len(now) != count:
                 raise PipelineError(
                     f"the function had {count} blocks and has {len(now)} now",
                     fix="keep the additions and norms between layers",
                 )
-            for i, state in enumerate(states):
-                states[i] = _run(now[index], state, i)
+            states = step.finish()
             advance()
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """How far a block has been run: its operations up to there, the values that stand there, and their digests."""
+
+    operations: set[fx.Node]
+    states: list[BlockState]
+    digests: dict[fx.Node, str]
 
 
 def _run(block: Block, state: BlockState, index: int, observe=None) -> BlockState:

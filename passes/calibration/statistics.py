@@ -15,6 +15,9 @@ import torch
 CHUNK = 4096
 """Rows that are handled at once."""
 
+SPAN = 512
+"""Channels of a Gram matrix that are multiplied with all before them at once."""
+
 
 @dataclass
 class Statistic(ABC):
@@ -156,19 +159,26 @@ class Histogram(Statistic):
 
 @dataclass(eq=False)
 class Gram(Statistic):
-    """X^T X over all rows X [n, channels].
+    """X^T X over all rows X [n, channels], of which it keeps the lower half.
 
     Products of up to 4096 rows are formed in float32 (float64 for float64 values) and added up in float64: an entry is
     off by at most 1e-5 sqrt(g_ii g_jj), whatever the number of rows.
     """
 
-    total: torch.Tensor | None = None
+    half: torch.Tensor | None = None  # right up to the diagonal
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The whole matrix, float64 [channels, channels]."""
+        return self.half.tril() + self.half.tril(-1).T
 
     def _take(self, rows: torch.Tensor, generator: torch.Generator) -> None:
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if self.total is None:
-            self.total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        self.total += rows.T @ rows
+        if self.half is None:
+            self.half = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        for start in range(0, rows.shape[1], SPAN):
+            end = start + SPAN
+            self.half[start:end, :end] += rows[:, start:end].T @ rows[:, :end]
 
 
 @dataclass(eq=False)
@@ -183,7 +193,9 @@ class Samples(Statistic):
 
     def _take(self, rows: torch.Tensor, generator: torch.Generator) -> None:
         lots = torch.rand(len(rows), generator=generator, dtype=torch.float64)
-        if self.rows is not None:
-            rows, lots = torch.cat((self.rows, rows)), torch.cat((self.lots, lots))
-        kept = lots.topk(min(self.limit, len(rows))).indices.sort().values
-        self.rows, self.lots = rows[kept], lots[kept]
+        before = 0 if self.rows is None else len(self.rows)
+        lots = lots if self.rows is None else torch.cat((self.lots, lots))
+        kept = lots.topk(min(self.limit, len(lots))).indices.sort().values
+        new = rows[kept[kept >= before] - before]
+        self.rows = new if self.rows is None else torch.cat((self.rows[kept[kept < before]], new))
+        self.lots = lots[kept]

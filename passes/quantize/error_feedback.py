@@ -6,13 +6,16 @@ that is the same for all rows of W and for all layers that read X.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.weights import Coded
+
+SPAN = 512
+"""Columns of a symmetric matrix that are multiplied at once, which decides about speed only."""
 
 
 @dataclass(frozen=True)
@@ -35,35 +38,47 @@ class Curvature:
         neither give nor take errors. Where H is not positive definite to the last digit, it is damped ten times as
         much until it is.
         """
-        h = gram.double() * (2 / count)
-        if not torch.isfinite(h).all():
+        if not torch.isfinite(gram.sum()):
             return None
-        diagonal = h.diagonal()
+        diagonal = gram.diagonal().double() * (2 / count)
         dead = diagonal <= 0
-        mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=h.dtype)
-        order = torch.arange(len(h))
+        mean = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=diagonal.dtype)
+        diagonal[dead] = mean
+        order = torch.arange(len(gram))
         if act_order:
-            order = diagonal.argsort(descending=True, stable=True)
-        h = h[order][:, order]
-        diagonal = h.diagonal()
-        diagonal[dead[order]] = mean
+            order = gram.diagonal().argsort(descending=True, stable=True)
+            gram = gram[order][:, order]
         # H = V V^T with V upper triangular gives H^-1 = U^T U, U = V^-1; flipped, that is a Cholesky factor
-        flipped = h.flip(0, 1)
+        flipped = gram.flip(0, 1).double().mul_(2 / count)
+        diagonal = diagonal[order].flip(0)
         while True:
-            lower, failed = torch.linalg.cholesky_ex(flipped + damp * mean * torch.eye(len(h), dtype=h.dtype))
+            flipped.diagonal().copy_(diagonal + damp * mean)
+            lower, failed = torch.linalg.cholesky_ex(flipped)
             if not failed:
                 break
             damp *= 10
-        identity = torch.eye(len(h), dtype=h.dtype)
+        del flipped
+        identity = torch.eye(len(lower), dtype=lower.dtype)
         inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
         return cls(order, inverse.flip(0, 1).contiguous())
 
 
-def output_error(weight: torch.Tensor, coded: Coded, gram: torch.Tensor) -> float:
-    """||X (W - V)^T||^2 / ||X W^T||^2 for the values V of the codes and inputs of that Gram matrix."""
-    exact, lost = weight.double(), weight.double() - coded.values().double()
-    power = float((exact @ gram).mul_(exact).sum())
-    return float((lost @ gram).mul_(lost).sum()) / power if power > 0 else 0.0
+def output_errors(weight: torch.Tensor, ways: Iterable[Coded], gram: torch.Tensor) -> list[float]:
+    """||X (W - V)^T||^2 / ||X W^T||^2 for the values V of each way to code W, and inputs X of that Gram matrix."""
+    power = _output_power(weight.double(), gram)
+    lost = (_output_power(weight.double() - way.values().double(), gram) for way in ways)
+    return [error / power if power > 0 else 0.0 for error in lost]
+
+
+def _output_power(weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """||X W^T||^2 = tr(W G W^T) in float64, from the blocks of G = X^T X on its diagonal and above it."""
+    total = 0.0
+    for start in range(0, len(gram), SPAN):
+        columns = slice(start, start + SPAN)
+        part = weight[:, columns] @ gram[columns, columns]
+        part += 2 * (weight[:, :start] @ gram[:start, columns])
+        total += float(part.mul_(weight[:, columns]).sum())
+    return total
 
 
 def round_with_feedback(

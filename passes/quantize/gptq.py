@@ -11,7 +11,7 @@ from tersor.ir import Program
 from tersor.passes.base import PassResult
 from tersor.passes.calibration import Gram, Pieces, Request, Step, sequential
 from tersor.passes.context import Context
-from tersor.passes.quantize.error_feedback import Curvature, output_error, round_with_feedback
+from tersor.passes.quantize.error_feedback import Curvature, output_errors, round_with_feedback
 from tersor.passes.quantize.places import drop_unread
 from tersor.passes.quantize.weights import Coded, WeightCodes
 from tersor.passes.registry import register
@@ -51,7 +51,7 @@ class GPTQ(WeightCodes):
     Before:  %y = linear(%x, @w, @b)
     After:   %w = dequantize(@w.codes, @w.scale, axis=0);  %y = linear(%x, %w, @b)
 
-    Goes through the program block by block: a layer is fitted to its inputs under the blocks before it as they are
+    Goes through the program layer by layer: each is fitted to its inputs under the layers before it as they are
     quantized by then. Codes stay only where the output's error on held-out data is not above that of rounding to the
     nearest, which the layer gets otherwise, and where no data reaches it. Inputs that are always 0 in the data are
     rounded to the nearest. A weight of several layers is fitted to the inputs of the first.
@@ -61,14 +61,12 @@ class GPTQ(WeightCodes):
     Source: Frantar et al. 2023 (GPTQ).
 
     Options: bits, group and clip as of quantize.rtn; act_order (columns of the largest inputs first; with groups it
-    needs static_groups); static_groups (scales of groups from the weight as it was); true_sequential (also within a
-    block each layer sees the ones before it quantized, at the price of a run of the block per layer input); damp
-    (what is added to the diagonal, as a fraction of its mean); block (columns at once, which decides about speed only).
+    needs static_groups); static_groups (scales of groups from the weight as it was); damp (what is added to the
+    diagonal, as a fraction of its mean); block (columns at once, which decides about speed only).
     """
 
     act_order: bool = False
     static_groups: bool = False
-    true_sequential: bool = False
     damp: float = 0.01
     block: int = 128
 
@@ -109,13 +107,11 @@ class GPTQ(WeightCodes):
         return result
 
     def _lots(self, step: Step, left: list[fx.Node]) -> list[list[fx.Node]]:
-        """The layers of a block in lots that are quantized on one run of it."""
-        found = [n for n in step.calls("linear") if n in left]
-        if not self.true_sequential:
-            return [found] if found else []
+        """The layers of a block by their inputs, in order."""
         by_input: dict[fx.Node, list[fx.Node]] = {}
-        for linear in found:
-            by_input.setdefault(linear.args[0], []).append(linear)
+        for linear in step.calls("linear"):
+            if linear in left:
+                by_input.setdefault(linear.args[0], []).append(linear)
         return list(by_input.values())
 
     def _rounded(
@@ -137,39 +133,37 @@ class GPTQ(WeightCodes):
     def _fitted(
         self, layers: dict[str, fx.Node], weights: dict[fx.Node, torch.Tensor], step: Step, judge: Step
     ) -> dict[str, _Rounded]:
-        """The same for layers that are not finished."""
-        fit = step.gather(Request(n, Gram()) for n in layers.values())
-        held_out = judge.gather(Request(n, Gram(), split="held_out") for n in layers.values())
-        curvatures: dict[fx.Node, Curvature | None] = {}  # layers of one input share its
-        found = {}
-        for name, linear in layers.items():
-            gram = fit.get(Request(linear, Gram()))
-            judging = held_out.get(Request(linear, Gram(), split="held_out"))
-            x, weight = linear.args[0], weights[linear]
-            nearest = self.nearest(weight)
-            if gram is None or judging is None:
-                found[name] = _Rounded.of(weight, nearest, f"{_NEAREST}: {_UNREACHED}")
-                continue
-            if x not in curvatures:
-                curvatures[x] = Curvature.of(gram.total, gram.count, self.damp, self.act_order)
-            if curvatures[x] is None:
-                found[name] = _Rounded.of(weight, nearest, f"{_NEAREST}: the squares of its inputs overflow")
-            else:
-                found[name] = self._better(weight, nearest, curvatures[x], gram, judging)
-        return found
+        """The same for layers of one input that are not finished."""
+        any_of_them = next(iter(layers.values()))
+        fit, held_out = Request(any_of_them, Gram()), Request(any_of_them, Gram(), split="held_out")
+        gram, judging = step.gather([fit]).get(fit), judge.gather([held_out]).get(held_out)
+        curvature, why_not = None, _UNREACHED
+        if gram is not None and judging is not None:
+            curvature = Curvature.of(gram.total, gram.count, self.damp, self.act_order)
+            why_not = "the squares of its inputs overflow"
+        if curvature is None:
+            plain = {name: weights[linear] for name, linear in layers.items()}
+            return {n: _Rounded.of(w, self.nearest(w), f"{_NEAREST}: {why_not}") for n, w in plain.items()}
+        held_out_gram = judging.total
+        return {
+            name: self._better(weights[linear], curvature, held_out_gram, gram.count)
+            for name, linear in layers.items()
+        }
 
     def _better(
-        self, weight: torch.Tensor, nearest: Coded, curvature: Curvature, gram: Gram, judging: Gram
+        self, weight: torch.Tensor, curvature: Curvature, judging: torch.Tensor, count: int
     ) -> _Rounded:
-        """Fitted codes where their error on the rows of ``judging`` is not above that of the nearest."""
+        """Codes fitted to ``count`` rows where their error on those of ``judging`` is not above that of the nearest."""
+        nearest = self.nearest(weight)
         coded = round_with_feedback(
             weight, curvature, self.grid, self.scales,
             group=self.group, static_groups=self.static_groups, block=self.block,
         )  # fmt: skip
+        errors = output_errors(weight, (nearest, coded), judging)
         figures = {
-            "error_nearest": output_error(weight, nearest, judging.total),
-            "error_gptq": output_error(weight, coded, judging.total),
-            "tokens_per_input": gram.count / weight.shape[1],
+            "error_nearest": errors[0],
+            "error_gptq": errors[1],
+            "tokens_per_input": count / weight.shape[1],
         }
         if figures["error_gptq"] <= figures["error_nearest"]:
             return _Rounded.of(weight, coded, "fitted to data", **figures)

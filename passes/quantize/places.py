@@ -58,6 +58,16 @@ def bias_of(linear: fx.Node) -> fx.Node | None:
     return linear.args[2] if len(linear.args) > 2 else None
 
 
+def matrix(function: Function, linear: fx.Node) -> torch.Tensor | None:
+    """What a layer multiplies with, decoded where it is stored in codes; None where it is computed otherwise."""
+    weight = linear.args[1]
+    if decoded(weight) is None:
+        return function.parameter(weight)
+    parts = [function.parameter(part) if isinstance(part, fx.Node) else part for part in weight.args]
+    computed = any(part is None and given is not None for part, given in zip(parts, weight.args, strict=True))
+    return None if computed else weight.target(*parts, **weight.kwargs)
+
+
 Readers = Mapping[str, Sequence[fx.Node]]
 """Parameter names -> the nodes that read them, in all functions."""
 

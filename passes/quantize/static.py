@@ -12,7 +12,7 @@ from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.calibration import Histogram, MinMax, Request, Samples
 from tersor.passes.context import Context
 from tersor.passes.quantize.grid import Grid
-from tersor.passes.quantize.places import decoded
+from tersor.passes.quantize.places import decoded, matrix
 from tersor.passes.quantize.ranges import Method, choose_range, rounding_error
 from tersor.passes.registry import register
 
@@ -104,11 +104,9 @@ def _output_error(
     grid: Grid, scale: torch.Tensor, zero: torch.Tensor, rows: torch.Tensor, function: Function, linear: fx.Node
 ) -> float:  # fmt: skip
     """||(Q(x) - x) W^T||^2 / ||x W^T||^2 of a row, the mean over sampled inputs x [n, channels] of a layer."""
-    weight = linear.args[1]
-    stored = [function.parameter(part) if isinstance(part, fx.Node) else part for part in weight.args]
-    matrix, rows = weight.target(*stored, **weight.kwargs), rows.float()
-    power = (rows @ matrix.T).square_().sum(1)
-    lost = ((grid.round_trip(rows, scale, zero) - rows) @ matrix.T).square_().sum(1)
+    weight, rows = matrix(function, linear), rows.float()
+    power = (rows @ weight.T).square_().sum(1)
+    lost = ((grid.round_trip(rows, scale, zero) - rows) @ weight.T).square_().sum(1)
     return (lost / power.clamp(min=torch.finfo(torch.float32).tiny)).mean().item()
 
 

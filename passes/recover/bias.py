@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.calibration import Pieces, Request, Samples, Statistics, Step, calibrate, sequential
 from tersor.passes.calibration.requests import Split
 from tersor.passes.context import Context
-from tersor.passes.quantize.places import bias_of, decoded, drop_unread
+from tersor.passes.quantize.places import bias_of, decoded, drop_unread, matrix
 from tersor.passes.recover.reference import correctable, counterparts
 from tersor.passes.registry import register
 
@@ -61,7 +62,7 @@ class BiasCorrection(Pass):
             return result
         wanted = calibrate(
             context.reference,
-            [self._output(before[linear], split) for linear in places for split in SPLITS],
+            [self._rows(before[linear], "output", split) for linear in places for split in SPLITS],
             data, seed=context.seed, cache=context.cache, title=f"{self.name}, outputs before",
         )  # fmt: skip
         pieces, then = Pieces(self, context), context.reference.main.value_digests()
@@ -77,7 +78,7 @@ class BiasCorrection(Pass):
                 keys = {n: (now[n], then[before[n]]) for n in linears}
                 shifts = {n: shift for n in linears if (shift := _Shift.kept(pieces, keys[n])) is not None}
                 if rest := [n for n in linears if n not in shifts]:
-                    shifts |= self._shifts(rest, before, wanted, step, judge)
+                    shifts |= self._shifts(program.main, rest, before, wanted, step, judge)
                 for linear in linears:
                     if linear in rest and shifts[linear] is not None:
                         shifts[linear].keep(pieces, keys[linear])
@@ -85,11 +86,12 @@ class BiasCorrection(Pass):
         drop_unread(program)
         return result
 
-    def _output(self, linear: fx.Node, split: Split) -> Request:
-        return Request(linear, Samples(self.samples), of="output", split=split)
+    def _rows(self, linear: fx.Node, of: Literal["input", "output"], split: Split) -> Request:
+        return Request(linear, Samples(self.samples), of=of, split=split)
 
     def _shifts(
         self,
+        function: Function,
         linears: list[fx.Node],
         before: dict[fx.Node, fx.Node],
         wanted: Statistics,
@@ -97,19 +99,23 @@ class BiasCorrection(Pass):
         judge: Step,
     ) -> dict[fx.Node, _Shift | None]:
         """By how much to move the outputs of layers of one input; None for those that no data reaches."""
-        found = [
-            s.gather(self._output(n, split) for n in linears)
-            for s, split in zip((step, judge), SPLITS, strict=True)
-        ]
+        inputs = []
+        for s, split in zip((step, judge), SPLITS, strict=True):
+            request = self._rows(linears[0], "input", split)
+            inputs.append(s.gather([request]).get(request))
         shifts: dict[fx.Node, _Shift | None] = {}
         for linear in linears:
-            pairs = [
-                (wanted.get(self._output(before[linear], split)), now.get(self._output(linear, split)))
-                for now, split in zip(found, SPLITS, strict=True)
-            ]
-            reached = all(rows is not None for pair in pairs for rows in pair)
+            outputs = [wanted.get(self._rows(before[linear], "output", split)) for split in SPLITS]
+            if any(found is None for found in (*inputs, *outputs)):
+                shifts[linear] = None
+                continue
             # equal seeds draw the same tokens from both programs
-            shifts[linear] = _Shift.of(*((was.rows, now.rows) for was, now in pairs)) if reached else None
+            shifts[linear] = _Shift.of(
+                *(
+                    (was.rows, _outputs(function, linear, x.rows))
+                    for was, x in zip(outputs, inputs, strict=True)
+                )
+            )
         return shifts
 
     def _correct(
@@ -186,8 +192,18 @@ def _errors(before: torch.Tensor, now: torch.Tensor) -> _Pair:
     return before - now, 1 / power.clamp(min=max(1e-6 * power.mean().item(), 1e-30))
 
 
+def _outputs(function: Function, linear: fx.Node, rows: torch.Tensor) -> torch.Tensor:
+    """What a layer gives for inputs [n, K]."""
+    bias = bias_of(linear)
+    return torch.nn.functional.linear(
+        rows, matrix(function, linear), None if bias is None else function.parameter(bias)
+    )
+
+
 def _obstacle(function: Function, linear: fx.Node) -> str | None:
-    return None if decoded(linear.args[1]) else "its weights are not in codes"
+    if decoded(linear.args[1]) is None:
+        return "its weights are not in codes"
+    return "its weights are computed" if matrix(function, linear) is None else None
 
 
 def _stored(linear: fx.Node) -> str | None:

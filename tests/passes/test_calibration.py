@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+
 import numpy as np
 import pytest
 import torch
 
 import tersor
 from tersor.errors import InputError, PipelineError
-from tersor.ir import Dim, Program, Range, Value, run, verify
+from tersor.ir import Dim, Program, Range, Value, interpreter, run, verify
 from tersor.passes import Calibration, Context, Lossy, Pass, PassResult, Pipeline, Request, Stage, recipes
 from tersor.passes.calibration import (
     Dataset,
@@ -483,6 +485,49 @@ def test_sequential_survives_operations_that_are_replaced():
             made.main.replace(gelu, made.main.builder(before=gelu).gelu_tanh(gelu.args[0]))
     verify(made)
     assert not made.main.calls("gelu")
+
+
+def grams(made: Program, site: str, data) -> torch.Tensor:
+    rows = values(made, site, data, tokens).double()
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"post_norm": True}, {"gated": True, "rms": True, "kv_heads": 2}], ids=str
+)
+def test_layers_that_change_one_after_the_other_cost_one_run_of_their_block(form, monkeypatch):
+    made, data, seen, ran = Transformer(layers=3, **form).build(), batches(), {}, Counter()
+    compute = interpreter._compute
+    for step in sequential(made, dataset(made, data, held_out=0)):
+        monkeypatch.setattr(interpreter, "_compute", lambda n, *rest: ran.update([n]) or compute(n, *rest))
+        by_input = defaultdict(list)
+        for linear in step.calls("linear"):
+            by_input[linear.args[0]].append(linear)
+        for linears in by_input.values():
+            request = Request(linears[0], Gram())
+            seen[linears[0].meta["site"]] = step.gather([request]).get(request).total
+            for name in (linear.args[1].target for linear in linears):
+                made.parameters[name] = made.parameters[name].tensor * 0.5
+    monkeypatch.undo()
+    assert len(seen) == 12
+    for site, total in seen.items():
+        torch.testing.assert_close(total, grams(made, site, data), rtol=1e-4, atol=1e-4)
+    assert {ran[n] for n in made.main.calls("linear", "attention", "gelu", "silu")} == {len(data)}
+
+
+def test_a_change_of_what_a_block_has_done_is_noticed():
+    made, data = Transformer(layers=2).build(), batches()
+    for step in sequential(made, dataset(made, data, held_out=0)):
+        by_role = {n.meta["site"].rpartition(".")[2]: n for n in step.calls("linear")}
+        if not by_role:
+            continue
+        step.gather([Request(by_role["down"], Gram())])
+        name = by_role["value"].args[1].target
+        made.parameters[name] = made.parameters[name].tensor * 3.0
+        for role in ("down", "value"):
+            total = step.gather([request := Request(by_role[role], Gram())]).get(request).total
+            expected = grams(made, by_role[role].meta["site"], data)
+            torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sequential_refuses_values_of_other_blocks():

@@ -42,12 +42,6 @@ def thinned() -> Program:
 
 PASSES = {
     "quantize.gptq": (gptq, "round_with_feedback", ["quantize.gptq"], model),
-    "quantize.gptq, one input after the other": (
-        gptq,
-        "round_with_feedback",
-        [{"pass": "quantize.gptq", "true_sequential": True, "bits": 4}],
-        model,
-    ),
     "quantize.mixed": (
         gptq,
         "round_with_feedback",
