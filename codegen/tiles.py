@@ -76,7 +76,7 @@ def most_rows(target: Target, product: InnerProduct | None = None) -> int:
 
 
 def choose(target: Target, panels: int, product: InnerProduct | None = None) -> GemmTile:
-    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2, 10x8 with NEON.
+    """The analytic choice for a GEMM over so many panels: tiles of 8x32 with AVX-512, 6x16 with AVX2, 9x8 with NEON.
 
     ``product``: as in ``most_rows``.
     """

@@ -42,8 +42,7 @@ class Case:
 WIDE = {"neoverse-n1": 2, "neoverse-n2": 2, "cortex-x1": 4}
 MATRIX = {"neoverse-n2": 2, "cortex-x2": 4}
 CASES = {
-    "f32": Case("armv8-a", "float32", "gelu", "fmla", {**WIDE, "cortex-a53": None}),
-    "f32 v8.2": Case("armv8.2-dotprod", "float32", "gelu", "fmla", {**WIDE, "cortex-a55": 2}),
+    "f32": Case("armv8-a", "float32", "gelu", "fmla", {**WIDE, "cortex-a55": 2, "cortex-a53": None}),
     "fp16": Case("armv8.2-dotprod", "float16", "gelu", "fmla", {**WIDE, "cortex-a55": 2}),
     "sdot": Case("armv8.2-dotprod", "uint8", "requantize", "sdot", {**WIDE, "cortex-a55": 1}),
     "usmmla": Case("armv8.6-i8mm", "uint8", "requantize", "usmmla", MATRIX),

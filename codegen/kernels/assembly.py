@@ -11,6 +11,7 @@ into the kernel:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class MultiplyAdd:
     lane: arrangement of a left operand that is one lane of a register. Where it is None the whole register is.
     words: of a left register, to be used one after the other. word: the register's name for a single word.
     paired: two right vectors are loaded by one instruction, while the last ones are in use, and a pass of the loop is
-    twice as long: fewer instructions, more registers and code. By LLVM's models Cortex-A53 gains by it, Cortex-A55 not.
+    twice as long: fewer instructions, more registers and code. LLVM's models of Cortex-A53 and A55 gain by it as long
+    as six cycles pass between such a load and the next one of any kind: see ``Loop._order``.
     piece: how many words may be added up before the sums, which are fp16 then and start from zero, are added to those
     in memory, which are f32. None: the sums in memory are of ``type`` and simply go on.
     """
@@ -162,34 +164,45 @@ class Loop:
     def _steps(self, units: list[int], following: int | None, loop: bool) -> Iterator[str]:
         """The products of left registers with so many words each; ``following`` is the one behind them."""
         total, step = sum(units), 0
-        middle = max(self.height * 3 // 4 - 1, 0)
+        late = self.height * 3 // 4
         pointer, _, passes = (f"${self._scalar(i)}" for i in range(3))
         for unit, then in zip(units, [*units[1:], following], strict=True):
             for lane in range(unit):
                 last, moved = step == total - 1, 0
                 if then and unit == 1:
                     yield self._advance(unit)
-                for v in range(self.vectors):
-                    for row in range(self.height):
-                        yield self._multiply(row, step * self.vectors + v, lane)
-                        if v == 0 and row == middle:
-                            if then and unit > 1 and lane == 1:
-                                yield self._advance(unit)
-                            if loop and step == total // 2:
-                                yield f"subs {passes}, {passes}, #1"
-                            if loop and last:
-                                moved = total * self.vectors
-                                yield f"add {pointer}, {pointer}, #{moved * VECTOR}"
-                        if loop and v == 0 and row == self.height // 2:
-                            yield from self._prefetch(step * self.vectors * VECTOR)
-                        if self.product.paired and v == self.vectors - 1 and row == 0 and (loop or not last):
-                            yield from self._load_right((step + 1) * self.vectors, moved)
-                        if then and v == self.vectors - 1 and lane == unit - 1:
-                            yield self._load_left(row, then)
+                for place, (row, v) in enumerate(self._order()):
+                    yield self._multiply(row, step * self.vectors + v, lane)
+                    if v == 0 and row == max(late - 1, 0):
+                        if then and unit > 1 and lane == 1:
+                            yield self._advance(unit)
+                        if loop and step == total // 2:
+                            yield f"subs {passes}, {passes}, #1"
+                        if loop and last:
+                            moved = total * self.vectors
+                            yield f"add {pointer}, {pointer}, #{moved * VECTOR}"
+                    if loop and v == 0 and row == late:
+                        yield from self._prefetch(step * self.vectors * VECTOR)
+                    if self.product.paired and place == 0 and (loop or not last):
+                        yield from self._load_right((step + 1) * self.vectors, moved)
+                    used = place - self.height * (self.vectors - 1)
+                    if then and lane == unit - 1 and used >= 0:
+                        yield self._load_left(used, then)
                     after = step * self.vectors + v + self.product.right_registers
-                    if not self.product.paired and (loop or after < total * self.vectors):
+                    freed = not self.product.paired and row == self.height - 1
+                    if freed and (loop or after < total * self.vectors):
                         yield self._load_one(after, moved)
                 step += 1
+
+    def _order(self) -> Iterator[tuple[int, int]]:
+        """Rows and vectors of a step's products.
+
+        Vector by vector, so that each right register is loaded anew as early as can be. Where those come in pairs, at
+        the start of a step, row by row: the left ones are then free one after the other all through its second half.
+        """
+        if self.product.paired:
+            return itertools.product(range(self.height), range(self.vectors))
+        return ((row, v) for v in range(self.vectors) for row in range(self.height))
 
     @property
     def _sums(self) -> int:

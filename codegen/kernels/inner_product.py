@@ -194,9 +194,7 @@ def _neon(dtype: str, target: Target, weight: str) -> InnerProduct:
         words, step, group, block = Words(16, sums=True), neon.widened_step(target.arch), 1, (1, 1)
         row = neon.partial_sums
     elif target.arch == "aarch64" and dtype == "float32":
-        # of the cores without sdot Cortex-A53 gains by paired loads; of those with it Cortex-A55 would lose
-        paired = "dotprod" not in known
-        assembly = MultiplyAdd("fmla", "<4 x float>", "4s", "4s", "s", lanes, "s", paired)
+        assembly = MultiplyAdd("fmla", "<4 x float>", "4s", "4s", "s", lanes, "s", paired=True)
     accumulator = ACCUMULATORS[dtype]
     return InnerProduct(dtype, words, accumulator, lanes, parts, step, body, group, block, row, assembly)
 

@@ -55,7 +55,7 @@ def test_analytic_tiles():
     assert (panel_width(AVX2), choose(AVX2, 24).rows, most_rows(AVX2)) == (16, 6, 6)
     assert (panel_width(AVX512), choose(AVX512, 24).rows, most_rows(AVX512)) == (32, 8, 12)
     assert (panel_width(ARMV8), choose(ARMV8, 24).rows, most_rows(ARMV8)) == (8, 9, 8)
-    assert choose(I8MM, 24).rows == 10
+    assert choose(I8MM, 24, inner_product("uint8", I8MM)).rows == 12
     assert (panel_width(ARMV7), choose(ARMV7, 24).rows, most_rows(ARMV7)) == (8, 3, 3)
     # words that are taken apart before they are multiplied need registers
     assert [choose(t, 24, inner_product("bfloat16", t)).rows for t in (AVX2, AVX512)] == [5, 6]
