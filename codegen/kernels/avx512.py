@@ -43,6 +43,19 @@ def exp(x: Expr) -> Expr:
     )
 
 
+def quantize(x: Expr, zero_point: Expr) -> Expr:
+    """saturate(round(x) + zero_point) as uint8, for a whole zero point below 2**24; halves to even, NaN becomes 0."""
+    zero_point = bind(zero_point)
+    low = bind(0.0 - zero_point)
+    x = bind(tirx.Select(x > low, x, low))
+    every, rounding = tirx.const(-1, "int16"), tirx.const(4, "int32")
+    name, number = "llvm.x86.avx512.mask.cvtps2dq.512", f"int32x{LANES}"
+    # beyond int32 it is -2**31, of which the largest code is made
+    whole = T.call_llvm_pure_intrin(number, name, x, tirx.const(0, number), every, rounding)
+    code = tirx.Cast(f"uint32x{LANES}", bind(whole + tirx.Cast(number, zero_point)))
+    return tirx.Cast(f"uint8x{LANES}", tirx.min(code, constant(255, code)))
+
+
 class Gate:
     """``f(x) = x / 2 + g(|x|)`` for a function that goes from 0 on the left to x on the right.
 
@@ -65,8 +78,7 @@ class Gate:
     def __call__(self, x: Expr) -> Expr:
         """f of 16 f32; NaN and infinity are kept."""
         x = bind(x)
-        a = bind(tirx.abs(x))
-        a = bind(tirx.Select(a > LARGEST, constant(LARGEST, x), a))  # 0 times infinity is NaN
+        a = bind(_magnitude(x, LARGEST))  # 0 times infinity is NaN
         last = constant(ROUND + INTERVALS - 1, x)
         shifted = bind(a * self.per_unit + ROUND)
         shifted = bind(tirx.Select(shifted > last, last, shifted))
@@ -83,6 +95,13 @@ class Gate:
         return T.call_llvm_pure_intrin(
             f"float32x{LANES}", "llvm.x86.avx512.vpermi2var.ps.512", low, number, high
         )
+
+
+def _magnitude(x: Expr, bound: float) -> Expr:
+    """min(|x|, bound) of 16 f32; the bound for NaN."""
+    smaller, every, rounding = tirx.const(0b1010, "int32"), tirx.const(-1, "int16"), tirx.const(4, "int32")
+    name, limit = "llvm.x86.avx512.mask.range.ps.512", constant(bound, x)
+    return T.call_llvm_pure_intrin(x.ty.dtype, name, x, limit, smaller, x, every, rounding)
 
 
 def _vector(values: list[float]) -> Expr:

@@ -70,9 +70,45 @@ class Chain:
     steps: tuple[Step, ...] = ()
     outputs: tuple[int, ...] = ()
 
+    def maker(self, value: int | Const, op: str) -> Step | None:
+        """The step that computes a value, where it is this operation."""
+        if isinstance(value, Const) or value < len(self.inputs):
+            return None
+        step = self.steps[value - len(self.inputs)]
+        return step if step.op == op else None
+
     def label(self) -> str:
         """The steps' names for a kernel's symbol, for example ``add_gelu_erf``."""
         return "_".join(step.op for step in self.steps)
+
+
+def split_starts(chain: Chain) -> tuple[tuple[int, ...], Chain]:
+    """What sums of integers may start from: for every accumulator the number of the int32 column that is added to it
+    before all else, and the chain without these additions; none, and the whole chain, where one has no such column.
+
+    Sums of integers are the same in any order, so nothing changes by it.
+    """
+    accumulators = [i for i, value in enumerate(chain.inputs) if value.kind == "accumulator"]
+    columns = {i for i, value in enumerate(chain.inputs) if value == ChainInput("column", "int32")}
+    count, found = len(chain.inputs), {}
+    for number, step in enumerate(chain.steps, count):
+        if step.op == "add" and step.args[0] in accumulators and step.args[1] in columns:
+            found[step.args[0]] = (number, step.args[1])
+    read = [arg for step in chain.steps for arg in step.args] + list(chain.outputs)
+    whole = all(chain.inputs[i].dtype == "int32" and read.count(i) == 1 for i in accumulators)
+    if not whole or len(found) < len(accumulators):
+        return (), chain
+    removed = {number: i for i, (number, _) in found.items()}
+    kept = [number for number in range(count + len(chain.steps)) if number not in removed]
+    moved = {number: at for at, number in enumerate(kept)} | removed
+
+    def renumbered(arg: int | Const) -> int | Const:
+        return arg if isinstance(arg, Const) else moved[arg]
+
+    steps = [chain.steps[number - count] for number in kept[count:]]
+    steps = [Step(step.op, tuple(map(renumbered, step.args)), step.dtype) for step in steps]
+    outputs = tuple(moved[i] for i in chain.outputs)
+    return tuple(found[i][1] for i in accumulators), Chain(chain.inputs, tuple(steps), outputs)
 
 
 PLAIN = Chain((ChainInput("accumulator"),), (), (0,))

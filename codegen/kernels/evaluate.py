@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from tersor.codegen.kernels import avx512, math
-from tersor.codegen.kernels.chain import Chain, Const
+from tersor.codegen.kernels.chain import Chain, Const, Step
 from tersor.targets import Target
 
 Operand = Expr | Const
@@ -26,9 +26,7 @@ def evaluate_chain(chain: Chain, values: list[Expr], target: Target) -> list[Exp
         if step.op == "cast":
             result = math.cast(_materialize(operands[0], "float32", lanes), step.dtype or "float32")
         elif step.op == "saturate":
-            result = math.saturate(
-                math.cast(_materialize(operands[0], "float32", lanes), "float32"), step.dtype
-            )
+            result = _saturate(chain, step, known, lanes, target)
         elif step.op == "pow":
             result = math.power(_materialize(operands[0], "float32", lanes), operands[1])
         else:
@@ -37,11 +35,30 @@ def evaluate_chain(chain: Chain, values: list[Expr], target: Target) -> list[Exp
     return [known[index] for index in chain.outputs]
 
 
+def _saturate(chain: Chain, step: Step, known: list[Expr], lanes: int, target: Target) -> Expr:
+    """Codes; with the rounding and the zero point in front of them, where the target has instructions for all that."""
+
+    def value(arg: int | Const) -> Expr:
+        known_or_constant = arg if isinstance(arg, Const) else known[arg]
+        return math.cast(_materialize(known_or_constant, "float32", lanes), "float32")
+
+    if _speaks_avx512(lanes, target) and step.dtype == "uint8":
+        added = chain.maker(step.args[0], "add")
+        rounded = added and chain.maker(added.args[0], "round")
+        if rounded:
+            return avx512.quantize(value(rounded.args[0]), value(added.args[1]))
+    return math.saturate(value(step.args[0]), step.dtype)
+
+
 def _function(op: str, lanes: int, target: Target) -> Callable[..., Expr]:
     """The function of a step, by the target's own instructions where it has some for it."""
-    if lanes == avx512.LANES and avx512.speaks(target) and op in AVX512:
+    if _speaks_avx512(lanes, target) and op in AVX512:
         return _integer_or_float(AVX512[op])
     return FUNCTIONS[op]
+
+
+def _speaks_avx512(lanes: int, target: Target) -> bool:
+    return lanes == avx512.LANES and avx512.speaks(target)
 
 
 def output_dtypes(chain: Chain) -> tuple[str, ...]:

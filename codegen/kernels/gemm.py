@@ -23,7 +23,7 @@ from tvm.tirx.script.builder import ir as T
 from tersor.codegen.kernels import loops
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
-from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, split_starts
 from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
 from tersor.codegen.kernels.inner_product import (
     ACCUMULATORS,
@@ -170,6 +170,8 @@ class _Builder:
         self.lanes = product.lanes
         self.vectors = gemm.panel // product.lanes
         self.panels = gemm.panels
+        # a column that is added to sums of integers is what they start from; of whole panels it has all vectors
+        self.starts, self.chain = ((), gemm.chain) if gemm.n % gemm.columns else split_starts(gemm.chain)
         self.words = gemm.k // product.factor  # complete ones
         self.tail = gemm.k % product.factor > 0
         if gemm.words is not None:  # rows are filled up with zeros
@@ -343,11 +345,18 @@ class _Builder:
             run(first, words)
 
     def _sums(self, panel: Expr, rows: _Rows) -> RegisterTile:
-        """The accumulators of a tile, with what is owed to signed codes."""
-        start = None
-        if self.product.words.sums:
-            start = lambda r, v: self.w[panel, self.words + self.tail, self._vector(v)]  # noqa: E731
-        return RegisterTile(rows.height, self.vectors, self.product, start)
+        """The accumulators of a tile, with what is owed to signed codes and what the chain adds to them first."""
+        each = self.vectors // self.gemm.weights
+        owed = self.product.words.sums
+
+        def start(r: int, v: int) -> Expr:
+            parts = [self.w[panel, self.words + self.tail, self._vector(v)]] if owed else []
+            if self.starts:
+                _, column = self.others[self.starts[v // each] - self.gemm.weights]
+                parts.append(column[self._vector(v % each, panel * self.gemm.columns)])
+            return sum(parts[1:], parts[0])
+
+        return RegisterTile(rows.height, self.vectors, self.product, start if owed or self.starts else None)
 
     def _rest(self, sums: RegisterTile, panel: Expr, rows: _Rows, first: int) -> None:
         """The words from ``first`` on, and the elements of k behind them that do not fill one."""
@@ -401,7 +410,7 @@ class _Builder:
     def _store(self, sums: RegisterTile, panel: Expr, rows: _Rows, width: int) -> None:
         """``width`` columns of a panel, the last vector masked where they are not whole vectors."""
         # Short chains stay in registers; a loop keeps the code of long ones small, at no cost in time.
-        loop = T.unroll if len(self.gemm.chain.steps) <= SHORT_CHAIN else T.serial
+        loop = T.unroll if len(self.chain.steps) <= SHORT_CHAIN else T.serial
         lanes = self._vector(0)
         for v in range(-(-width // self.lanes)):
             columns = self._vector(v, panel * self.gemm.columns)
@@ -415,7 +424,7 @@ class _Builder:
                 row = rows.at(r)
                 values = [buffer[r, lanes] for buffer in accumulators]
                 values += [self._input(value, buffer, row, columns, mask) for value, buffer in self.others]
-                results = evaluate_chain(self.gemm.chain, values, self.target)
+                results = evaluate_chain(self.chain, values, self.target)
                 for output, result in zip(self.outputs, results, strict=True):
                     loops.store_at(output, [row, columns], cast(result, output.dtype), mask)
 

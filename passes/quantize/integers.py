@@ -31,6 +31,9 @@ class IntegerProducts(Pass):
 
     int8 activations become uint8 first, 128 more, with a zero point 128 more: exactly the same values.
 
+    Factors of columns in front of codes that only such products read become part of the scale, where they are positive:
+             quantize(mul(x, @f), @s, z)  ->  quantize(x, @s / f, z, axis=-1)
+
     A zero point p that is found while the model runs, and zero points q of the weights, are taken off the sums:
              %i = integer_linear(%a, @w.codes) - p (sum(w.codes) - K q) - q integer_linear(%a, @ones)
 
@@ -67,6 +70,9 @@ class IntegerProducts(Pass):
                 continue
             result.change(linear, "sums in int32")
             function.replace(linear, products[function].integer(linear, x, weight))
+        for function in program.functions.values():
+            for node in function.calls("quantize"):
+                _join_factor(function, node, self.name)
         drop_unread(program)
         return result
 
@@ -138,6 +144,28 @@ def _make_unsigned(function: Function, encoding: fx.Node, made_by: str) -> None:
     for user in list(encoding.users):
         user.args = (*user.args[:2], zeros[user] + 128)
     function.replace(encoding, unsigned)
+
+
+def _join_factor(function: Function, encoding: fx.Node, made_by: str) -> None:
+    """``quantize(x * f, s)`` as ``quantize(x, s / f)`` for a stored factor per column, where the scale is not asked for
+    again."""
+    product, scale, *zero = encoding.args
+    step = function.parameter(scale)
+    if step is None or step.ndim or not is_call(product, "mul") or len(product.users) > 1:
+        return
+    if not all(is_call(user, "integer_linear") for user in encoding.users):
+        return
+    for x, factor in (product.args, reversed(product.args)):
+        columns = function.parameter(factor)
+        if columns is None or columns.ndim != 1 or x.meta["value"] != product.meta["value"]:
+            continue
+        steps = (step.double() / columns.double()).float()
+        if steps.isfinite().all() and (steps > 0).all():
+            build = function.builder(before=encoding, made_by=made_by)
+            joined = build.parameter(f"{factor.target}.scale", steps)
+            codes = build.quantize(x, joined, *zero, dtype=encoding.kwargs["dtype"], axis=-1)
+            function.replace(encoding, codes)
+        return
 
 
 def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decoded | None) -> str | None:

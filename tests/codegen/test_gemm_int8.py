@@ -140,6 +140,49 @@ def test_ties_are_rounded_to_even(integer_target):
     np.testing.assert_array_equal(got[0], expected.numpy())
 
 
+@pytest.mark.parametrize("zero_point", [0.0, 11.0, 255.0])
+def test_values_far_outside_the_codes(zero_point, integer_target):
+    """Beyond int32, infinite, or not numbers: the nearest code, or the lowest."""
+    scale = np.float32([0.5, -0.5, 3e9, -3e9, 1e30, -1e30, np.inf, -np.inf, np.nan, *np.linspace(-3, 3, 55)])
+    chain = Chain(
+        (ACCUMULATOR, COLUMN, ChainInput("scalar")),
+        (
+            Step("mul", (0, 1)),
+            Step("round", (3,)),
+            Step("add", (4, 2)),
+            Step("saturate", (5,), "uint8"),
+        ),
+        (6,),
+    )
+    kernel = Gemm((9,), 8, len(scale), chain, panel_width(integer_target), dtype="uint8")
+    a, w = codes(9, 8), np.ones((len(scale), 8), np.int8)
+    given = [a, pack([w], kernel.panel), scale, np.float32(zero_point)]
+    (got,) = run_kernel(kernel, given, integer_target)
+    wide = torch.from_numpy(exact(a, w).astype(np.float32)) * torch.from_numpy(scale)
+    expected = (wide.round() + zero_point).clamp(0, 255).nan_to_num(0.0).to(torch.uint8)
+    np.testing.assert_array_equal(got, expected.numpy())
+
+
+@pytest.mark.parametrize("m", [1, 21])
+def test_two_sums_start_from_columns_of_their_own(m, integer_target):
+    """What is added to them otherwise is not where they start; sums wrap round alike."""
+    steps = (
+        Step("add", (0, 3)),
+        Step("add", (1, 2)),
+        Step("add", (4, 2)),
+        Step("cast", (5,), "float32"),
+        Step("cast", (6,), "float32"),
+    )
+    chain = Chain((ACCUMULATOR, ACCUMULATOR, START, START), steps, (7, 8))
+    kernel = Gemm((m,), 30, 64, chain, panel_width(integer_target), weights=2, dtype="uint8")
+    a, first, second = codes(m, 30), weights(64, 30), weights(64, 30)
+    columns = [RNG.integers(-(2**31), 2**31, 64, dtype=np.int32) for _ in range(2)]
+    got = run_kernel(kernel, [a, pack([first, second], kernel.panel), *columns], integer_target)
+    left, right = exact(a, first) + columns[1], exact(a, second) + columns[0]
+    np.testing.assert_array_equal(got[0], right.astype(np.float32))
+    np.testing.assert_array_equal(got[1], (left + columns[0]).astype(np.float32))
+
+
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_dynamic_scales(symbolic, integer_target):
     """A scale per row times a scale per column, then an f32 residual."""

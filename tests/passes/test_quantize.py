@@ -7,6 +7,7 @@ import torch
 
 from tersor.errors import PipelineError
 from tersor.ir import Program
+from tersor.ir.matching import is_call
 from tersor.passes import Context, Pipeline
 from tersor.passes.calibration import Histogram, MinMax
 from tersor.passes.numerics import outputs, relative_error, small_inputs
@@ -319,6 +320,34 @@ def test_zero_points_are_taken_off_the_sums(points, point):
     assert error(quantized, after) < (2e-4 if point == "static" else 1e-5)
     sums = [n for n in after.main.calls("integer_linear") if n.meta["value"].shape[-1] == 1]
     assert len(sums) == (points is not None), "both layers read the sums of their codes"
+
+
+@pytest.mark.parametrize(
+    ("low", "read_twice", "joins"), [(0.5, False, True), (-0.5, False, False), (0.5, True, False)]
+)
+def test_factors_of_columns_become_part_of_the_scale(low, read_twice, joins):
+    """Positive ones, where the codes are only multiplied."""
+    factor = torch.linspace(low, 2.0, WIDTH)
+
+    def emit(build, x, mask):
+        scaled = build.mul(build.gelu(x), build.parameter("f", factor))
+        step = build.parameter("s", torch.tensor(SCALE))
+        decoded = build.dequantize(build.quantize(scaled, step, float(ZERO), dtype="uint8"), step, ZERO)
+        codes = build.parameter("c", torch.randint(-127, 128, (8, WIDTH), dtype=torch.int8))
+        weight = build.dequantize(codes, build.parameter("ws", torch.linspace(0.01, 0.02, 8)), axis=0)
+        outputs = {"y": build.linear(decoded, weight, site="layer")}
+        return {**outputs, "z": build.relu(decoded)} if read_twice else outputs
+
+    torch.manual_seed(0)
+    quantized = program(emit)
+    after = apply(IntegerProducts(), quantized)
+    (encoding,) = after.main.calls("quantize")
+    if joins:
+        assert is_call(encoding.args[0], "gelu") and encoding.kwargs["axis"] == -1
+        torch.testing.assert_close(after.main.parameter(encoding.args[1]), SCALE / factor)
+    else:
+        assert is_call(encoding.args[0], "mul") and "axis" not in encoding.kwargs
+    assert error(quantized, after) < 1e-3
 
 
 @pytest.mark.parametrize(
