@@ -46,7 +46,7 @@ def capture(
         UnsupportedOpError: the model has operators without a converter; the message lists all of them.
         CaptureError: the model does something that a program cannot.
     """
-    from tersor.frontends.onnx.codes import return_codes
+    from tersor.frontends.onnx.codes import decode_rows, return_codes
     from tersor.frontends.onnx.convert import Conversion
     from tersor.frontends.onnx.dimensions import read_signature
     from tersor.frontends.onnx.reader import read_model
@@ -66,6 +66,7 @@ def capture(
             if after in (None, before):
                 raise
             limits[error.dim] = after  # nobody asked for the range that is too large
+    decode_rows(program.main)
     notes += return_codes(program, list(conversion.encoded.values()))
     for note in notes:
         log.info(note)

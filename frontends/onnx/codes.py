@@ -1,8 +1,9 @@
-"""Weights that a file stores in codes, back in their codes once the program is in canonical form.
+"""Weights and tables that a file stores in codes, back in their codes once the program is in canonical form.
 
 While a program is brought into canonical form, a weight is its decoded values: transposed, cut into query, key and
-value, named after its layer as any other. Afterwards a linear layer whose weight still is, bit for bit, what some codes
-of the file decode to reads these through `dequantize` again.
+value, named after its layer as any other. Afterwards a linear layer or embedding whose weight still is, bit for bit,
+what some codes of the file decode to reads these through `dequantize` again. Rows of a table that are looked up in
+codes and decoded by arithmetic are decoded by `dequantize`, too.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tersor.ir import Program
-from tersor.ir.opset.quantization import dequantize
+from tersor.ir import Function, Program
+from tersor.ir.matching import is_call
+from tersor.ir.opset.quantization import CODES, dequantize
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,11 @@ class Encoded:
         return Encoded(self.name, codes, self.scale, zero, self.axis)
 
 
+def name_of(stored: str) -> str:
+    """The name of a weight, from that of the tensor that holds its codes."""
+    return stored.removesuffix(".codes").removesuffix("_quantized")
+
+
 def decoded_by(
     op: str, operands: Sequence[torch.Tensor], encoded: Encoded | None, name: str
 ) -> Encoded | None:
@@ -93,34 +100,55 @@ def decoded_by(
 
 
 def return_codes(program: Program, encoded: Sequence[Encoded]) -> list[str]:
-    """Linear layers read the codes again that their weights were decoded from; returns a note for each that stays."""
+    """Linear layers and embeddings read the codes again that their weights were decoded from; returns a note for each
+    weight that stays decoded.
+    """
     if not encoded:
         return []
     found: dict[str, _Stored | None] = {}
     returned: set[Encoded] = set()
     for function in program.functions.values():
-        for linear in function.calls("linear"):
-            weight = function.parameter(linear.args[1])
+        for layer in function.calls("linear", "embedding"):
+            weight = function.parameter(layer.args[1])
             if weight is None or weight.dtype != torch.float32:
                 continue
-            name = linear.args[1].target
+            name = layer.args[1].target
             if name not in found:
                 origin, part = next(_origins(encoded, weight), (None, None))
                 found[name] = None if part is None else _store(program, name, part.signed())
                 returned |= {origin} - {None}
             if (stored := found[name]) is not None:
-                build = function.builder(before=linear)
+                build = function.builder(before=layer)
                 codes, *factors = (build.read(parameter) for parameter in stored.parameters)
                 decoded = build.dequantize(codes, *factors, **stored.form)
-                linear.args = (linear.args[0], decoded, *linear.args[2:])
+                layer.args = (layer.args[0], decoded, *layer.args[2:])
     for function in program.functions.values():
         function.erase_dead(*function.graph.find_nodes(op="get_attr"))
     program.drop_unused_parameters()
     return [
-        f"{e.name}: its codes are decoded, as no linear layer has them as its weight"
+        f"{e.name}: its codes are decoded, as no linear layer or embedding has them as its weight"
         for e in encoded
         if e not in returned
     ]
+
+
+def decode_rows(function: Function) -> None:
+    """C[i] * s[i]  ->  dequantize(C[i], s[i]) for rows of codes C and, of each row, one scale s."""
+    for product in function.calls("mul"):
+        for rows, scales in (product.args, product.args[::-1]):
+            if not is_call(rows, "embedding") or not is_call(scales, "embedding"):
+                continue
+            (ids, codes), (same, table) = rows.args, scales.args
+            if (
+                same is ids
+                and codes.meta["value"].dtype in CODES
+                and table.meta["value"].dtype == "float32"
+                and table.meta["value"].shape[1] == 1
+            ):
+                build = function.builder(before=product)
+                function.replace(product, build.dequantize(rows, build.index_select(table, ids, dim=0)))
+                function.erase_dead(scales)
+                break
 
 
 @dataclass(frozen=True)

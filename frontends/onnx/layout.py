@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from tersor.frontends.onnx.codes import name_of
 from tersor.frontends.onnx.reader import dtype_name
 from tersor.frontends.onnx.table import Call, converts, dtype, size, value
 from tersor.frontends.onnx.values import Known, Undecided, known_sizes, sign
@@ -15,6 +17,7 @@ from tersor.ir.canonicalize.affine import lower_bound
 from tersor.ir.canonicalize.indices import TableTooShort
 from tersor.ir.dims import Shape, product
 from tersor.ir.matching import is_call
+from tersor.ir.opset.quantization import CODES
 from tersor.ir.opset.rules import broadcast
 
 _FAR = 1 << 31  # ends of slices from here on mean "to the end"
@@ -233,8 +236,10 @@ def _position(c: Call, index: int | Dim, total: int | Dim) -> int | Dim:
 
 @converts("Gather")
 def _gather(c: Call) -> fx.Node:
-    x = c.node(0)
-    axis = c.axis(c.attribute("axis", 0), len(size(x)))
+    stored = c.require(0)
+    axis = c.axis(c.attribute("axis", 0), len(size(stored)))
+    coded = axis == 0 and isinstance(stored, Known) and bool(stored.name) and stored.dtype in CODES
+    x = c.as_node(replace(stored, name=f"{name_of(stored.name)}.codes") if coded else stored)
     index = c.known(1)
     if index is not None and index.is_number:
         at = index.number()
@@ -242,7 +247,7 @@ def _gather(c: Call) -> fx.Node:
         part = c.slice(x, axis, at, at + 1)
         return c.reshape(part, (*size(x)[:axis], *index.shape, *size(x)[axis + 1 :]))
     positions = non_negative(c, c.require(1), size(x)[axis])
-    if axis == 0 and len(size(x)) == 2 and value(x).is_float:
+    if axis == 0 and len(size(x)) == 2 and (value(x).is_float or coded):
         return c.build.embedding(positions, x)
     return c.build.index_select(x, positions, dim=axis)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tersor.frontends.onnx.codes import Encoded
+from tersor.frontends.onnx.codes import Encoded, name_of
 from tersor.frontends.onnx.elementwise import WHOLE
 from tersor.frontends.onnx.reader import dtype_name
 from tersor.frontends.onnx.table import MICROSOFT, Call, converts, dtype, size
@@ -75,7 +75,7 @@ def _decoded_now(x: Known, scale: torch.Tensor, zero: torch.Tensor | None, axis:
     if zero is not None:
         centred = centred - _along(shape, zero, axis, block).float()
     values, encoded = (centred * spread).to(scale.dtype), None
-    name = x.name.removesuffix(".codes").removesuffix("_quantized")
+    name = name_of(x.name)
     if x.name and len(shape) == 2 and not block and x.dtype in CODES and scale.dtype == torch.float32:
         factors = [
             None if f is None else f.float().reshape(() if f.numel() == 1 else -1) for f in (scale, zero)

@@ -63,9 +63,9 @@ def _site(node: fx.Node, single: bool, leaf: bool) -> str:
 
 
 def _owner(node: fx.Node) -> str | None:
-    """Where the node's weight lives: its name without "weight"."""
+    """Where the node's weight lives: its name without "weight", which may be in codes."""
     index = _WEIGHT.get(node.target.name)
     weight = node.args[index] if index is not None and len(node.args) > index else None
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
-    return weight.target.removesuffix("weight").rstrip("._") or None
+    return weight.target.removesuffix(".codes").removesuffix("weight").rstrip("._") or None

@@ -89,11 +89,9 @@ class IntegerProducts(Pass):
                 continue
             build = function.builder(before=embedding, made_by=self.name)
             ids = embedding.args[0]
-            factors = [
-                _of_rows(build, ids, factor, columns) if _is_per_row(factor, table) else factor
-                for factor in (table.scale, table.zero)
-                if factor is not None
-            ]
+            zero = number(function, table.zero)
+            factors = [table.scale, *([table.zero if zero is None else zero] if zero != 0 else [])]
+            factors = [_of_rows(build, ids, f, columns) if _is_per_row(f, table) else f for f in factors]
             result.change(embedding, "rows are looked up in codes")
             rows = build.emit("embedding", ids, table.codes, site=embedding.meta.pop("site", None))
             form = {"group": table.group} if table.group else {"axis": -1} if (table.axis or 0) % 2 else {}
