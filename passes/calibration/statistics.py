@@ -7,6 +7,7 @@ wanted; the sweep fills a fresh one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Self
 
@@ -60,12 +61,11 @@ class Statistic(ABC):
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: torch.as_tensor(t) for name, t in tensors.items() if t is not None}
 
-    def restored(self, state: dict[str, torch.Tensor]) -> Self:
-        """A statistic that asks for the same, with these figures."""
-        made = self.fresh()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> Self:
+        """Takes figures as `state` gave them in place of its own; returns itself."""
         for name, tensor in state.items():
-            setattr(made, name, tensor if tensor.ndim else tensor.item())
-        return made
+            setattr(self, name, tensor if tensor.ndim else tensor.item())
+        return self
 
 
 @dataclass(eq=False)

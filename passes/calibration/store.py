@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from tersor.passes.calibration.statistics import Statistic
 from tersor.passes.context import Context
 
 Tensors = dict[str, torch.Tensor]
+
+PAUSE = 20.0
+"""Seconds after which what a sweep has gathered is kept; as many are lost by a kill."""
+
+COST = 0.05
+"""Up to this part of its time a sweep writes."""
 
 
 class _Files:
@@ -61,6 +68,11 @@ class _Files:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
+    def drop(self, key: str) -> None:
+        """Takes out what was kept under the key."""
+        with contextlib.suppress(OSError):
+            self._path(key).unlink(missing_ok=True)
+
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
@@ -78,20 +90,50 @@ class StatisticsStore:
     """
 
     def __init__(self, folder: str | Path, data: str, seed: int):
-        self._files, self._data, self._seed = _Files(folder, "statistics"), data, seed
+        self._files, self._unfinished = _Files(folder, "statistics"), _Files(folder, "unfinished")
+        self._data, self._seed = data, seed
 
     def load(self, value: str, wanted: Statistic, split: str) -> Statistic | None:
         """The statistic of the value with this digest; None when there is none, or a damaged one."""
         if (found := self._files.load(self._key(value, wanted, split))) is None:
             return None
-        return wanted.restored(found[0])
+        return wanted.fresh().restore(found[0])
 
     def store(self, value: str, statistic: Statistic, split: str) -> None:
         """Keeps a statistic of the value with this digest."""
         self._files.store(self._key(value, statistic, split), statistic.state())
 
+    def sweep(self, wanted: Iterable[tuple[str, Statistic]], split: str) -> Unfinished:
+        """What a sweep that gathers these statistics, of values with these digests, has got so far."""
+        keys = [self._key(value, statistic, split) for value, statistic in wanted]
+        return Unfinished(self._unfinished, json.dumps(keys))
+
     def _key(self, value: str, statistic: Statistic, split: str) -> str:
         return f"{value} {statistic.key} {split} {self._data} {self._seed} {source_digest(Pass)}"
+
+
+class Unfinished:
+    """A sweep in the middle, on disk from time to time, so that a killed one does not begin anew."""
+
+    def __init__(self, files: _Files, key: str):
+        self._files, self._key = files, key
+        self._kept, self._took = time.monotonic(), 0.0
+
+    def load(self) -> tuple[Tensors, int] | None:
+        """What was gathered, and from how many batches; None when there is nothing."""
+        return self._files.load(self._key)
+
+    def keep(self, state: Callable[[], Tensors], batches: int) -> None:
+        """Keeps what was gathered from so many batches, where it is time to."""
+        now = time.monotonic()
+        if now - self._kept >= max(PAUSE, self._took / COST):
+            self._files.store(self._key, state(), batches)
+            self._kept = time.monotonic()
+            self._took = self._kept - now
+
+    def drop(self) -> None:
+        """Forgets it, once its results are kept."""
+        self._files.drop(self._key)
 
 
 class Pieces:

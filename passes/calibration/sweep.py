@@ -14,11 +14,11 @@ from torch import fx
 
 from tersor.errors import InputError, TersorError
 from tersor.ir import Function, Program, run
-from tersor.passes.calibration.batches import Batch, Dataset
+from tersor.passes.calibration.batches import Batches, Dataset
 from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.requests import Request, Split, Statistics
 from tersor.passes.calibration.statistics import Statistic
-from tersor.passes.calibration.store import StatisticsStore
+from tersor.passes.calibration.store import StatisticsStore, Tensors, Unfinished
 from tersor.passes.sites import in_words
 
 Wanted = Mapping[fx.Node, list[Statistic]]
@@ -68,13 +68,17 @@ def calibrate(
     total = sum(len(_batches(dataset, split)) for split, nodes in wanted.items() if nodes)
     with progress(title, total) as advance:
         for split, nodes in wanted.items():
-            if nodes:
-                _sweep(program.main, nodes, _batches(dataset, split), seed, advance)
-    if store is not None:
-        for split, nodes in wanted.items():
-            for node, statistics in nodes.items():
-                for statistic in statistics:
-                    store.store(digests[node], statistic, split)
+            if not nodes:
+                continue
+            gather, data, unfinished = Gatherer(nodes, seed), _batches(dataset, split), None
+            if store is not None:
+                gathered = [(digests[node], s) for node, statistics in nodes.items() for s in statistics]
+                unfinished = store.sweep(gathered, split)
+            _sweep(program.main, gather, data, unfinished, advance)
+            if store is not None:
+                for digest, statistic in gathered:
+                    store.store(digest, statistic, split)
+                unfinished.drop()
     found = {}
     for request, (_, node) in values.items():
         answer = answers.get((node, request.what, request.split))
@@ -82,18 +86,28 @@ def calibrate(
     return Statistics(found)
 
 
-def _batches(dataset: Dataset, split: Split) -> Iterable[Batch]:
+def _batches(dataset: Dataset, split: Split) -> Batches:
     return dataset.fit if split == "fit" else dataset.held_out
 
 
-def _sweep(function: Function, wanted: Wanted, batches: Iterable[Batch], seed: int, advance) -> None:
-    padding, gather = Padding(function), Gatherer(wanted, seed)
-    for index, batch in enumerate(batches):
+def _sweep(
+    function: Function, gather: Gatherer, batches: Batches, unfinished: Unfinished | None, advance
+) -> None:
+    padding, done = Padding(function), 0
+    if unfinished is not None and (found := unfinished.load()) is not None:
+        state, done = found
+        gather.restore(state)
+    for _ in range(done):
+        advance()
+    for index in range(done, len(batches)):
+        batch = batches[index]
         tokens = padding.of(batch.inputs, batch.mask)
         for node in function.input_nodes:
             gather(node, batch.inputs[node.target], tokens, index)
         with running(index):
             run(function, batch.inputs, observe=gather.observer(tokens, index))
+        if unfinished is not None:
+            unfinished.keep(gather.state, index + 1)
         advance()
 
 
@@ -135,12 +149,24 @@ class Gatherer:
 
     def __init__(self, wanted: Wanted, seed: int):
         self._wanted = wanted
+        self._statistics = [statistic for statistics in wanted.values() for statistic in statistics]
         # one seed for all: values laid out alike are sampled at the same rows
-        self._generators = {
-            id(statistic): torch.Generator().manual_seed(seed)
-            for statistics in wanted.values()
-            for statistic in statistics
-        }
+        self._generators = {id(s): torch.Generator().manual_seed(seed) for s in self._statistics}
+
+    def state(self) -> Tensors:
+        """All that it has gathered, and where its random numbers stand."""
+        tensors = {}
+        for i, statistic in enumerate(self._statistics):
+            tensors[f"random.{i}"] = self._generators[id(statistic)].get_state()
+            tensors |= {f"{i}.{name}": tensor for name, tensor in statistic.state().items()}
+        return tensors
+
+    def restore(self, state: Tensors) -> None:
+        """Goes on from the `state` of one that gathered the same."""
+        for i, statistic in enumerate(self._statistics):
+            self._generators[id(statistic)].set_state(state[f"random.{i}"])
+            own = {name.removeprefix(f"{i}."): t for name, t in state.items() if name.startswith(f"{i}.")}
+            statistic.restore(own)
 
     def observer(self, tokens: Tokens, index: int):
         """What the interpreter calls with each result of batch ``index``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tersor.passes.quantize.grid import Grid
@@ -106,32 +107,32 @@ def round_with_feedback(
 
     Source: Frantar et al. 2023 (GPTQ), algorithm 1.
     """
-    order, factor = curvature.order, curvature.factor
-    count, moving = len(order), group is not None and not static_groups
+    count, moving = len(curvature.order), group is not None and not static_groups
     scale = fit(weight, group)
-    left = weight.double().T[order].contiguous()  # [K, N]: a column of the weight is a row of it
-    codes = torch.empty(left.shape, dtype=torch.int8)
-    for start, end in _spans(count, block, group if moving else None):
-        errors = torch.empty_like(left[start:end])
+    # numpy, as calling torch for each of some thousand columns takes longer than the arithmetic
+    order, factor, steps = curvature.order.numpy(), curvature.factor.numpy(), scale.numpy()
+    left = (
+        weight.double().T[curvature.order].contiguous().numpy()
+    )  # [K, N]: a column of the weight is a row of it
+    codes = np.empty(left.shape, np.int8)
+    for start, end in _spans(count, block, group if moving else count):
+        if moving and start % group == 0:
+            due = torch.from_numpy(left[start : start + group])
+            scale[:, start // group] = fit(due.T.float(), None)
+        errors = np.empty_like(left[start:end])
         for i in range(start, end):
-            if moving and i % group == 0:
-                scale[:, i // group] = fit(left[i : i + group].T.float(), None)
-            step = scale if group is None else scale[:, int(order[i]) // group]
-            rounded = grid.codes(left[i].float(), step)
-            codes[i] = rounded.to(torch.int8)
-            error = errors[i - start] = (left[i] - rounded.double() * step) / factor[i, i]
-            left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    stored = torch.empty_like(codes)
+            column = left[i] - factor[start:i, i] @ errors[: i - start]
+            step = steps if group is None else steps[:, order[i] // group]
+            codes[i] = rounded = grid.codes(column.astype(np.float32), step)
+            errors[i - start] = (column - rounded.astype(np.float64) * step) / factor[i, i]
+        left[end:] -= factor[start:end, end:].T @ errors
+    stored = np.empty_like(codes)
     stored[order] = codes
-    return Coded(stored.T.contiguous(), scale)
+    return Coded(torch.from_numpy(stored.T.copy()), scale)
 
 
-def _spans(count: int, block: int, group: int | None) -> Iterator[tuple[int, int]]:
-    """Blocks of columns: whole groups in a block or whole blocks in a group, so that groups are up to date when due."""
-    if group is None or group <= block:
-        size = block if group is None else block // group * group
-        yield from ((start, min(start + size, count)) for start in range(0, count, size))
-        return
+def _spans(count: int, block: int, group: int) -> Iterator[tuple[int, int]]:
+    """Blocks of columns, none in two groups: the columns of a group are up to date when its scale is due."""
     for first in range(0, count, group):
-        yield from ((i, min(i + block, first + group)) for i in range(first, first + group, block))
+        end = min(first + group, count)
+        yield from ((start, min(start + block, end)) for start in range(first, end, block))

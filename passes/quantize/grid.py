@@ -7,8 +7,12 @@ Rounding is to the nearest code, halves to even, as `tersor.ir.opset.quantizatio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
+
+Numbers = TypeVar("Numbers", torch.Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,9 @@ class Grid:
             values = values.unflatten(-1, (-1, group))
         return self.fit(values.amin(-1), values.amax(-1))
 
-    def codes(
-        self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float = 0.0
-    ) -> torch.Tensor:
+    def codes(self, values: Numbers, scale: Numbers, zero: Numbers | float = 0.0) -> Numbers:
         """The nearest codes, as whole floats; ``scale`` and ``zero`` broadcast."""
-        return (torch.round(values * (1 / scale)) + zero).clamp(self.low, self.high)
+        return ((values * (1 / scale)).round() + zero).clip(self.low, self.high)
 
     def round_trip(
         self, values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float = 0.0

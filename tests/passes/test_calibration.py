@@ -21,6 +21,8 @@ from tersor.passes.calibration import (
     Samples,
     calibrate,
     sequential,
+    store,
+    sweep,
 )
 from tests.ir import stateful
 from tests.passes.programs import Transformer, Weights, program
@@ -376,7 +378,7 @@ def test_samples_of_a_layer_s_input_and_output_are_of_the_same_tokens():
 def test_statistics_are_saved_whole(rows):
     for statistic in (MinMax(), Moments(), Histogram(512), Gram(), Samples(20)):
         filled = gathered(statistic, rows)
-        again = statistic.fresh().restored(filled.state())
+        again = statistic.fresh().restore(filled.state())
         assert again == statistic and again.count == filled.count == 1000
         assert all(torch.equal(tensor, again.state()[name]) for name, tensor in filled.state().items())
 
@@ -386,8 +388,6 @@ def test_statistics_are_saved_whole(rows):
 
 def counting(monkeypatch) -> list[int]:
     """Counts the batches that are run."""
-    from tersor.passes.calibration import sweep
-
     runs = []
     monkeypatch.setattr(sweep, "run", lambda *a, **k: runs.append(1) or run(*a, **k))
     return runs
@@ -427,6 +427,73 @@ def test_results_are_kept_by_value_and_data(monkeypatch, tmp_path):
         file.write_bytes(b"damaged")
     calibrate(made, [early], data, cache=tmp_path)
     assert len(runs) == 17
+
+
+def keep_after_every_batch(monkeypatch) -> None:
+    monkeypatch.setattr(store, "PAUSE", 0.0)
+    monkeypatch.setattr(store, "COST", float("inf"))
+
+
+@pytest.mark.parametrize("killed_at", [2, 5])  # while it gathers what to fit to, and what to judge by
+def test_a_killed_sweep_goes_on_with_the_next_batch(killed_at, monkeypatch, tmp_path):
+    made, runs = Transformer(layers=2).build(), counting(monkeypatch)
+    data = dataset(made, batches(6, length=20), held_out=0.34)
+    forms = (MinMax(), Moments(), Histogram(64), Gram(), Samples(30))
+    asked = [
+        Request(f"block.{i}.ffn.up", what, split=split)
+        for i in range(2)
+        for what in forms
+        for split in ("fit", "held_out")
+    ]
+    whole, counted = calibrate(made, asked, data), sweep.run
+    assert len(runs) == 6
+    keep_after_every_batch(monkeypatch)
+
+    def killed(*args, **options):
+        if len(runs) == killed_at:
+            raise KeyboardInterrupt
+        return counted(*args, **options)
+
+    runs.clear()
+    monkeypatch.setattr(sweep, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(made, asked, data, cache=tmp_path)
+    monkeypatch.setattr(sweep, "run", counted)
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1
+    runs.clear()
+    resumed = calibrate(made, asked, data, cache=tmp_path)
+    assert len(runs) == 6 - killed_at and not list((tmp_path / "unfinished").iterdir())
+    for request in asked:
+        state, expected = resumed.get(request).state(), whole.get(request).state()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_what_a_sweep_left_serves_the_same_sweep_only(monkeypatch, tmp_path):
+    made, runs = Transformer(layers=1).build(), counting(monkeypatch)
+    keep_after_every_batch(monkeypatch)
+    monkeypatch.setattr(store.Unfinished, "drop", lambda self: None)
+    request = Request("block.0.ffn.up", Samples(4))
+    data = dataset(made, batches(5))
+
+    def count(*asked, **options) -> int:
+        for file in (tmp_path / "statistics").glob("*"):
+            file.unlink()
+        runs.clear()
+        calibrate(made, asked, options.pop("data", data), cache=tmp_path, **options)
+        return len(runs)
+
+    assert count(request) == 4 and count(request) == 0
+    assert count(request, seed=1) == 4
+    assert count(request, Request("block.0.ffn.up", MinMax())) == 4
+    assert count(Request("block.0.ffn.down", Samples(4))) == 4
+    assert count(request, data=dataset(made, batches(4))) == 3
+    for file in (tmp_path / "unfinished").iterdir():
+        file.write_bytes(file.read_bytes()[:-7])
+    assert count(request) == 4
+    monkeypatch.setattr(store, "PAUSE", 1e9)
+    assert count(Request("block.0.ffn.up", Samples(5))) == 4
+    assert count(Request("block.0.ffn.up", Samples(5))) == 4, "nothing is written before its time"
 
 
 def test_a_value_that_no_data_reaches_has_no_statistics():
