@@ -21,6 +21,7 @@ from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.evaluate import evaluate_chain
 from tersor.codegen.kernels.inner_product import inner_product
 from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
+from tersor.codegen.kernels.reduction import WIDTH, plus, reduce
 from tersor.codegen.kernels.register_tile import RegisterTile
 from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, most_rows
 from tersor.ir.dims import Dim, Shape
@@ -369,7 +370,7 @@ class _Builder:
             end = math.bind(tirx.max(tirx.min(first + (rows + self.offset), self.kv_len), 0))
         if spec.window is not None:
             lowest = first + (self.offset - spec.window + 1)
-            begin = math.bind(tirx.min(tirx.max(lowest, 0), end) // lanes * lanes)
+            begin = math.bind(tirx.min(tirx.max(lowest, 0), end) // WIDTH * WIDTH)
         blocks = math.bind(_ceil_div(end, lanes))
         first_block = math.bind(begin // lanes)
         for r in range(rows):
@@ -467,20 +468,20 @@ class _Builder:
         with T.serial(rows) as r:
             highest = math.horizontal(tirx.max, self.maxima[r, self.ramp])
             highest = math.bind(math.broadcast(highest, lanes))
-            total = T.alloc_buffer((lanes,))
-            T.buffer_store(total, tirx.const(0.0, f"float32x{lanes}"), [self.ramp])
-            with T.serial(end - begin) as i:
-                at = T.ramp((begin + i) * lanes, 1, lanes)
-                weight = math.bind(self.exp(self.scores[r, at] - highest))
+
+            def weight(offset: loops.Extent, where: None) -> Expr:
+                at = begin * lanes + offset
+                value = math.bind(self.exp(self.scores[r, T.ramp(at, 1, lanes)] - highest))
                 if self.narrow:
-                    count = lanes // self.product.factor
+                    factor = self.product.factor
                     T.buffer_store(
-                        self.weights, bf16.words(weight), [r, T.ramp((begin + i) * count, 1, count)]
+                        self.weights, bf16.words(value), [r, T.ramp(at // factor, 1, lanes // factor)]
                     )
                 else:
-                    T.buffer_store(self.weights, weight, [r, at])
-                T.buffer_store(total, total[self.ramp] + weight, [self.ramp])
-            total = math.horizontal(lambda a, b: a + b, total[self.ramp])
+                    T.buffer_store(self.weights, value, [r, T.ramp(at, 1, lanes)])
+                return value
+
+            total = reduce(end - begin, 0, lanes, weight, plus, tirx.const(0.0, "float32"))
             inverse = tirx.Select(total > 0.0, 1.0 / total, tirx.const(0.0, "float32"))
             T.buffer_store(self.inverses, inverse, [r])
 

@@ -96,10 +96,7 @@ def when_large(work: Extent, threshold: float, large: Callable[[], None], small:
 
 def vectors(extent: Extent, lanes: int, body: Callable[[Expr | int, Expr | None], None]) -> None:
     """``body(offset, mask)`` for every vector of a row; the mask is None but for the last, incomplete one."""
-    if isinstance(extent, int):
-        full, rest = divmod(extent, lanes)
-    else:
-        full, rest = tirx.floordiv(extent, lanes), tirx.floormod(extent, lanes)
+    full, rest = split(extent, lanes)
     if not isinstance(full, int) or full:
         with T.serial(full) as i:
             body(i * lanes, None)
@@ -110,6 +107,13 @@ def vectors(extent: Extent, lanes: int, body: Callable[[Expr | int, Expr | None]
     with T.If(rest > 0):
         with T.Then():
             body(full * lanes, mask(rest, lanes))
+
+
+def split(extent: Extent, lanes: int) -> tuple[Extent, Extent]:
+    """Whole vectors of a row, and what is left behind them."""
+    if isinstance(extent, int):
+        return divmod(extent, lanes)
+    return tirx.floordiv(extent, lanes), tirx.floormod(extent, lanes)
 
 
 def mask(count: Extent, lanes: int) -> Expr:

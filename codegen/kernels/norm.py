@@ -17,16 +17,20 @@ from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
 from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
 from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
+from tersor.codegen.kernels.reduction import Lanes, plus, reduce
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
 
 IDENTITY = Chain((ChainInput("full"),), (), (0,))
 
-SUMS = 4
-"""Independent partial sums of a row, to hide the latency of an addition."""
+SUMS = 32
+"""Partial sums of a row, in several vectors to hide the latency of an addition."""
 
-Lanes = Callable[[loops.Extent, Expr | None], Expr]
-"""A vector of a row's values at an offset; lanes outside the mask are arbitrary."""
+ROWS = 4
+"""Rows that are normalised together: the next ones are summed up while the sum of one comes together."""
+
+RowLanes = Callable[[Expr], Lanes]
+"""`Lanes` of a row, arbitrary outside the mask."""
 
 
 @dataclass(frozen=True)
@@ -78,56 +82,84 @@ class _Norm(ABC):
             outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(self.outputs())]
             inputs, outputs = [loops.flat(b) for b in inputs], [loops.flat(b) for b in outputs]
             count = arguments.size(self.lead)
-            loops.rows(count, count * self.size, lambda row: self._row(row, inputs, outputs, target))
+            height = min(ROWS, count) if isinstance(count, int) else ROWS
+
+            def block(index: Expr) -> None:
+                self._rows(index * height, height, count, inputs, outputs, target)
+
+            loops.rows(-(-count // height), count * self.size, block)
         return builder.get()
 
-    def _row(self, row: Expr, inputs: list, outputs: list, target: Target) -> None:
-        lanes = target.lanes("float32")
-        start = row * self.size
-        count, rest = len(self.chain.inputs), inputs[len(self.chain.inputs) :]
+    def _rows(
+        self,
+        first: Expr,
+        height: int,
+        count: loops.Extent,
+        inputs: list[tirx.Buffer],
+        outputs: list[tirx.Buffer],
+        target: Target,
+    ) -> None:
+        """Up to ``height`` rows from the first one on, of ``count`` in all; one pass after the other over all of them,
+        as each waits for what came of the one before it."""
+        lanes, size = target.lanes("float32"), self.size
+        inner, rest = inputs[: len(self.chain.inputs)], inputs[len(self.chain.inputs) :]
         weight = rest.pop(0) if self.weight else None
         bias = rest.pop(0) if self.bias else None
         written = outputs[:-1] if self.keep_input else outputs
+        stride = size
         if self.keep_input:
-            source, at = outputs[-1], start
+            source, base = outputs[-1], first * size
         elif self.chain == IDENTITY:
-            source, at = inputs[0], start
+            source, base = inputs[0], first * size
         else:
-            source, at = T.alloc_buffer((-(-self.size // lanes) * lanes,)), 0
+            stride, base = -(-size // lanes) * lanes, 0
+            source = T.alloc_buffer((height * stride,))
+        exact = isinstance(count, int) and count % height == 0
+        rows = height if exact else tirx.min(height, count - first)
 
-        def value(offset: loops.Extent, where: Expr | None) -> Expr:
-            """The chain's value, computed and kept for the later passes."""
-            if source is inputs[0]:
-                return loops.load(source, start + offset, lanes, where)
-            values = operands(self.chain.inputs, inputs[:count], row, self.size, offset, lanes, where)
-            (result,) = evaluate_chain(self.chain, values, target)
-            loops.store(source, at + offset, result, lanes, where)
-            return result
+        def value(r: Expr) -> Lanes:
+            """The chain's values, computed and kept for the later passes."""
 
-        def kept(offset: loops.Extent, where: Expr | None) -> Expr:
-            return loops.load(source, at + offset, lanes, where)
+            def lane(offset: loops.Extent, where: Expr | None) -> Expr:
+                if source is inputs[0]:
+                    return loops.load(source, base + r * stride + offset, lanes, where)
+                values = operands(self.chain.inputs, inner, first + r, size, offset, lanes, where)
+                (result,) = evaluate_chain(self.chain, values, target)
+                loops.store(source, base + r * stride + offset, result, lanes, where)
+                return result
 
-        center, scale = self._statistics(value, kept, lanes)
-        results = RowResults(self.size, lanes, written, row, self.quantized)
+            return lane
 
-        def finish(offset: loops.Extent, where: Expr | None) -> None:
-            x = kept(offset, where)
-            x = (x if center is None else x - center) * scale
-            if weight is not None:
-                x = x * loops.load(weight, offset, lanes, where)
-            if bias is not None:
-                x = x + loops.load(bias, offset, lanes, where)
-            values = [x, *operands(self.epilogue.inputs[1:], rest, row, self.size, offset, lanes, where)]
-            results.put(offset, evaluate_chain(self.epilogue, values, target), where)
+        def kept(r: Expr) -> Lanes:
+            return lambda offset, where: loops.load(source, base + r * stride + offset, lanes, where)
 
-        loops.vectors(self.size, lanes, finish)
-        results.finish()
+        center, scale = self._statistics(rows, height, value, kept, lanes)
+        with T.serial(rows) as r:
+            x, row = kept(r), first + r
+            middle = None if center is None else math.bind(math.broadcast(center[r], lanes))
+            factor = math.bind(math.broadcast(scale[r], lanes))
+            results = RowResults(size, lanes, written, row, self.quantized)
+
+            def finish(offset: loops.Extent, where: Expr | None) -> None:
+                y = x(offset, where)
+                y = (y if middle is None else y - middle) * factor
+                if weight is not None:
+                    y = y * loops.load(weight, offset, lanes, where)
+                if bias is not None:
+                    y = y + loops.load(bias, offset, lanes, where)
+                values = [y, *operands(self.epilogue.inputs[1:], rest, row, size, offset, lanes, where)]
+                results.put(offset, evaluate_chain(self.epilogue, values, target), where)
+
+            loops.vectors(size, lanes, finish)
+            results.finish()
 
     @abstractmethod
-    def _statistics(self, value: Lanes, kept: Lanes, lanes: int) -> tuple[Expr | None, Expr]:
-        """The row's centre (None: zero) and the factor that brings it to unit scale, as vectors.
+    def _statistics(
+        self, rows: loops.Extent, height: int, value: RowLanes, kept: RowLanes, lanes: int
+    ) -> tuple[tirx.Buffer | None, tirx.Buffer]:
+        """The centres of ``rows <= height`` rows (None: zero) and the factors that bring them to unit scale.
 
-        ``value`` must be called for the whole row before ``kept``, which reads back what it computed.
+        ``value(r)`` must be called for the whole of a row before ``kept(r)``, which reads back what it computed.
         """
 
 
@@ -149,14 +181,17 @@ class LayerNorm(_Norm):
 
     label: ClassVar[str] = "layer_norm"
 
-    def _statistics(self, value: Lanes, kept: Lanes, lanes: int) -> tuple[Expr, Expr]:
-        mean = math.bind(math.broadcast(_row_sum(self.size, lanes, value) * (1 / self.size), lanes))
-
-        def squared(offset: loops.Extent, where: Expr | None) -> Expr:
-            centred = math.bind(kept(offset, where) - mean)
-            return centred * centred
-
-        return mean, _inverse_root(_row_sum(self.size, lanes, squared) * (1 / self.size) + self.eps, lanes)
+    def _statistics(
+        self, rows: loops.Extent, height: int, value: RowLanes, kept: RowLanes, lanes: int
+    ) -> tuple[tirx.Buffer, tirx.Buffer]:
+        means, factors = _numbers(height), _numbers(height)
+        with T.serial(rows) as r:
+            T.buffer_store(means, _mean(self.size, lanes, value(r)), [r])
+        with T.serial(rows) as r:
+            x, mean = kept(r), math.bind(math.broadcast(means[r], lanes))
+            variance = _mean_square(self.size, lanes, lambda offset, where: x(offset, where) - mean)
+            T.buffer_store(factors, 1.0 / tirx.sqrt(variance + self.eps), [r])
+        return means, factors
 
 
 @dataclass(frozen=True)
@@ -165,12 +200,13 @@ class RMSNorm(_Norm):
 
     label: ClassVar[str] = "rms_norm"
 
-    def _statistics(self, value: Lanes, kept: Lanes, lanes: int) -> tuple[None, Expr]:
-        def squared(offset: loops.Extent, where: Expr | None) -> Expr:
-            x = math.bind(value(offset, where))
-            return x * x
-
-        return None, _inverse_root(_row_sum(self.size, lanes, squared) * (1 / self.size) + self.eps, lanes)
+    def _statistics(
+        self, rows: loops.Extent, height: int, value: RowLanes, kept: RowLanes, lanes: int
+    ) -> tuple[None, tirx.Buffer]:
+        factors = _numbers(height)
+        with T.serial(rows) as r:
+            T.buffer_store(factors, 1.0 / tirx.sqrt(_mean_square(self.size, lanes, value(r)) + self.eps), [r])
+        return None, factors
 
 
 @dataclass(frozen=True)
@@ -228,7 +264,7 @@ class Reduce:
             def vector(at: loops.Extent, where: Expr | None) -> None:
                 total = self._accumulator(lanes)
                 with T.serial(product(inner)) as step:
-                    self._accumulate(total, loops.load(source, start(row, step) + at, lanes, where), None)
+                    self._accumulate(total, loops.load(source, start(row, step) + at, lanes, where))
                 loops.store(
                     result, row * last + at, self._finished(total[T.ramp(0, 1, lanes)], inner), lanes, where
                 )
@@ -236,18 +272,22 @@ class Reduce:
             loops.vectors(last, lanes, vector)
 
         def line(row: Expr) -> None:
-            total = self._accumulator(lanes)
+            neutral = tirx.const(self._identity(), self._stored())
+            total = self._accumulator(1)
             with T.serial(product(inner)) as step:
                 begin = start(row, step)
-                loops.vectors(
-                    last,
-                    lanes,
-                    lambda at, where: self._accumulate(
-                        total, loops.load(source, begin + at, lanes, where), where
-                    ),
-                )
-            value = math.horizontal(self._combine, total[T.ramp(0, 1, lanes)])
-            T.buffer_store(result, self._finished(value, [*inner, last]), [row])
+
+                def value(at: loops.Extent, where: Expr | None) -> Expr:
+                    loaded = loops.load(source, begin + at, lanes, where)
+                    return (
+                        loaded
+                        if where is None
+                        else tirx.Select(where, loaded, math.broadcast(neutral, lanes))
+                    )
+
+                found = reduce(*loops.split(last, lanes), lanes, value, self._combine, neutral)
+                self._accumulate(total, found)
+            T.buffer_store(result, self._finished(total[0], [*inner, last]), [row])
 
         loops.rows(product(outer), product(extents), column if last_kept else line)
 
@@ -265,14 +305,13 @@ class Reduce:
         return largest if self.op == "min" else 0 if self.dtype == "bool" else -largest
 
     def _accumulator(self, lanes: int) -> tirx.Buffer:
-        total = T.alloc_buffer((lanes,), self._stored())
-        loops.store(total, 0, tirx.const(self._identity(), self._stored()), lanes)
+        total = T.alloc_buffer((lanes,), self._stored(), scope="global")
+        start = tirx.const(self._identity(), self._stored())
+        T.buffer_store(total, math.broadcast(start, lanes), [_whole(total)])
         return total
 
-    def _accumulate(self, total: tirx.Buffer, value: Expr, where: Expr | None) -> None:
-        at = T.ramp(0, 1, total.shape[0])
-        if where is not None:
-            value = tirx.Select(where, value, math.constant(self._identity(), value))
+    def _accumulate(self, total: tirx.Buffer, value: Expr) -> None:
+        at = _whole(total)
         T.buffer_store(total, self._combine(total[at], value), [at])
 
     def _finished(self, value: Expr, extents: list[loops.Extent]) -> Expr:
@@ -282,31 +321,36 @@ class Reduce:
         return math.cast(value, "float32") / math.broadcast(count, math.lanes_of(value))
 
 
-def _row_sum(size: int, lanes: int, value: Lanes) -> Expr:
-    """The sum of a row's values, in several partial sums."""
-    full, rest = divmod(size, lanes)
-    totals = T.alloc_buffer((SUMS, lanes))
-    at = T.ramp(0, 1, lanes)
-    for j in range(SUMS):
-        T.buffer_store(totals, tirx.const(0.0, f"float32x{lanes}"), [j, at])
-
-    def add(j: int, offset: loops.Extent, where: Expr | None = None) -> None:
-        term = value(offset, where)
-        if where is not None:
-            term = tirx.Select(where, term, math.constant(0.0, term))
-        T.buffer_store(totals, totals[j, at] + term, [j, at])
-
-    if full >= SUMS:
-        with T.serial(full // SUMS) as i:
-            for j in range(SUMS):
-                add(j, (i * SUMS + j) * lanes)
-    for j in range(full % SUMS):
-        add(j, (full // SUMS * SUMS + j) * lanes)
-    if rest:
-        add(full % SUMS, full * lanes, loops.mask(rest, lanes))
-    pairs = [totals[j, at] + totals[j + 1, at] for j in range(0, SUMS, 2)]
-    return math.horizontal(lambda a, b: a + b, sum(pairs[1:], pairs[0]))
+def _mean(size: int, lanes: int, x: Lanes) -> Expr:
+    """That of a row's values."""
+    return _sum(size, lanes, lambda offset, where: _masked(x(offset, where), where)) * (1 / size)
 
 
-def _inverse_root(x: Expr, lanes: int) -> Expr:
-    return math.bind(math.broadcast(1.0 / tirx.sqrt(x), lanes))
+def _mean_square(size: int, lanes: int, x: Lanes) -> Expr:
+    """That of a row's values. They, not their squares, are 0 outside the mask: a square and a sum are one operation
+    then too."""
+
+    def square(offset: loops.Extent, where: Expr | None) -> Expr:
+        value = math.bind(_masked(x(offset, where), where))
+        return value * value
+
+    return _sum(size, lanes, square) * (1 / size)
+
+
+def _sum(size: int, lanes: int, terms: Lanes) -> Expr:
+    return reduce(*loops.split(size, lanes), lanes, terms, plus, tirx.const(0.0, "float32"), SUMS)
+
+
+def _masked(x: Expr, where: Expr | None) -> Expr:
+    """Zero outside the mask."""
+    return x if where is None else tirx.Select(where, x, math.constant(0.0, x))
+
+
+def _whole(buffer: tirx.Buffer) -> Expr | int:
+    """The index of all that a small buffer holds."""
+    lanes = int(buffer.shape[0])
+    return T.ramp(0, 1, lanes) if lanes > 1 else 0
+
+
+def _numbers(count: int) -> tirx.Buffer:
+    return T.alloc_buffer((count,), scope="global")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.ir import Expr
-from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
+from tersor.codegen.kernels.reduction import plus, reduce
 from tersor.ir.dims import Shape
 from tersor.targets import Target
 
@@ -48,22 +47,23 @@ class Softmax:
         return builder.get()
 
     def _row(self, start: Expr, size: loops.Extent, x: tirx.Buffer, out: tirx.Buffer, lanes: int) -> None:
-        def read(source: tirx.Buffer, at: loops.Extent, where: Expr | None, otherwise: float) -> Expr:
-            value = loops.load(source, start + at, lanes, where)
-            return value if where is None else tirx.Select(where, value, math.constant(otherwise, value))
+        extent, lowest = loops.split(size, lanes), tirx.const(float("-inf"), "float32")
+
+        def read(at: loops.Extent, where: Expr | None) -> Expr:
+            value = loops.load(x, start + at, lanes, where)
+            return value if where is None else tirx.Select(where, value, math.broadcast(lowest, lanes))
 
         # a NaN may be lost in the maximum: it comes back through the sum
-        top = _fold(size, lanes, float("-inf"), tirx.max, lambda at, w: read(x, at, w, float("-inf")))
-        top = math.bind(math.broadcast(math.horizontal(tirx.max, top), lanes))
+        top = reduce(*extent, lanes, read, tirx.max, lowest)
+        top = math.bind(math.broadcast(top, lanes))
 
         def weight(at: loops.Extent, where: Expr | None) -> Expr:
-            value = math.bind(math.exp_nonpositive(read(x, at, where, float("-inf")) - top))
+            value = math.bind(math.exp_nonpositive(read(at, where) - top))
             if not self.log:
                 loops.store(out, start + at, value, lanes, where)
             return value
 
-        total = _fold(size, lanes, 0.0, lambda a, b: a + b, weight)
-        total = math.horizontal(lambda a, b: a + b, total)
+        total = reduce(*extent, lanes, weight, plus, tirx.const(0.0, "float32"))
         factor = math.log(total) if self.log else 1.0 / total
         factor = math.bind(math.broadcast(factor, lanes))
 
@@ -75,22 +75,3 @@ class Softmax:
             loops.store(out, start + at, value, lanes, where)
 
         loops.vectors(size, lanes, finish)
-
-
-def _fold(
-    size: loops.Extent,
-    lanes: int,
-    identity: float,
-    combine: Callable[[Expr, Expr], Expr],
-    value: Callable[[loops.Extent, Expr | None], Expr],
-) -> Expr:
-    """A row's vectors combined into one; ``value`` gives the identity outside its mask."""
-    total = T.alloc_buffer((lanes,))
-    at = T.ramp(0, 1, lanes)
-    T.buffer_store(total, tirx.const(identity, f"float32x{lanes}"), [at])
-    loops.vectors(
-        size,
-        lanes,
-        lambda offset, where: T.buffer_store(total, combine(value(offset, where), total[at]), [at]),
-    )
-    return total[at]
