@@ -48,6 +48,7 @@ from tersor.targets.runners import Local, Qemu, Runner
 HERE, ANOTHER = "x86-64-v3", "x86-64-v4"
 CPUS = {
     "armv7-neon": ("cortex-a15",),
+    "armv7-neon-vfp4": ("cortex-a7", "cortex-a15"),
     "armv8-a": ("cortex-a53",),
     "armv8.2-dotprod": ("cortex-a76", "neoverse-n1"),
     "armv8.6-i8mm": ("max",),

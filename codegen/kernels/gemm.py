@@ -389,9 +389,7 @@ class _Builder:
         return rows.at(r * 2) // 2 if self.product.pairs else rows.at(r)
 
     def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
-        # Addresses past the end are harmless: a prefetch never faults.
-        address = T.address_of(self.w[panel, k, column])
-        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, 0, 3, 1))
+        loops.prefetch(self.w, panel, k, column)
 
     def _epilogue(self, sums: RegisterTile, panel: Expr, rows: _Rows) -> None:
         """Apply the chain and store; the last panel may be narrower than the others."""

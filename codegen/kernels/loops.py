@@ -132,6 +132,11 @@ def load(buffer: tirx.Buffer, offset: Extent, lanes: int, where: Expr | None = N
     return math.bind(T.masked_load(f"{buffer.dtype}x{lanes}", buffer, at, where))
 
 
+def prefetch(buffer: tirx.Buffer, *place: Extent) -> None:
+    """Fetch the line of an element into cache; past the end of the buffer it does no harm."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(buffer[place]), 0, 3, 1))
+
+
 def store(buffer: tirx.Buffer, offset: Extent, value: Expr, lanes: int, where: Expr | None = None) -> None:
     """Write a vector (a scalar is repeated); lanes outside the mask are left alone."""
     store_at(buffer, [T.ramp(offset, 1, lanes)], math.broadcast(value, lanes), where)

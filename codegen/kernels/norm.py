@@ -18,16 +18,17 @@ from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
 from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
 from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
 from tersor.codegen.kernels.reduction import Lanes, plus, reduce
+from tersor.codegen.tiles import CACHE_LINE
 from tersor.ir.dims import Shape, product
 from tersor.targets import Target
 
 IDENTITY = Chain((ChainInput("full"),), (), (0,))
 
-SUMS = 32
+SUMS = 64
 """Partial sums of a row, in several vectors to hide the latency of an addition."""
 
 ROWS = 4
-"""Rows that are normalised together: the next ones are summed up while the sum of one comes together."""
+"""Rows that are normalised together: others are summed up while the partial sums of one are folded."""
 
 RowLanes = Callable[[Expr], Lanes]
 """`Lanes` of a row, arbitrary outside the mask."""
@@ -133,6 +134,8 @@ class _Norm(ABC):
         def kept(r: Expr) -> Lanes:
             return lambda offset, where: loops.load(source, base + r * stride + offset, lanes, where)
 
+        # narrow vectors would fetch every line several times
+        ahead = lanes * 4 == CACHE_LINE
         center, scale = self._statistics(rows, height, value, kept, lanes)
         with T.serial(rows) as r:
             x, row = kept(r), first + r
@@ -141,6 +144,10 @@ class _Norm(ABC):
             results = RowResults(size, lanes, written, row, self.quantized)
 
             def finish(offset: loops.Extent, where: Expr | None) -> None:
+                if ahead:
+                    for operand, buffer in zip(self.chain.inputs, inner, strict=True):
+                        if operand.kind == "full":
+                            loops.prefetch(buffer, (row + height) * size + offset)
                 y = x(offset, where)
                 y = (y if middle is None else y - middle) * factor
                 if weight is not None:

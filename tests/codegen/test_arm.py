@@ -22,7 +22,7 @@ from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.inner_product import ACCUMULATORS, PIECE, WORDS, stored_words
-from tersor.codegen.kernels.norm import LayerNorm
+from tersor.codegen.kernels.norm import LayerNorm, Reduce, RMSNorm
 from tersor.codegen.kernels.prepare import Prepare
 from tersor.codegen.kernels.quantize import DynamicQuantize
 from tersor.codegen.kernels.softmax import Softmax
@@ -32,7 +32,7 @@ from tersor.codegen.tiles import panel_width
 from tersor.ir.dims import Dim
 from tersor.ir.interpreter import run as interpret
 from tersor.passes import recipes
-from tersor.targets import Target, resolve
+from tersor.targets import Target, missing_on_host, resolve
 from tests.codegen.emulator import run
 from tests.codegen.export.exported import inputs
 from tests.codegen.kernel_harness import run_kernel
@@ -227,32 +227,76 @@ def function(op: str) -> Elementwise:
 
 
 CODES = (Step("round", (0,)), Step("add", (1, Const(11.0))), Step("saturate", (2,), "uint8"))
+SUMS = [
+    Softmax((N, 77)),
+    Softmax((3, N), log=True),
+    LayerNorm((N,), 77, 1e-5),
+    RMSNorm((N,), 141, chain=Chain((FULL, FULL), (Step("add", (0, 1)),), (2,)), keep_input=True),
+    Reduce("mean", (3, N, 77), (0, 2)),
+    Attention(2, N, N, 2, 2, 20, 17, 0.2, mask=(2, 1, 1, N)),
+    Attention(1, N, N, 2, 2, 16, 16, 0.2, causal=True, window=21),
+]
+"""Kernels whose results depend on the order in which they sum."""
+
 FAMILIES = [
-    *map(function, ("exp", "log", "sin", "tanh", "erf", "gelu_tanh", "round", "floor", "rsqrt")),
+    *map(function, ("exp", "log", "sin", "tanh", "erf", "gelu_tanh", "gelu_erf", "round", "floor", "rsqrt")),
     Elementwise(Chain((FULL,), CODES, (3,)), ((N, 13),), (N, 13)),
     Elementwise(Chain((FULL, FULL), (Step("gt", (0, 1)),), (2,)), ((N, 13), (1, 13)), (N, 13)),
     Elementwise(Chain((FULL,), (Step("cast", (0,), "int64"),), (1,)), ((N, 13),), (N, 13)),
-    Softmax((N, 77)),
-    LayerNorm((N,), 77, 1e-5),
     DynamicQuantize((N,), 70),
     BatchedGemm((2, N, 33), (2, N, 33), transposed=True),
     Attention(1, N, N, 4, 2, 24, 24, 0.2, causal=True),
-    Attention(2, N, N, 2, 2, 20, 17, 0.2, mask=(2, 1, 1, N)),
+    *SUMS,
 ]
 
 
-@pytest.mark.parametrize(("name", "cpu"), EMULATED[:2])
+def arrays_for(kernel, n: int) -> list[np.ndarray]:
+    generator, arrays = np.random.default_rng(n), []
+    for spec in kernel.inputs():
+        values = 3 * generator.standard_normal(tuple(n if isinstance(d, Dim) else d for d in spec.shape))
+        arrays.append(values > 0 if spec.dtype == "bool" else values.astype(np.float32))
+    return arrays
+
+
+def check_same(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+    """The same bits, but for the sign of a zero and what a NaN carries."""
+    for got, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got.view(expected.dtype), expected)
+
+
 @pytest.mark.parametrize("kernel", FAMILIES, ids=lambda kernel: kernel.name())
-def test_families_agree_with_x86(name, cpu, kernel):
+def test_families_are_those_of_x86(kernel):
+    """Bit for bit: one order of sums, the same polynomials, additions fused with the same products."""
     for n in (7, 64):
-        generator = np.random.default_rng(n)
-        arrays = []
-        for spec in kernel.inputs():
-            shape = tuple(n if isinstance(d, Dim) else d for d in spec.shape)
-            values = 3 * generator.standard_normal(shape)
-            arrays.append(values > 0 if spec.dtype == "bool" else values.astype(np.float32))
+        arrays = arrays_for(kernel, n)
+        found = run_plain(kernel, arrays, resolve("armv8-a"), cpu="cortex-a53")
+        check_same(found, run_kernel(kernel, arrays, REFERENCE))
+
+
+@pytest.mark.parametrize("kernel", [*SUMS, function("gelu_erf")], ids=lambda kernel: kernel.name())
+def test_sums_are_the_same_in_32_bit_code(kernel):
+    for n in (7, 101):
+        arrays = arrays_for(kernel, n)
+        found = run_plain(kernel, arrays, resolve("armv7-neon-vfp4"), cpu="cortex-a7")
+        check_same(found, run_kernel(kernel, arrays, REFERENCE))
+
+
+@pytest.mark.parametrize("kernel", SUMS, ids=lambda kernel: kernel.name())
+def test_sums_are_the_same_in_wider_vectors(kernel):
+    target = resolve("x86-64-v4")
+    if missing_on_host(target):
+        pytest.skip("this machine has no AVX-512")
+    for n in (7, 101):
+        arrays = arrays_for(kernel, n)
+        check_same(run_kernel(kernel, arrays, target), run_kernel(kernel, arrays, REFERENCE))
+
+
+@pytest.mark.parametrize("kernel", FAMILIES, ids=lambda kernel: kernel.name())
+def test_families_agree_with_x86_without_fused_products(kernel):
+    for n in (7, 64):
+        arrays = arrays_for(kernel, n)
         results = zip(
-            run_plain(kernel, arrays, resolve(name), cpu=cpu),
+            run_plain(kernel, arrays, resolve("armv7-neon"), cpu="cortex-a15"),
             run_kernel(kernel, arrays, REFERENCE),
             strict=True,
         )
