@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from tersor.cli import options as shared
 from tersor.cli.output import LATENCY_COLUMNS, Steps, human, latencies, table
+from tersor.cli.stopping import cleaning_up
 from tersor.errors import DeviceError, InputError, TargetError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def on_devices(options: argparse.Namespace) -> int:
     found, failed = [], []
     for device in connect(options.device or "local", exported.target):
         try:
-            with Steps() as steps:
+            with Steps() as steps, cleaning_up():
                 steps(f"timing on {device.name}")
                 model = DeviceModel(exported, device, options.threads or 1)
                 how = dict(calls=options.calls, function=options.function)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tersor.cli import options as shared
 from tersor.cli.output import Steps, table
+from tersor.cli.stopping import cleaning_up
 from tersor.errors import ArtifactError
 
 
@@ -34,7 +35,7 @@ def execute(options: argparse.Namespace) -> int:
 
     inputs = shared.read_npz(options.input)
     if shared.exported(options):
-        with Steps() as steps:
+        with Steps() as steps, cleaning_up():
             steps(f"running on {options.device or 'local'}")
             model = tersor.load_on(options.artifact, options.device or "local", threads=options.threads or 1)
             outputs = model.run(options.function, **inputs)

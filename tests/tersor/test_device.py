@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +203,21 @@ def test_the_command_line(model, folders, phones, tmp_path, capsys):
 
     assert main(["bench", out]) == 2
     assert "--device qemu" in capsys.readouterr().err
+
+
+@qemu
+def test_a_command_that_is_ended(folders, phones):
+    place = phones.connect("A1") / "tersor"
+    options = ["bench", str(folders["armv8.2-dotprod"]), "--device", "adb", "--calls", "100000000"]
+    code = "import sys; from tersor.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE)
+    while not (running := list(place.glob("run-*/pid"))) and process.poll() is None:
+        time.sleep(0.05)
+    assert running
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [path.name for path in place.iterdir()] == ["kept"]
 
 
 def test_devices_are_for_exported_models(model, folders, tmp_path, capsys):
