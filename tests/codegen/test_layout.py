@@ -29,6 +29,15 @@ def test_permute(target, sizes):
     check(layout.Permute((B, T, 5), (2, 0, 1)), [x], x.permute(2, 0, 1), target)
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.name)
+@pytest.mark.parametrize("dims", [(1, 0, 2), (0, 2, 1, 3), (2, 0, 1, 3), (0, 2, 4, 1, 3, 5)])
+def test_permute_that_keeps_the_last_dimension(target, dims):
+    shape = (2, 3, 5, 4, 7, 6)[: len(dims)]
+    x = torch.randn(shape)
+    kernel = layout.Permute((B, T, *shape[2:]), dims)
+    check(kernel, [x], x.permute(dims), target)
+
+
 @pytest.mark.parametrize(("start", "length", "step"), [(0, 3, 1), (2, 2, 2), (1, 5, 1)])
 def test_slice(start, length, step):
     x = torch.randn(3, 6, 4)
