@@ -104,7 +104,7 @@ class Tail:
 def plan(function: Function, narrow: Set[str] = BF16) -> Plan:
     """Groups the nodes of a function; nodes in no group are lowered one by one. ``narrow``: as in `Plan`."""
     result = Plan(narrow)
-    claimed = _widenings(function, narrow)
+    claimed = _widenings(function, narrow) | set(filter(is_widened_rows, function.calls("cast")))
     for node in reversed(function.nodes):
         if node in claimed or not (is_elementwise(node) or is_anchor(node)):
             continue
@@ -275,6 +275,17 @@ def is_token_codes(node: fx.Node) -> bool:
 def is_token_scale(node: fx.Node) -> bool:
     """A scale per row whose codes are made too."""
     return is_call(node, "dynamic_scale") and any(map(is_token_codes, node.users))
+
+
+def is_widened_rows(node: fx.Node) -> bool:
+    """The f32 form of rows looked up in a stored table of 16 bits, which nothing else reads."""
+    rows = node.args[0]
+    return (
+        _widened_from(node) is not None
+        and is_call(rows, "embedding")
+        and rows.args[1].op == "get_attr"
+        and len(rows.users) == 1
+    )
 
 
 def is_decoded_rows(node: fx.Node) -> bool:

@@ -117,7 +117,7 @@ def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
 
 
 SUPPORTED_DTYPES = {"float32", "bfloat16", "int64", "int32", "int8", "uint8", "bool"}
-ONLY_STORED = {"float16": ("cast", "reshape", "permute", "slice", "concat", "expand")}
+ONLY_STORED = {"float16": ("cast", "embedding", "reshape", "permute", "slice", "concat", "expand")}
 """Dtypes that no kernel computes in, and the operations that may make such values, or move them."""
 
 

@@ -118,8 +118,9 @@ def _token_codes(lowering: Lowering, node: fx.Node) -> relax.Expr:
 @register_lowering("embedding")
 def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
     ids, table = node.args
-    count, size = table.meta["value"].shape
-    if isinstance(count, Dim) or isinstance(size, Dim) or table.meta["value"].dtype != "float32":
+    (count, size), dtype = table.meta["value"].shape, table.meta["value"].dtype
+    widened = [user for user in node.users if fusion.is_widened_rows(user)]
+    if isinstance(count, Dim) or isinstance(size, Dim) or not (widened or dtype == "float32"):
         return _selection(lowering, node, layout.IndexSelect, table, ids, 0)
     panel = 0
     if table.op == "get_attr":
@@ -129,8 +130,11 @@ def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
         stored = lowering.weight(Weight((table.target,), panel or None))
     else:
         stored = lowering.value(table)
-    kernel = Embedding(opaque(ids.meta["value"].shape), count, size, panel)
-    return lowering.call(kernel, [lowering.value(ids), stored], [node.meta["value"].shape])
+    kernel = Embedding(opaque(ids.meta["value"].shape), count, size, panel, dtype)
+    rows = lowering.call(kernel, [lowering.value(ids), stored], [node.meta["value"].shape])
+    for cast in widened:
+        lowering.define(cast, rows)
+    return rows
 
 
 @register_lowering("dequantize", when=fusion.is_decoded_rows)

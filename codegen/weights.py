@@ -47,7 +47,9 @@ class Weight:
                 sum(s if isinstance(s, int) else store[s].value.shape[0] for s in self.sources),
                 *shape[1:],
             )
-        if self.panel is not None:
+        if self.panel is None:
+            dtype = {"bfloat16": "uint16"}.get(dtype, dtype)  # which numpy lacks
+        else:
             beside = len(self.sources) if self.join == "beside" else 1
             shape, dtype = packing.packed(shape[0], product(shape[1:]), dtype, self.panel, beside, self.words)
         return TensorSpec(shape, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -30,10 +31,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Embedding:
-    """``out[*lead, :] = table[ids[*lead], :]`` for int64 ids and an f32 table [count, size], or one of codes.
+    """``out[*lead, :] = table[ids[*lead], :]`` in f32, for int64 ids and a table of floats [count, size], or of codes.
 
     ``panel``: the table is stored as the GEMM packs a weight of ``count`` rows (``packing.pack([table], panel)``),
     so that a tied output projection shares it; 0 for the plain layout.
+    ``stored``: the dtype of the floats; bf16 ones come as their bit patterns.
     ``codes``: the table is one of codes, a third input has the scales, and the rows that are read are decoded.
     An id outside 0..count-1 reads nothing and fills its row with NaN: the ids are only known at run time, and a row
     that looks right would hide the mistake.
@@ -43,18 +45,20 @@ class Embedding:
     count: int
     size: int
     panel: int = 0
+    stored: Literal["float32", "float16", "bfloat16"] = "float32"
     codes: Decoding | None = None
 
     def __post_init__(self) -> None:
-        if self.panel and self.codes:
-            raise ValueError("a table of codes has the plain layout")
+        if bool(self.panel) + bool(self.codes) + (self.stored != "float32") > 1:
+            raise ValueError("a table is packed, or stored in 16 bits, or in codes")
 
     def name(self) -> str:
-        form = "_packed" if self.panel else f"_{self.codes.dtype}" if self.codes else ""
-        return f"embedding_{self.count}x{self.size}{form}"
+        form = "packed" if self.panel else self.codes.dtype if self.codes else self.stored
+        return f"embedding_{self.count}x{self.size}" + (f"_{form}" if form != "float32" else "")
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        table = TensorSpec((self.count, self.size), self.codes.dtype if self.codes else "float32")
+        stored = {"bfloat16": "uint16"}.get(self.stored, self.stored)
+        table = TensorSpec((self.count, self.size), self.codes.dtype if self.codes else stored)
         if self.panel:
             table = TensorSpec(*packed(self.count, self.size, table.dtype, self.panel))
         scales = [TensorSpec((self.count, 1) if self.codes.per_row else ())] if self.codes else []
@@ -85,10 +89,12 @@ class Embedding:
 
         def copy(at: loops.Extent, where: Expr | None) -> None:
             values = loops.load(table, begin + at, lanes, where)
+            if self.stored == "bfloat16":
+                values = math.float_of_bf16(values)
+            values = math.cast(values, "float32")
+            if self.codes and self.codes.zero:
+                values = values - math.constant(self.codes.zero, values)
             if self.codes:
-                values = math.cast(values, "float32")
-                if self.codes.zero:
-                    values = values - math.constant(self.codes.zero, values)
                 values = values * math.broadcast(scale, lanes)
             loops.store(out, row * self.size + at, values, lanes, where)
 

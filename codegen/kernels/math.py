@@ -293,6 +293,12 @@ def cast(x: Expr, dtype: str) -> Expr:
     return tirx.Cast(_dtype(dtype, x), x)
 
 
+def float_of_bf16(bits: Expr) -> Expr:
+    """The f32 that bf16 numbers are, given as their bits (uint16): its upper half."""
+    words = tirx.Cast(_dtype("int32", bits), bits)
+    return tirx.reinterpret(_dtype("float32", bits), tirx.shift_left(words, constant(16, words)))
+
+
 def _round_to_bf16(x: Expr) -> Expr:
     """The nearest f32 that bf16 can hold, half to even. TVM drops a cast to bf16 and back; LLVM drops its second
     rounding of these numbers."""

@@ -40,18 +40,19 @@ from tersor.passes.context import Context
 from tersor.passes.gates import Profile
 from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
+from tersor.passes.quantize.embeddings import EmbeddingTables
 from tersor.passes.quantize.rtn import RoundToNearest
 from tersor.passes.quantize.static import StaticActivations
 from tersor.passes.sites import names, shares, site_of
 
 SCHEMES: Mapping[str, tuple[type[Pass], ...]] = {
-    "int8": (RoundToNearest, StaticActivations),
-    "int8-dynamic": (RoundToNearest, DynamicActivations),
+    "int8": (EmbeddingTables, RoundToNearest, StaticActivations),
+    "int8-dynamic": (EmbeddingTables, RoundToNearest, DynamicActivations),
     "bf16": (BFloat16,),
 }
 """Ways to quantize a site: the passes that do it, which leave the site's node where it is."""
 
-_LOOKED_AT = ("linear", "attention", "integer_linear")
+_LOOKED_AT = ("linear", "attention", "integer_linear", "embedding")
 
 
 def analyze(
@@ -66,7 +67,7 @@ def analyze(
     cache: str | Path | None = None,
     step: Callable[[str], None] | None = None,
 ) -> Analysis:
-    """Quantizes each linear layer and each attention of ``main`` alone, in every way that applies to it.
+    """Quantizes each linear layer, attention and table of ``main`` alone, in every way that applies to it.
 
     Grids of static activations are chosen on the data to fit to, in the program as it is; errors are those on data
     that is held out. Padding is left out of both.
@@ -180,7 +181,7 @@ class _Variant:
         self, program: Program, passes: Sequence[Pass], observed: Mapping[Request, Statistic | None]
     ):
         copy = program.copy()
-        self.function, self.acts_on = copy.main, passes[-1].acts_on
+        self.function = copy.main
         copied: dict[fx.Node, fx.Node] = {}
         for name, function in program.functions.items():
             copied.update(zip(function.graph.nodes, copy.functions[name].graph.nodes, strict=True))
@@ -189,10 +190,12 @@ class _Variant:
         context = Context(statistics=Statistics(answers))
         self._copied, self._original = copied, {new: old for old, new in copied.items()}
         self._reasons: dict[str, str] = {}
-        self._changed: set[str] = set()
+        self._changed: dict[
+            str, set[str]
+        ] = {}  # by operation: what the last pass that acts on it has changed
         for pass_ in passes:
             result = pass_.run(copy, context)
-            self._changed = {finding.site for finding in result.changes}
+            self._changed |= dict.fromkeys(pass_.acts_on, {finding.site for finding in result.changes})
             for finding in result.skips:
                 self._reasons.setdefault(finding.site, finding.reason)
 
@@ -201,7 +204,12 @@ class _Variant:
         if is_call(node, "integer_linear"):
             return "it is quantized already"
         site = site_of(self._copied[node])
-        return None if site in self._changed else self._reasons.get(site)
+        return None if site in self._changed.get(node.target.name, ()) else self._reasons.get(site)
+
+    @property
+    def acts_on(self) -> tuple[str, ...]:
+        """The operations that the passes quantize."""
+        return tuple(self._changed)
 
     def node(self, original: fx.Node) -> fx.Node:
         """The quantized form of a node."""
@@ -262,7 +270,7 @@ def _walk(
         exact = _apply(node, values, sizes)
         for scheme, trial in by_node[node].trials.items():
             made = variants[scheme].results(node, values, sizes)
-            rounded = made[variants[scheme].node(node)]
+            rounded = made[variants[scheme].node(node)].to(exact.dtype)  # rows of a table in 16 bits are such
             wanted = tokens.rows(node, exact)
             trial.site.add(wanted, tokens.rows(node, rounded))
             if is_call(node, "linear"):

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from tersor.ir import Program
-from tersor.ir.text import human_bytes
 from tersor.passes.base import PassResult
+from tersor.passes.quantize.places import SMALLEST_TABLE, small_table
 from tersor.passes.quantize.weights import Rounding
 from tersor.passes.registry import register
 
@@ -30,7 +30,7 @@ class EmbeddingTables(Rounding):
     Options: bits, group and clip as of quantize.rtn; smallest (bytes of the smallest table to store in codes).
     """
 
-    smallest: int = 1 << 16
+    smallest: int = SMALLEST_TABLE
 
     acts_on = ("embedding",)
 
@@ -39,9 +39,8 @@ class EmbeddingTables(Rounding):
 
     def weights(self, program: Program, result: PassResult) -> dict[fx.Node, torch.Tensor]:
         found = super().weights(program, result)
-        for embedding, table in list(found.items()):
-            if table.nbytes < self.smallest:
-                rows, taken = table.shape[0], human_bytes(table.nbytes)
-                result.skip(embedding, f"its {rows} rows take {taken} only")
+        for embedding in list(found):
+            if reason := small_table(embedding, self.smallest):
+                result.skip(embedding, reason)
                 del found[embedding]
         return found

@@ -1,4 +1,4 @@
-"""As few bits per layer as a budget allows."""
+"""As few bits per layer and table as a budget allows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from tersor.errors import PipelineError
 from tersor.ir import Program
+from tersor.ir.matching import is_call
 from tersor.ir.text import human_bytes
 from tersor.passes.analysis import Analysis, analyze
 from tersor.passes.base import Lossy, Pass, PassResult
@@ -22,8 +23,9 @@ from tersor.passes.gates import Fidelity
 from tersor.passes.quantize.allocation import Allocation, Option, allocate
 from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
+from tersor.passes.quantize.embeddings import EmbeddingTables
 from tersor.passes.quantize.gptq import GPTQ
-from tersor.passes.quantize.places import plain_weight, readers
+from tersor.passes.quantize.places import plain_weight, readers, small_table
 from tersor.passes.quantize.rtn import RoundToNearest
 from tersor.passes.quantize.static import StaticActivations
 from tersor.passes.registry import register
@@ -71,7 +73,8 @@ class MixedPrecision(Pass):
     Errors of different layers are taken to add up, and the forms are chosen with the least bytes for an error budget,
     or with the least error for a size budget; exactly, as a knapsack problem (`tersor.passes.quantize.allocation`). A
     program that turns out to miss its error budget on all held-out data gets a tighter plan. The quantizing passes do
-    the rest: quantize.rtn (or quantize.gptq), quantize.static (or quantize.dynamic), and quantize.bf16.
+    the rest: quantize.rtn (or quantize.gptq), quantize.static (or quantize.dynamic), and quantize.bf16. Tables of
+    embeddings are planned for like layers (quantize.embeddings, quantize.bf16).
 
     Legal where those are. Layers that share a weight get one form.
 
@@ -92,7 +95,7 @@ class MixedPrecision(Pass):
 
     numerics = Lossy()
     stage = "quantize.weights"
-    acts_on = ("linear",)
+    acts_on = ("linear", "embedding")
     calibrated = True
 
     def problem(self) -> str | None:
@@ -141,25 +144,28 @@ class MixedPrecision(Pass):
     # -- places
 
     def _plain(self, program: Program, result: PassResult, named: Mapping[fx.Node, str]) -> list[fx.Node]:
-        """The selected layers whose weights can be narrowed; ``result`` gets the others."""
+        """The selected layers and tables whose weights can be narrowed; ``result`` gets the others."""
         found, read_by = [], readers(program)
-        for function, linear in self.select(program):
-            reason = plain_weight(function, linear, read_by)
+        for function, layer in self.select(program):
+            reason = plain_weight(function, layer, read_by)
+            if not isinstance(reason, str) and is_call(layer, "embedding"):
+                reason = small_table(layer)
             if isinstance(reason, str):
-                result.skip(named[linear], reason)
+                result.skip(named[layer], reason)
             else:
-                found.append(linear)
+                found.append(layer)
         return found
 
     def _layers(
-        self, program: Program, linears: Sequence[fx.Node], named: Mapping[fx.Node, str], analysis: Analysis,
+        self, program: Program, nodes: Sequence[fx.Node], named: Mapping[fx.Node, str], analysis: Analysis,
         result: PassResult,
     ) -> list[_Layers]:  # fmt: skip
         """What is decided together, in the program's order."""
         shared = nx.Graph()
-        for linear in linears:
-            shared.add_edge(("weight", linear.args[1].target), ("site", named[linear]))
-        order = {("site", named[linear]): i for i, linear in enumerate(linears)}
+        for node in nodes:
+            shared.add_edge(("weight", node.args[1].target), ("site", named[node]))
+        order = {("site", named[node]): i for i, node in enumerate(nodes)}
+        multiplied = {named[node] for node in nodes if is_call(node, "linear")}
         found = []
         for part in sorted(
             nx.connected_components(shared), key=lambda p: min(order.get(m, len(order)) for m in p)
@@ -179,7 +185,7 @@ class MixedPrecision(Pass):
                     errors[form] = sum(10 ** (-row.outcomes[scheme].output_sqnr_db / 10) for row in rows)
             size = {form: sum(self._bytes(program, w, form) for w in weights) for form in errors}
             if "int8" in size and self.activations == "static":
-                size["int8"] += 8 * len(sites)  # scale and zero point of the input
+                size["int8"] += 8 * len(multiplied.intersection(sites))  # scale and zero point of the input
             found.append(_Layers(sites, weights, errors, size))
         return found
 
@@ -238,6 +244,7 @@ class MixedPrecision(Pass):
     def _passes(self, chosen: Mapping[Form, Sequence[str]]) -> Iterator[Pass]:
         """The passes that make the forms, each with its sites."""
         narrow = tuple(chosen["int8"])
+        yield EmbeddingTables(only=narrow)
         yield (RoundToNearest if self.weights == "rtn" else GPTQ)(only=narrow)
         yield (StaticActivations if self.activations == "static" else DynamicActivations)(only=narrow)
         yield BFloat16(only=tuple(chosen["bf16"]))

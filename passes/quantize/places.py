@@ -11,6 +11,7 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.ir.matching import is_call
+from tersor.ir.text import human_bytes
 from tersor.passes.sites import in_words
 
 ACTIVATION_ZERO = 128
@@ -66,6 +67,18 @@ def matrix(function: Function, linear: fx.Node) -> torch.Tensor | None:
     parts = [function.parameter(part) if isinstance(part, fx.Node) else part for part in weight.args]
     computed = any(part is None and given is not None for part, given in zip(parts, weight.args, strict=True))
     return None if computed else weight.target(*parts, **weight.kwargs)
+
+
+SMALLEST_TABLE = 1 << 16
+"""Bytes of a table of embeddings from which on it is worth storing in fewer bits."""
+
+
+def small_table(embedding: fx.Node, smallest: int = SMALLEST_TABLE) -> str | None:
+    """Why a table of embeddings stays as it is for its size; None where it does not."""
+    table = embedding.args[1].meta["value"]
+    return (
+        f"its {table.shape[0]} rows take {human_bytes(table.bytes)} only" if table.bytes < smallest else None
+    )
 
 
 Readers = Mapping[str, Sequence[fx.Node]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from kernel_harness import run_kernel
 
 from tersor.codegen.kernels.embedding import Decoding, Embedding
@@ -68,6 +69,29 @@ def test_codes_at_ids_out_of_range_give_nan_rows_and_read_nothing(target):
     assert np.isnan(got[~valid]).all()
 
 
-def test_codes_have_the_plain_layout():
-    with pytest.raises(ValueError, match="plain"):
-        Embedding((1,), 20, 8, panel=16, codes=Decoding("int8"))
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("size", [5, 16, 50])
+def test_rows_of_16_bits_are_widened(stored, size, target):
+    table = torch.from_numpy(RNG.standard_normal((45, size), dtype=np.float32)).to(getattr(torch, stored))
+    values = table.float().numpy()
+    kernel = Embedding((BATCH, LENGTH), 45, size, stored=stored)
+    given = (table.view(torch.uint16) if stored == "bfloat16" else table).numpy()
+    for b, t in [(1, 1), (3, 600)]:
+        ids = RNG.integers(0, 45, (b, t))
+        ids.flat[0] = 45
+        (got,) = run_kernel(kernel, [ids, given], target)
+        assert np.isnan(got[0, 0]).all()
+        np.testing.assert_array_equal(got.reshape(-1, size)[1:], values[ids.ravel()[1:]])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"panel": 16, "codes": Decoding("int8")},
+        {"panel": 16, "stored": "float16"},
+        {"stored": "float16", "codes": Decoding("int8")},
+    ],
+)
+def test_a_table_has_one_layout(form):
+    with pytest.raises(ValueError, match="packed, or"):
+        Embedding((1,), 20, 8, **form)

@@ -67,6 +67,11 @@ def coded_rows(b, ids, form: str, zero: float | None = None):
     return b.dequantize(rows, read, zero, **({} if form == "row" else {"group": 8}))
 
 
+def narrow_rows(b, ids, dtype: str):
+    table = b.function.parameter(weight(b, 50, 24)).to(DTYPES[dtype])
+    return b.cast(b.embedding(ids, b.parameter("n", table)), dtype="float32")
+
+
 def narrow(b, x, stored: bool = False, to: str = "bfloat16"):
     """Values of 16 bits as f32: of a value, or of a parameter that is stored so."""
     if stored:
@@ -118,6 +123,8 @@ CASES = {
         (LONG,),
         lambda b, ids: b.embedding(ids, b.parameter("t", torch.arange(12).reshape(4, 3))),
     ),
+    "rows of bf16": ((LONG,), lambda b, ids: narrow_rows(b, ids, "bfloat16")),
+    "rows of fp16": ((LONG,), lambda b, ids: narrow_rows(b, ids, "float16")),
     "rows of codes with a scale each": ((LONG,), lambda b, ids: coded_rows(b, ids, "row")),
     "rows of codes with one scale and a zero point": (
         (LONG,),

@@ -7,8 +7,11 @@ import torch
 
 from tersor.errors import PipelineError
 from tersor.ir import Program, cost
-from tersor.passes import Context, Pipeline
+from tersor.passes import Context, Fidelity, Pipeline
+from tersor.passes.analysis import analyze
+from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.embeddings import EmbeddingTables
+from tersor.passes.quantize.fp16 import Float16
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.integers import IntegerProducts
 from tersor.passes.recipes import RECIPES, get
@@ -133,11 +136,84 @@ def test_a_small_table_stays_wide():
         EmbeddingTables(smallest=-1)
 
 
-def test_recipes_of_8_bits_store_tables_in_codes_and_others_do_not():
+@pytest.mark.parametrize(("pass_", "short"), [(BFloat16(), "bf16"), (Float16(), "fp16")])
+def test_tables_of_16_bits_are_widened_where_they_are_read(pass_, short):
     made = words(rows=2048)
+    after = check_pass(pass_, made, None, unmatched=words())
+    (found,) = after.main.calls("embedding")
+    (user,) = found.users
+    assert (
+        found.meta["site"] == "words"
+        and user.target.name == "cast"
+        and set(after.parameters) == {f"t.{short}"}
+    )
+    table = made.parameters["t"].tensor.to(after.parameters[f"t.{short}"].tensor.dtype).float()
+    assert torch.equal(rows(after)[0], table[:WIDTH])
+    assert reasons(pass_, words()) == ["its 40 rows take 2.6 kB only"]
+
+
+def test_a_table_beyond_fp16_stays_wide():
+    made = words(rows=2048)
+    made.parameters["t"] = made.parameters["t"].tensor * 1e6
+    assert "beyond 65504" in reasons(Float16(), made)[0]
+
+
+def encoder() -> Program:
+    """A table and a layer behind it."""
+
+    def emit(build, x, mask):
+        make = Weights(build)
+        read = build.embedding(build.argmax(x, dim=-1), make("t", 2048, WIDTH), site="words")
+        return {"y": make.linear(build.add(read, x), "layer", 8, WIDTH)}
+
+    return program(emit)
+
+
+def data(count: int = 10) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(2, 8, WIDTH, generator=generator)} for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"min_sqnr_db": 200}, 32),
+        ({"min_sqnr_db": 64}, 16),
+        ({"min_sqnr_db": 25}, 8),
+        ({"max_bytes": 45_000}, 8),
+    ],
+)
+def test_a_plan_chooses_the_form_of_a_table_as_of_a_layer(options, bits):
+    after, report = Pipeline([{"pass": "quantize.mixed", **options}]).run(encoder(), calibration=data())
+    (step,) = report.steps
+    (said,) = [f for f in (*step.changes, *step.skips) if f.site == "words"]
+    assert said.figures["bits"] == bits
+    assert ("t" in after.parameters, "t.bf16" in after.parameters, "t.codes" in after.parameters) == (
+        bits == 32,
+        bits == 16,
+        bits == 8,
+    )
+    if "min_sqnr_db" in options:
+        judge = Fidelity(encoder(), data())
+        assert bits == 32 or judge(after)["sqnr_db"] >= options["min_sqnr_db"]
+
+
+def test_an_analysis_says_what_a_table_loses():
+    row = analyze(encoder(), data())["words"]
+    assert row.op == "embedding" and row.macs == 0 and row.outcomes.keys() == {"int8", "int8-dynamic", "bf16"}
+    found = {scheme: outcome.sqnr_db for scheme, outcome in row.outcomes.items()}
+    assert 40 < found["int8"] == found["int8-dynamic"] < found["bf16"] < 65
+    assert row.bytes == 4 * 2048 * WIDTH and row.outcomes["int8"].bytes == 2048 * (WIDTH + 4)
+    assert row.outcomes["bf16"].bytes == row.bytes // 2
+    assert analyze(words(), data()).skipped == {"words": "its 40 rows take 2.6 kB only"}
+
+
+def test_recipes_store_tables_in_as_many_bits_as_weights():
+    made, stored = words(rows=2048), {"bf16": "t.bf16", "fp16": "t.fp16"}
     for name in RECIPES:
-        data = [{"x": torch.randn(2, 8, WIDTH)}] if name in ("int8", "int8-gptq", "int8-mixed") else None
-        after, _ = get(name).run(made, Context(), calibration=data)
-        assert ("t.codes" in after.parameters) == (name in ("int8", "int8-dynamic", "int8-gptq")), name
+        calibrated = name in ("int8", "int8-gptq", "int8-mixed")
+        after, _ = get(name).run(made, Context(), calibration=data() if calibrated else None)
+        coded = "t.codes" if name.startswith("int8") else "t"
+        assert stored.get(name, coded) in after.parameters, name
     wide, _ = get("int8-dynamic").remove("quantize.embeddings").run(made)
     assert set(wide.parameters) == {"t"}
