@@ -20,7 +20,10 @@ from tersor.ir.opset.quantization import CODES, dequantize
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A matrix as it is stored: codes int8 or uint8, a scale and a zero point, each () or [size of axis], f32."""
+    """A matrix as it is stored: codes int8 or uint8, a scale and a zero point, each () or [size of axis], f32.
+
+    Of a convolution's kernel [N, C, ...] it is the matrix [N, C k] of k numbers for each channel.
+    """
 
     name: str
     codes: torch.Tensor
@@ -100,22 +103,25 @@ def decoded_by(
 
 
 def return_codes(program: Program, encoded: Sequence[Encoded]) -> list[str]:
-    """Linear layers and embeddings read the codes again that their weights were decoded from; returns a note for each
-    weight that stays decoded.
+    """Linear layers, embeddings and convolutions of codes read the codes again that their weights were decoded from;
+    returns a note for each weight that stays decoded.
     """
     if not encoded:
         return []
     found: dict[str, _Stored | None] = {}
     returned: set[Encoded] = set()
     for function in program.functions.values():
-        for layer in function.calls("linear", "embedding"):
+        for layer in function.calls("linear", "embedding", "conv1d", "conv2d"):
             weight = function.parameter(layer.args[1])
             if weight is None or weight.dtype != torch.float32:
                 continue
+            # alone, the codes of a kernel are of no use: products of windows are in float32
+            if layer.target.name.startswith("conv") and not is_call(layer.args[0], "dequantize"):
+                continue
             name = layer.args[1].target
             if name not in found:
-                origin, part = next(_origins(encoded, weight), (None, None))
-                found[name] = None if part is None else _store(program, name, part.signed())
+                origin, part = next(_origins(encoded, weight.flatten(1)), (None, None))
+                found[name] = None if part is None else _store(program, name, part.signed(), weight.shape)
                 returned |= {origin} - {None}
             if (stored := found[name]) is not None:
                 build = function.builder(before=layer)
@@ -126,7 +132,7 @@ def return_codes(program: Program, encoded: Sequence[Encoded]) -> list[str]:
         function.erase_dead(*function.graph.find_nodes(op="get_attr"))
     program.drop_unused_parameters()
     return [
-        f"{e.name}: its codes are decoded, as no linear layer or embedding has them as its weight"
+        f"{e.name}: its codes are decoded, as no linear layer, embedding or convolution of codes has them as its weight"
         for e in encoded
         if e not in returned
     ]
@@ -159,10 +165,10 @@ class _Stored:
     form: Mapping[str, int]
 
 
-def _store(program: Program, name: str, part: Encoded) -> _Stored:
+def _store(program: Program, name: str, part: Encoded, shape: torch.Size) -> _Stored:
     add = program.parameters.add
     parameters = [
-        add(f"{name}.codes", part.codes.contiguous()),
+        add(f"{name}.codes", part.codes.reshape(shape).contiguous()),
         add(f"{name}.scale", part.scale.contiguous()),
     ]
     if part.zero is not None and part.zero.any():

@@ -76,11 +76,14 @@ def _decoded_now(x: Known, scale: torch.Tensor, zero: torch.Tensor | None, axis:
         centred = centred - _along(shape, zero, axis, block).float()
     values, encoded = (centred * spread).to(scale.dtype), None
     name = name_of(x.name)
-    if x.name and len(shape) == 2 and not block and x.dtype in CODES and scale.dtype == torch.float32:
+    if x.name and len(shape) > 1 and not block and x.dtype in CODES and scale.dtype == torch.float32:
         factors = [
             None if f is None else f.float().reshape(() if f.numel() == 1 else -1) for f in (scale, zero)
         ]
-        encoded = Encoded(name, x.tensor, *factors, axis % 2)
+        one = all(f is None or not f.ndim for f in factors)
+        axis = 0 if one and len(shape) > 2 else axis % len(shape)
+        if len(shape) == 2 or axis == 0:
+            encoded = Encoded(name, x.tensor.flatten(1), *factors, axis)
     return Known(values, name=name, encoded=encoded)
 
 

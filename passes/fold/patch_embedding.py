@@ -6,10 +6,10 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.ir.dims import Dim
-from tersor.ir.matching import is_call
 from tersor.passes.base import Equivalent, Pass, PassResult
 from tersor.passes.context import Context
 from tersor.passes.registry import register
+from tersor.passes.windows import replace_by_layer
 
 
 @register("fold.patch_embedding")
@@ -75,17 +75,5 @@ def _rewrite(function: Function, conv: fx.Node, made_by: str) -> None:
         shape=(batch, rows * columns, channels * kernel[0] * kernel[1]),
     )
     flat = build.parameter(weight.target, function.parameter(weight).reshape(n, -1))
-    linear = build.emit("linear", patches, flat, bias, site=conv.meta.pop("site", None))
-    for key in ("module", "source"):
-        if key in conv.meta:
-            linear.meta[key] = conv.meta[key]
-    sequence = (batch, n, rows * columns)
-    for reshaped in list(conv.users):
-        if is_call(reshaped, "reshape") and reshaped.meta["value"].shape == sequence:
-            for moved in list(reshaped.users):
-                if is_call(moved, "permute") and tuple(moved.kwargs["dims"]) == (0, 2, 1):
-                    function.replace(moved, linear)
-    if not conv._erased:
-        image = build.reshape(build.permute(linear, dims=(0, 2, 1)), shape=conv.meta["value"].shape)
-        function.replace(conv, image)
+    replace_by_layer(function, conv, made_by, patches, flat, bias)
     function.erase_dead(weight)

@@ -11,8 +11,11 @@ from tersor.ir import Builder, Function, Program
 from tersor.ir.matching import is_call
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
+from tersor.passes.quantize import convolutions
 from tersor.passes.quantize.places import Decoded, bias_of, decoded, drop_unread, number
 from tersor.passes.registry import register
+
+CONVOLUTIONS = ("conv1d", "conv2d")
 
 SAFE_SUM = 2**31 - 1
 """What accumulators hold."""
@@ -50,7 +53,7 @@ class IntegerProducts(Pass):
 
     numerics = Lossy()
     stage = "requantize"
-    acts_on = ("linear", "embedding")
+    acts_on = ("linear", "embedding", *CONVOLUTIONS)
 
     def run(self, program: Program, context: Context) -> PassResult:
         result = PassResult()
@@ -58,6 +61,7 @@ class IntegerProducts(Pass):
         for function in program.functions.values():
             for node in function.calls("quantize"):
                 _make_unsigned(function, node, self.name)
+        self._as_layers(program, result)
         products = {function: _Products(function, self.name) for function in program.functions.values()}
         for function, linear in self.select(program, "linear"):
             x, weight = decoded(linear.args[0]), decoded(linear.args[1])
@@ -75,6 +79,15 @@ class IntegerProducts(Pass):
                 _join_factor(function, node, self.name)
         drop_unread(program)
         return result
+
+    def _as_layers(self, program: Program, result: PassResult) -> None:
+        """Convolutions whose products can be integers become linear layers over their windows."""
+        for function, conv in self.select(program, *CONVOLUTIONS):
+            x, weight = decoded(conv.args[0]), decoded(conv.args[1])
+            if reason := convolutions.unfit(function, conv) or _unfit(function, conv, x, weight):
+                result.skip(conv, reason)
+            else:
+                convolutions.to_linear(function, conv, self.name)
 
     def _look_up(self, program: Program, result: PassResult) -> None:
         """Embeddings of tables that are decoded whole read codes, and decode what they have read."""
@@ -167,7 +180,7 @@ def _join_factor(function: Function, encoding: fx.Node, made_by: str) -> None:
 
 
 def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decoded | None) -> str | None:
-    """Why a layer's product cannot be one of integers; None when it can."""
+    """Why the product of a layer or convolution cannot be one of integers; None when it can."""
     if x is None:
         return "its input is not in codes"
     if weight is None:
@@ -192,7 +205,8 @@ def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decod
     if bias_of(linear) is not None and function.parameter(bias_of(linear)) is None:
         return "its bias is computed"
     # of codes and of zero points alike: every term by itself, and all together
-    largest = 255 * (codes.to(torch.int64).abs().sum(1) + codes.shape[1] * points.to(torch.int64).abs()).max()
+    codes = codes.flatten(1).to(torch.int64)
+    largest = 255 * (codes.abs().sum(1) + codes.shape[1] * points.to(torch.int64).abs()).max()
     if 2 * int(largest) > SAFE_SUM:
         return f"sums over {codes.shape[1]} inputs could leave int32"
     return None

@@ -80,10 +80,10 @@ def operations(program: Program) -> set[str]:
 
 
 def in_integers(program: Program) -> Program:
-    """Every layer as a product of integers."""
+    """Every layer and convolution as a product of integers."""
     whole, report = Pipeline(["quantize.integers"]).run(program)
     assert [s.reason for s in report.steps[0].skips] == []
-    assert "linear" not in operations(whole) and "integer_linear" in operations(whole)
+    assert operations(whole) & {"linear", "conv1d", "conv2d", "integer_linear"} == {"integer_linear"}
     return whole
 
 
@@ -270,30 +270,83 @@ IMAGE = {"x": torch.from_numpy(RANDOM.normal(size=(2, 3, 9, 8)).astype(np.float3
 GIVEN = {"x": (FLOAT, ["batch", 3, 9, 8])}
 
 
-@pytest.mark.parametrize("per_channel", [True, False])
-def test_a_convolution_of_codes(per_channel):
-    shape = (4,) if per_channel else ()
-    kernel = {
-        "k": RANDOM.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8),
-        "k.s": RANDOM.uniform(0.002, 0.004, shape).astype(np.float32),
-        "k.z": np.zeros(shape, np.int8),
-        "bias": RANDOM.integers(-3000, 3000, 4).astype(np.int32),
+def kernel_in_codes(per_channel: bool, shape: tuple[int, ...]) -> dict[str, object]:
+    """A kernel in codes, its scales and zero points, a bias in whole numbers."""
+    factors = shape[:1] if per_channel else ()
+    return {
+        "k": RANDOM.integers(-127, 128, shape).astype(np.int8),
+        "k.s": RANDOM.uniform(0.002, 0.004, factors).astype(np.float32),
+        "k.z": np.zeros(factors, np.int8),
+        "bias": RANDOM.integers(-3000, 3000, shape[0]).astype(np.int32),
     }
-    model = on_codes(
-        "QLinearConv", "xq x.s x.z k k.s k.z y.s y.z bias", kernel, GIVEN, pads=[1, 1, 1, 1], strides=[2, 1]
-    )
-    steps_apart(frontends.capture(model), model, IMAGE, STEP)
 
 
-def test_a_convolution_of_integers():
-    kernel = {"k": RANDOM.integers(0, 256, (4, 3, 3, 3)).astype(np.uint8), "k.z": np.uint8(120), **scales()}
+@pytest.mark.parametrize("code", ["uint8", "int8"])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_convolution_of_codes(per_channel, code):
+    form = {"pads": [1, 1, 1, 1], "strides": [2, 1]}
+    kernel = kernel_in_codes(per_channel, (4, 3, 3, 3))
+    model = on_codes("QLinearConv", "xq x.s x.z k k.s k.z y.s y.z bias", kernel, GIVEN, code=code, **form)
+    program = frontends.capture(model)
+    for form in (program, in_integers(program)):
+        steps_apart(form, model, IMAGE, STEP)
+
+
+def test_patches_in_codes_go_from_the_file_to_integer_products():
     nodes = [
         node("QuantizeLinear", "x x.s x.z", "xq"),
-        node("ConvInteger", "xq k x.z k.z", "y", pads=[1, 1, 1, 1]),
+        node("DequantizeLinear", "xq x.s x.z", "xd"),
+        node("DequantizeLinear", "k k.s k.z", "w", axis=0),
+        node("DequantizeLinear", "bias bias.s", "b"),
+        node("Conv", "xd w b", "c", strides=[3, 4]),
+        node("Relu", "c", "y"),
     ]
-    model = file(nodes, kernel, GIVEN, TensorProto.INT32)
+    kernel = kernel_in_codes(True, (4, 3, 3, 4)) | {"bias.s": np.float32(0.001)}
+    model = file(nodes, scales() | kernel, GIVEN)
     expected = torch.from_numpy(run_there(model, IMAGE)["y"])
-    assert torch.equal(frontends.capture(model)(**IMAGE)["y"], expected)
+    program = frontends.capture(model)
+    assert program.parameters["k.codes"].tensor.shape == (4, 3, 3, 4)
+    torch.testing.assert_close(program(**IMAGE)["y"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_integers(program)(**IMAGE)["y"], expected, rtol=1e-4, atol=1e-4)
+    compiled = tersor.compile(model, recipe="quantized")
+    torch.testing.assert_close(torch.as_tensor(compiled(**IMAGE)["y"]), expected, rtol=1e-4, atol=1e-4)
+    weights = tersor.compile(model, recipe="fp32")
+    torch.testing.assert_close(torch.as_tensor(weights(**IMAGE)["y"]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_by_themselves_and_kernels_alone_stay_in_float32():
+    kernel = kernel_in_codes(True, (3, 1, 3, 3))
+    model = on_codes("QLinearConv", "xq x.s x.z k k.s k.z y.s y.z bias", kernel, GIVEN, group=3)
+    after, report = Pipeline(["quantize.integers"]).run(program := frontends.capture(model))
+    assert "it has groups" in [skip.reason for skip in report.steps[0].skips]
+    for form in (program, after):
+        steps_apart(form, model, IMAGE, STEP)
+    nodes = [node("DequantizeLinear", "k k.s k.z", "w", axis=0), node("Conv", "x w", "y")]
+    alone = frontends.capture(file(nodes, kernel_in_codes(True, (4, 3, 3, 3)), GIVEN))
+    assert operations(alone) == {"conv2d"}
+
+
+FRAMES = {"x": torch.from_numpy(RANDOM.normal(size=(2, 3, 11)).astype(np.float32))}
+
+
+@pytest.mark.parametrize(("inputs", "form"), [
+    (IMAGE, {"pads": [1, 1, 1, 1]}), (FRAMES, {"pads": [1, 1]}), (FRAMES, {"strides": [2]}),
+], ids=["image", "frames", "frames, every other"])  # fmt: skip
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_convolution_of_integers(inputs, form, dynamic):
+    given = {"x": (FLOAT, ["batch", *inputs["x"].shape[1:]])}
+    axes = inputs["x"].ndim - 2
+    kernel = {"k": RANDOM.integers(0, 256, (4, 3) + (3,) * axes).astype(np.uint8), "k.z": np.uint8(120)}
+    if dynamic:
+        nodes = [ENCODE, node("ConvInteger", "codes k zero k.z", "y", **form)]
+    else:
+        nodes = [node("QuantizeLinear", "x x.s x.z", "xq"), node("ConvInteger", "xq k x.z k.z", "y", **form)]
+        kernel |= scales()
+    model = file(nodes, kernel, given, TensorProto.INT32)
+    expected = torch.from_numpy(run_there(model, inputs)["y"])
+    program = frontends.capture(model)
+    assert torch.equal(program(**inputs)["y"], expected)
+    assert torch.equal(in_integers(program)(**inputs)["y"], expected)
 
 
 @pytest.mark.parametrize(("op", "options"), [
