@@ -22,6 +22,8 @@ from tersor.ir.program import Function
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 LOGICAL = {"logical_and", "logical_or", "logical_not"}
 
+ATTENTIONS = ("attention", "integer_attention")
+
 EPILOGUE_DTYPES = {"float32", "float16", "bfloat16", "int8", "uint8"}
 """What a GEMM's epilogue may store."""
 
@@ -215,7 +217,7 @@ def _joins(node: fx.Node, anchors: list[fx.Node], narrow: Set[str]) -> bool:
 
 def _join_projections(function: Function, result: Plan) -> None:
     """Query, key and value projections of one input become one GEMM: more panels to share out, one launch."""
-    for node in function.calls("attention"):
+    for node in function.calls(*ATTENTIONS):
         roots = node.args[:3]
         groups = [result.groups.get(root) for root in roots]
         if len({*roots}) < 3 or any(
@@ -326,7 +328,7 @@ def _follow_rows(function: Function, result: Plan) -> None:
             group = None
         result.tails[scale] = Tail(group, None, codes, False)
         result.inner.update((*codes, *(group.members if group else ())))
-    for head in function.calls("layer_norm", "rms_norm", "attention"):
+    for head in function.calls("layer_norm", "rms_norm", *ATTENTIONS):
         groups = {id(g): g for u in head.users if (g := group_of.get(u)) and not g.anchors}
         if head in result.tails or len(groups) != 1:
             continue

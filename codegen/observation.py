@@ -44,6 +44,6 @@ def rounded(function: Function) -> list[fx.Node]:
     return [
         node
         for node in function.calls("quantize", "round")
-        if any(is_call(user, "integer_linear") for user in node.users)
+        if any(is_call(user, "integer_linear", "integer_attention") for user in node.users)
         or (node.target.name == "round" and node.meta["value"].rank == 0)
     ]

@@ -169,14 +169,17 @@ def _rotary_embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
     return lowering.reshape(turned, shape)
 
 
+@register_lowering("integer_attention")
 @register_lowering("attention")
 def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
-    q, k, v, mask = (*node.args, None)[:4]
+    """Products of codes take the scales of the heads behind their operands."""
+    at = node.target.operands.index("mask")
+    (q, k, v), scales, mask = node.args[:3], node.args[3:at], (*node.args, None)[at]
     (batch, q_len, width), kv_len = opaque(q.meta["value"].shape), opaque(k.meta["value"].shape)[1]
     heads, kv_heads = node.kwargs["heads"], node.kwargs["kv_heads"]
     joined, tail = lowering.plan.joined.get(node), lowering.plan.tails.get(node, fusion.Tail())
-    products = node.kwargs.get("products", "float32")
     dtype = q.meta["value"].dtype
+    products = "uint8" if scales else node.kwargs.get("products", "float32")
     if joined and products == "bfloat16":  # what the products round anyway travels in half the bytes
         joined, dtype = fusion.narrowed(joined), "bfloat16"
     epilogue, feeds = _epilogue(node, tail)
@@ -188,7 +191,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
         kv_heads,
         width // heads,
         v.meta["value"].shape[-1] // kv_heads,
-        node.kwargs["scale"],
+        node.kwargs.get("scale", 1.0),
         causal=node.kwargs.get("causal", False),
         window=node.kwargs.get("window"),
         mask=None if mask is None else opaque(mask.meta["value"].shape),
@@ -200,7 +203,7 @@ def _attention(lowering: Lowering, node: fx.Node) -> relax.Expr:
         epilogue=epilogue,
     )
     args = [_joined(lowering, joined)] if joined else [lowering.value(a) for a in (q, k, v)]
-    args += [lowering.value(mask)] if mask is not None else []
+    args += [lowering.value(x) for x in (*scales, mask) if x is not None]
     args += [lowering.view(f, s.shape) for f, s in zip(feeds, kernel.inputs()[len(args) :], strict=True)]
     results = lowering.call(kernel, args, [node.meta["value"].shape] * len(epilogue.outputs))
     if not tail.group:

@@ -43,11 +43,14 @@ ROWS = "cleanup.unread_rows"
 TABLES = "quantize.embeddings"
 """First of what rounds, so that others see what it leaves; without it (`Pipeline.remove`) tables stay wide."""
 
-ATTENTION = {"pass": "quantize.bf16", "kinds": ["attention"]}
-"""Between layers in 8 bits, attention multiplies bf16: softmax spans more decades than 8-bit codes do."""
-
 LARGEST_ERROR = 5e-4
 """Part of the power of a token's outputs that rounding with one scale for all tokens may cost a layer (33 dB)."""
+
+BF16_ATTENTION = {"pass": "quantize.bf16", "kinds": ["attention"]}
+"""Attention that is not in 8 bits multiplies bf16."""
+
+ATTENTION = ({"pass": "quantize.attention", "largest_error": 4 * LARGEST_ERROR}, BF16_ATTENTION)
+"""More than a layer may lose, as what attention adds is a small part of the stream of tokens that it is added to."""
 
 SMOOTHING = {"pass": "smooth.smoothquant", "largest_error": LARGEST_ERROR}
 ACTIVATIONS = ({"pass": "quantize.static", "largest_error": LARGEST_ERROR}, "quantize.dynamic")
@@ -73,7 +76,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             TABLES,
             "quantize.rtn",
             *ACTIVATIONS,
-            ATTENTION,
+            *ATTENTION,
             "quantize.integers",
             ROWS,
         ),
@@ -85,7 +88,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             *FOLDS,
             "smooth.smoothquant",
             {"pass": "quantize.mixed", "min_sqnr_db": 30},
-            ATTENTION,
+            BF16_ATTENTION,
             "quantize.integers",
             ROWS,
         ),
@@ -99,7 +102,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             TABLES,
             "quantize.gptq",
             *ACTIVATIONS,
-            ATTENTION,
+            *ATTENTION,
             "recover.bias",
             "quantize.integers",
             ROWS,
@@ -114,7 +117,7 @@ RECIPES: dict[str, tuple[str, tuple[Any, ...]]] = {
             TABLES,
             "quantize.rtn",
             "quantize.dynamic",
-            ATTENTION,
+            BF16_ATTENTION,
             "quantize.integers",
             ROWS,
         ),

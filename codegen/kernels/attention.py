@@ -30,6 +30,12 @@ from tersor.targets import Target
 LOWEST = -3.4028234663852886e38
 """The lowest finite f32. No score is below it but -inf, so with it as the least maximum a masked key weighs 0."""
 
+LOWEST_SUM = -(2.0**31)
+"""As `LOWEST`, of sums of products of codes."""
+
+ZERO_POINTS = -0x7F7F7F80
+"""The zero point 128 in each byte of a word; a byte plus 128 modulo 256 is the signed byte 128 less."""
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -46,12 +52,17 @@ class Attention:
     window: of those, query i sees only j > i + offset - window.
     softcap: scores before the mask become ``softcap * tanh(score / softcap)``, or None.
     dtype: of q, k and v. products: "bfloat16" allows the two matrix products to round their operands (q, k, v and the
-    weights) to bf16; targets without bf16 products compute in f32 instead.
+    weights) to bf16; targets without bf16 products compute in f32 instead. "uint8" rounds the weights to multiples of
+    1/255, before they are added up too; with dtype "uint8" q, k and v are codes with zero point 128, and two further
+    inputs behind them hold what makes scores of products of codes [heads] and values of codes of v [kv_heads], both
+    f32 and positive. On x86 the products are then exact sums in int32, where head_dim is a multiple of 4; elsewhere
+    codes are multiplied in f32, as exactly below 2^24.
     epilogue: a chain from the f32 result (its accumulator) and further inputs to the outputs, for example codes.
     A query that sees no key gives zeros, as torch's scaled_dot_product_attention does.
 
-    Arguments: q, k and v as packed, the mask, the epilogue's other inputs ("full" [batch, q_len, heads*value_dim],
-    "column" [heads*value_dim], "row" [batch, q_len, 1], "scalar" ()); its outputs [batch, q_len, heads*value_dim].
+    Arguments: q, k and v as packed, the scales of codes, the mask, the epilogue's other inputs ("full" [batch, q_len,
+    heads*value_dim], "column" [heads*value_dim], "row" [batch, q_len, 1], "scalar" ()); its outputs [batch, q_len,
+    heads*value_dim].
 
     ValueError when heads are not a multiple of kv_heads, a packed or mask shape cannot be, or the epilogue does not
     start from one accumulator.
@@ -72,8 +83,8 @@ class Attention:
     align: Literal["end", "start"] = "end"
     packed: Literal["", "qkv", "kv"] = ""
     softcap: float | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    products: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
+    products: Literal["float32", "bfloat16", "uint8"] = "float32"
     epilogue: Chain = PLAIN
 
     def __post_init__(self) -> None:
@@ -102,7 +113,7 @@ class Attention:
         parts += [f"window{self.window}"] if self.window is not None else []
         parts += ["softcap"] if self.softcap is not None else []
         parts += [f"mask_{self.mask_dtype}"] if self.mask is not None else []
-        parts += ["bf16"] if self.products == "bfloat16" else []
+        parts += {"float32": [], "bfloat16": ["bf16"], "uint8": ["u8"]}[self.products]
         parts += [self.epilogue.label()] if self.epilogue.steps else []
         return "_".join(parts)
 
@@ -114,9 +125,11 @@ class Attention:
             "qkv": ((*query, q + k + v),),
             "kv": ((*query, q), (*key, k + v)),
         }[self.packed]
+        scales = ((self.heads,), (self.kv_heads,)) if self.dtype == "uint8" else ()
         mask = (TensorSpec(self.mask, self.mask_dtype),) if self.mask is not None else ()
         more = operand_specs(self.epilogue.inputs[1:], query, self.heads * self.value_dim)
-        return (*(TensorSpec(shape, self.dtype) for shape in specs), *mask, *more)
+        read = (*(TensorSpec(s, self.dtype) for s in specs), *(TensorSpec(s, "float32") for s in scales))
+        return (*read, *mask, *more)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
         return row_specs(
@@ -141,10 +154,16 @@ class _Builder:
 
     def __init__(self, attention: Attention, target: Target):
         self.spec, self.target = attention, target
-        narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
-        self.product = inner_product("bfloat16" if narrow else "float32", target)
-        self.narrow, self.word = narrow, "int32" if narrow else "float32"
-        self.stored = narrow and attention.dtype == "bfloat16"  # the operands hold words already
+        self.coded = attention.dtype == "uint8"
+        self.narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
+        words = inner_product("uint8", target).words.elements
+        self.integers = self.coded and "neon" not in target.features and attention.head_dim % words == 0
+        multiplied = "uint8" if self.integers else "bfloat16" if self.narrow else "float32"
+        self.product = inner_product(multiplied, target)
+        self.word = "float32" if multiplied == "float32" else "int32"
+        self.stored = multiplied == attention.dtype != "float32"  # the operands hold words already
+        # scores stay sums of products of codes until they are weighed
+        self.sums = self.coded and attention.mask is None and attention.softcap is None
         self.exp = avx512.exp if avx512.speaks(target) else math.exp_nonpositive
         self.lanes = self.product.lanes
         self.depth = -(-attention.head_dim // self.product.factor)
@@ -166,6 +185,7 @@ class _Builder:
             count = len(spec.epilogue.inputs) - 1
             inputs, self.others = inputs[: len(inputs) - count], inputs[len(inputs) - count :]
             self.mask = inputs.pop() if spec.mask is not None else None
+            self.scales = [inputs.pop(), inputs.pop()][::-1] if self.coded else None
             self.q, self.k, self.v = self._operands(inputs)
             self.offset = self.kv_len - self.q_len if spec.align == "end" else 0
             self.blocks = _ceil_div(self.kv_len, self.lanes)
@@ -210,10 +230,14 @@ class _Builder:
         self.values = T.alloc_buffer((words, self.value_vectors * self.lanes), self.word)
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
         self.weights = self.scores
-        if self.narrow:
-            self.weights = T.alloc_buffer((self.rows, self.blocks * self.lanes // 2), self.word)
+        if self.word != "float32":
+            count = self.blocks * self.lanes // self.product.factor
+            self.weights = T.alloc_buffer((self.rows, count), self.word)
+        if self.integers:
+            self.starts = T.alloc_buffer((self.blocks, self.lanes), "int32")
+        self.factor, self.value_scale = self._factors(head, group)
         self.queries = None
-        if self.narrow or spec.dtype != "float32":
+        if self.word != "float32" or spec.dtype != "float32":
             self.queries = T.alloc_buffer(
                 (self.rows, _ceil_div(self.depth, self.lanes) * self.lanes), self.word
             )
@@ -238,10 +262,19 @@ class _Builder:
         with T.serial(tirx.max(last - first, 0)) as tile:
             self._tile(batch, head, (first + tile) * self.rows, self.rows, clamp=True)
 
-    @property
-    def factor(self) -> float:
-        """What makes a score of a product of q and k, before softcap and mask."""
-        return self.spec.scale if self.spec.softcap is None else self.spec.scale / self.spec.softcap
+    def _factors(self, head: Expr, group: Expr) -> tuple[Expr | float, Expr | float]:
+        """What makes a score of a product of q and k, before softcap and mask; and results of values."""
+        spec = self.spec
+        factor: Expr | float = spec.scale if spec.softcap is None else spec.scale / spec.softcap
+        if not self.coded:
+            return factor, 1.0
+        score, value = self.scales
+        return math.bind(score[head] * factor), math.bind(value[group])
+
+    def _numbers(self, elements: Expr) -> Expr:
+        """What a vector of elements of q, k or v holds, in f32; of codes how far they are from the zero point."""
+        numbers = math.cast(elements, "float32")
+        return numbers - 128.0 if self.coded else numbers
 
     def _stored_words(self, source: _Rows, row: Expr, column: Expr, left: int) -> Expr:
         """A vector of words of an operand that holds them, from a column on; zeros behind ``left`` elements."""
@@ -262,7 +295,7 @@ class _Builder:
         for i in range(-(-size // lanes)):
             where = None if size - i * lanes >= lanes else loops.mask(size - i * lanes, lanes)
             at = row * source.stride + (source.column + column + i * lanes)
-            vector = math.cast(loops.load(source.buffer, at, lanes, where), "float32")
+            vector = self._numbers(loops.load(source.buffer, at, lanes, where))
             count = lanes // self.product.factor
             vector = bf16.words(vector) if self.narrow else vector
             T.buffer_store(to, vector, [index, T.ramp(i * count, 1, count)])
@@ -287,11 +320,11 @@ class _Builder:
                     factor = self.product.factor
                     left = spec.head_dim % (lanes * factor) if count < lanes else lanes * factor
                     words = self._stored_words(self.k, row, group * spec.head_dim + d * factor, left)
-                    vectors.append(math.bind(words))
+                    vectors.append(math.bind(self._signed(words) if self.integers else words))
                     continue
                 at = row * self.k.stride + (self.k.column + group * spec.head_dim + d)
-                vector = math.cast(loops.load(self.k.buffer, at, lanes, where), "float32")
-                vectors.append(math.bind(vector * self.factor))
+                vector = self._numbers(loops.load(self.k.buffer, at, lanes, where))
+                vectors.append(math.bind(vector if self.coded else vector * self.factor))
             for i, vector in enumerate(_transpose(vectors)[:count]):
                 T.buffer_store(self.keys, vector, [block, d + i, self.ramp])
 
@@ -305,9 +338,22 @@ class _Builder:
                     square(block, i * lanes, lanes)
             if rest:
                 square(block, whole * lanes, rest)
+            if self.integers:
+                self._start_sums(block)
+
+    def _start_sums(self, block: Expr) -> None:
+        """What sums of products with unsigned codes start from: -128 times the sum of each key."""
+        zero_points = tirx.const(ZERO_POINTS, "int32")
+        sums = RegisterTile(1, 1, self.product)
+        sums.accumulate(0, self.depth, lambda *_: zero_points, lambda _, d: self.keys[block, d, self.ramp])
+        T.buffer_store(self.starts, sums.vector(0, 0) * -1, [block, self.ramp])
+
+    def _signed(self, words: Expr) -> Expr:
+        """Unsigned bytes with the zero point 128 as signed ones."""
+        return tirx.bitwise_xor(words, tirx.const(ZERO_POINTS, words.ty.dtype))
 
     def _pack_values(self, batch: Expr, group: Expr) -> None:
-        """values[j] = the row or pair of rows of v that word j of the weights meets; the last row may be repeated."""
+        """values[j] = the rows of v, one to four, that word j of the weights meets; the last row may be repeated."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
         with T.serial(_ceil_div(self.kv_len, factor)) as j:
             for i in range(self.value_vectors):
@@ -321,10 +367,10 @@ class _Builder:
                     at = row * self.v.stride + (self.v.column + group * spec.value_dim + i * lanes)
                     vectors.append(loops.load(self.v.buffer, at, lanes, where))
                 if self.stored:
-                    low, high = (tirx.Cast(f"int32x{lanes}", vector) for vector in vectors)
-                    vector = tirx.bitwise_or(low, tirx.shift_left(high, tirx.const(16, low.ty.dtype)))
+                    vector = _interleaved([tirx.Cast(f"int32x{lanes}", vector) for vector in vectors])
+                    vector = self._signed(vector) if self.integers else vector
                 else:
-                    vectors = [math.cast(vector, "float32") for vector in vectors]
+                    vectors = [self._numbers(vector) for vector in vectors]
                     vector = bf16.pairs(*vectors) if self.narrow else vectors[0]
                 T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
 
@@ -333,7 +379,11 @@ class _Builder:
         last key. None where that is nothing or where every query has its own."""
         spec, lanes = self.spec, self.lanes
         own_rows = spec.mask is not None and spec.full_mask[2] != 1
-        if own_rows or (spec.mask is None and isinstance(self.kv_len, int) and self.kv_len % lanes == 0):
+        if (
+            self.sums
+            or own_rows
+            or (spec.mask is None and isinstance(self.kv_len, int) and self.kv_len % lanes == 0)
+        ):
             return None
         bias = T.alloc_buffer((self.blocks * lanes,))
         with T.serial(self.blocks) as block:
@@ -374,7 +424,8 @@ class _Builder:
         blocks = math.bind(_ceil_div(end, lanes))
         first_block = math.bind(begin // lanes)
         for r in range(rows):
-            T.buffer_store(self.maxima, tirx.const(LOWEST, f"float32x{lanes}"), [r, self.ramp])
+            lowest = tirx.const(LOWEST_SUM if self.sums else LOWEST, f"float32x{lanes}")
+            T.buffer_store(self.maxima, lowest, [r, self.ramp])
         # blocks that every row sees whole need no comparison with the diagonal
         if spec.window is not None:
             free = first_block
@@ -418,9 +469,13 @@ class _Builder:
                 return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
             return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
 
-        scaled = self.narrow and self.factor != 1.0
-        later = scaled or spec.softcap is not None  # what the mask is added to is not the product itself
-        sums = RegisterTile(len(queries), vectors, self.product, None if later else mask)
+        scaled = self.coded and not self.sums or self.narrow and self.factor != 1.0
+        # what the mask is added to is not the product itself
+        later = scaled or spec.softcap is not None
+        start = None if later else mask
+        if self.integers:
+            start = lambda _, n: self.starts[block + n, self.ramp]  # noqa: E731
+        sums = RegisterTile(len(queries), vectors, self.product, start)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
             for q in queries
@@ -435,13 +490,14 @@ class _Builder:
         for r, query in enumerate(queries):
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
-                score = sums.vector(r, n)
+                score = math.cast(sums.vector(r, n), "float32")
                 if scaled:
                     score = score * self.factor
                 if spec.softcap is not None:
                     score = math.tanh(score) * spec.softcap
                 if later:
-                    score = math.bind(score + mask(r, n))
+                    score = score + mask(r, n)
+                score = math.bind(score)
                 if diagonal:
                     score = math.bind(self._see(score, query, block + n))
                 T.buffer_store(self.scores, score, [r, T.ramp((block + n) * lanes, 1, lanes)])
@@ -462,28 +518,51 @@ class _Builder:
         return score
 
     def _softmax(self, rows: int, begin, end) -> None:
-        """The weights exp(score - maximum), f32 ones in place of the scores, and each row's inverse sum: 0 where no key
-        is seen."""
+        """The weights exp(score - maximum), f32 ones in place of the scores, and what makes results of each row's sums
+        of products, its inverse sum but for the scale of the values: 0 where no key is seen."""
         lanes = self.lanes
         with T.serial(rows) as r:
+            if self.sums:
+                self._hide_repeated(r)
             highest = math.horizontal(tirx.max, self.maxima[r, self.ramp])
+            if self.sums:
+                highest = highest * self.factor
             highest = math.bind(math.broadcast(highest, lanes))
 
             def weight(offset: loops.Extent, where: None) -> Expr:
                 at = begin * lanes + offset
-                value = math.bind(self.exp(self.scores[r, T.ramp(at, 1, lanes)] - highest))
-                if self.narrow:
-                    factor = self.product.factor
-                    T.buffer_store(
-                        self.weights, bf16.words(value), [r, T.ramp(at // factor, 1, lanes // factor)]
-                    )
-                else:
-                    T.buffer_store(self.weights, value, [r, T.ramp(at, 1, lanes)])
+                score = self.scores[r, T.ramp(at, 1, lanes)]
+                score = score * self.factor if self.sums else score
+                value = math.bind(self.exp(score - highest))
+                if self.spec.products == "uint8":
+                    value = math.bind(self._weight_code(value))
+                words = bf16.words(value) if self.narrow else _bytes(value) if self.integers else value
+                factor = self.product.factor
+                T.buffer_store(self.weights, words, [r, T.ramp(at // factor, 1, lanes // factor)])
                 return value
 
-            total = reduce(end - begin, 0, lanes, weight, plus, tirx.const(0.0, "float32"))
-            inverse = tirx.Select(total > 0.0, 1.0 / total, tirx.const(0.0, "float32"))
+            zero = tirx.const(0, "int32" if self.integers else "float32")
+            total = math.bind(math.cast(reduce(end - begin, 0, lanes, weight, plus, zero), "float32"))
+            inverse = tirx.Select(total > 0.0, self.value_scale / total, tirx.const(0.0, "float32"))
             T.buffer_store(self.inverses, inverse, [r])
+
+    def _weight_code(self, weight: Expr) -> Expr:
+        """round(255 weight), half to even, in the type of the sums."""
+        shifted = math.bind(weight * 255.0 + math.ROUND)
+        if not self.integers:
+            return shifted - math.ROUND
+        bits = tirx.reinterpret(f"int32x{self.lanes}", shifted)
+        return tirx.bitwise_and(bits, tirx.const(255, bits.ty.dtype))
+
+    def _hide_repeated(self, r: Expr) -> None:
+        """-inf for what lies past the last key in a row of scores; that is the last key's score again."""
+        if isinstance(self.kv_len, int) and self.kv_len % self.lanes == 0:
+            return
+        last = self.blocks - 1
+        at = [r, T.ramp(last * self.lanes, 1, self.lanes)]
+        hidden = tirx.const(float("-inf"), f"float32x{self.lanes}")
+        inside = loops.mask(self.kv_len - last * self.lanes, self.lanes)
+        T.buffer_store(self.scores, tirx.Select(inside, self.scores[tuple(at)], hidden), at)
 
     def _weighted_sum(self, batch, head, queries: list[Expr], begin, end) -> None:
         """out = weights @ values * inverse sum."""
@@ -510,7 +589,8 @@ class _Builder:
                 where = None if left >= lanes else loops.mask(left, lanes)
                 offset = head * spec.value_dim + column
                 values = operands(spec.epilogue.inputs[1:], self.others, row, size, offset, lanes, where)
-                results = evaluate_chain(spec.epilogue, [sums.vector(r, n) * inverse, *values], self.target)
+                result = math.cast(sums.vector(r, n), "float32") * inverse
+                results = evaluate_chain(spec.epilogue, [result, *values], self.target)
                 for buffer, result in zip(self.outputs, results, strict=True):
                     loops.store(buffer, row * size + offset, math.cast(result, buffer.dtype), lanes, where)
 
@@ -518,6 +598,21 @@ class _Builder:
 def _parts(tasks: int, threads: int) -> int:
     """Into how many parts to cut each of some equal tasks, so that no thread waits long for another."""
     return next(p for p in (1, 2, 4) if tasks * p % threads == 0 or tasks * p >= 4 * threads or p == 4)
+
+
+def _interleaved(parts: list[Expr]) -> Expr:
+    """Vectors of int32 that hold 32 / n bits each as the words made of all n, the first in the lowest bits."""
+    bits = 32 // len(parts)
+    words = parts[0]
+    for i, part in enumerate(parts[1:], 1):
+        words = tirx.bitwise_or(words, tirx.shift_left(part, tirx.const(i * bits, part.ty.dtype)))
+    return words
+
+
+def _bytes(codes: Expr) -> Expr:
+    """Numbers from 0 to 255, int32, as words of four neighbours."""
+    lanes = math.lanes_of(codes)
+    return T.reinterpret(tirx.Cast(f"uint8x{lanes}", codes), dtype=f"int32x{lanes // 4}")
 
 
 def _transpose(vectors: list[Expr]) -> list[Expr]:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
-from tersor.ir.opset.rules import broadcast, require_dtype, require_float, show, window_positions
-from tersor.ir.value import DTYPES, Value
+from tersor.ir.opset.rules import broadcast, require_dtype, require_float, window_positions
+from tersor.ir.value import Value
 
 
 def linear(x, weight, bias=None):
@@ -67,101 +67,6 @@ def _infer_embedding(ids: Value, table: Value) -> Value:
     require_dtype("int64", ids=ids)
     rows, width = table.shape
     return Value(table.dtype, (*ids.shape, width))
-
-
-def attention(
-    q,
-    k,
-    v,
-    mask=None,
-    *,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    causal: bool = False,
-    window: int | None = None,
-    softcap: float | None = None,
-    products: str = "float32",
-):
-    """softmax(q k^T * scale + mask) v on merged heads (Vaswani et al. 2017, eq. 1).
-
-    q [B, Tq, heads*D], k [B, Tk, kv_heads*D], v [B, Tk, kv_heads*Dv] -> [B, Tq, heads*Dv]. Each of the
-    ``kv_heads`` groups serves heads/kv_heads query heads (GQA, Ainslie et al. 2023). ``mask`` broadcasts to
-    [B, heads, Tq, Tk]: boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i +
-    Tk - Tq. ``window``: of those only j > i + Tk - Tq - window. ``softcap``: before the mask, a score s becomes
-    softcap * tanh(s / softcap) (Gemma 2, 2024). ``products``: "bfloat16" rounds what both products multiply to bf16: q,
-    k, v and exp(score - largest score), of which the sum that divides is not rounded; all else is as wide as q.
-    """
-    batch, tq, tk = q.shape[0], q.shape[1], k.shape[1]
-    q = q.reshape(batch, tq, heads, -1).transpose(1, 2)
-    k = k.reshape(batch, tk, kv_heads, -1).transpose(1, 2)
-    v = v.reshape(batch, tk, kv_heads, -1).transpose(1, 2)
-    if causal or window is not None:
-        rows = torch.arange(tq).unsqueeze(1) + (tk - tq)
-        columns = torch.arange(tk).unsqueeze(0)
-        seen = columns <= rows if causal else torch.ones(tq, tk, dtype=torch.bool)
-        if window is not None:
-            seen = seen & (columns > rows - window)
-        if mask is None:
-            mask = seen
-        elif mask.dtype == torch.bool:
-            mask = mask & seen
-        else:
-            mask = mask.masked_fill(~seen, float("-inf"))
-    if softcap is None and products == "float32":
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
-        )
-    else:
-        out = _spelled_out(q, k, v, mask, scale, softcap, products)
-    return out.transpose(1, 2).reshape(batch, tq, -1)
-
-
-def _spelled_out(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float,
-    softcap: float | None, products: str,
-) -> torch.Tensor:  # fmt: skip
-    """Attention over [B, H, T, D]; as in torch's own, a row that hides every key gives 0."""
-
-    def rounded(x: torch.Tensor) -> torch.Tensor:
-        return x.to(DTYPES[products]).to(x.dtype) if products != "float32" else x
-
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = rounded(q) @ rounded(k).transpose(-1, -2)
-    scores = scores * scale if softcap is None else softcap * torch.tanh(scores * (scale / softcap))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    largest = scores.amax(-1, keepdim=True)
-    hidden = torch.isneginf(largest)
-    weights = (scores - largest.masked_fill(hidden, 0.0)).exp()
-    total = weights.sum(-1, keepdim=True).masked_fill(hidden, 1.0)
-    return rounded(weights) @ rounded(v) / total
-
-
-def _infer_attention(
-    q: Value, k: Value, v: Value, mask: Value | None = None, *, heads: int, kv_heads: int, scale: float,
-    causal: bool = False, window: int | None = None, softcap: float | None = None, products: str = "float32",
-) -> Value:  # fmt: skip
-    if products not in ("float32", "bfloat16"):
-        raise ProgramError(f"attention: products in {products!r}", fix="use 'float32' or 'bfloat16'")
-    if softcap is not None and not softcap > 0:
-        raise ProgramError(f"attention: a soft cap of {softcap} is not above 0")
-    if not q.rank == k.rank == v.rank == 3 or k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0]:
-        raise ProgramError(f"attention: q {q}, k {k}, v {v} do not fit")
-    if heads % kv_heads or q.shape[2] % heads or k.shape[2] % kv_heads or v.shape[2] % kv_heads:
-        raise ProgramError(
-            f"attention: {heads} heads and {kv_heads} key heads do not divide q {q}, k {k}, v {v}"
-        )
-    if q.shape[2] // heads != k.shape[2] // kv_heads:
-        raise ProgramError(
-            f"attention: head size of q {q} ({heads} heads) and k {k} ({kv_heads} heads) differ"
-        )
-    require_float("attention over", q)
-    require_dtype(q.dtype, k=k, v=v, mask=mask if mask is None or mask.dtype != "bool" else None)
-    scores = (q.shape[0], heads, q.shape[1], k.shape[1])
-    if mask is not None and (mask.rank != 4 or broadcast(mask.shape, scores) != scores):
-        raise ProgramError(f"attention: mask {mask} does not broadcast to {show(scores)}")
-    return Value(q.dtype, (*q.shape[:2], v.shape[2] // kv_heads * heads))
 
 
 def rotary_embedding(x, cos, sin, *, heads: int, interleaved: bool = False):
@@ -244,13 +149,6 @@ def _infer_conv2d(x: Value, weight: Value, bias: Value | None = None, *, stride=
     return Value(x.dtype, (x.shape[0], weight.shape[0], *sizes))
 
 
-def _attention_macs(
-    result: Value, q: Value, k: Value, v: Value, mask: Any = None, *, heads: int, kv_heads: int, **_: Any
-) -> int | Dim:
-    pairs = q.shape[0] * q.shape[1] * k.shape[1] * heads
-    return pairs * (q.shape[2] // heads) + pairs * (v.shape[2] // kv_heads)
-
-
 def _weight_macs(result: Value, x: Value, weight: Value, *_: Any, **__: Any) -> int | Dim:
     # each output element meets one row of the weight
     per_output: int | Dim = 1
@@ -271,7 +169,6 @@ ops.register(
         bytes=lambda result, ids, table: ids.bytes + 2 * result.bytes,
     )
 )
-ops.register(Op("attention", attention, _infer_attention, macs=_attention_macs))
 ops.register(Op("rotary_embedding", rotary_embedding, _infer_rotary_embedding))
 ops.register(Op("conv1d", conv1d, _infer_conv1d, macs=_weight_macs))
 ops.register(Op("conv2d", conv2d, _infer_conv2d, macs=_weight_macs))

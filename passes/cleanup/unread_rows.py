@@ -133,9 +133,10 @@ def _attention(node: fx.Node, dim: int, cut: fx.Node) -> Operands | None:
     to_the_last = step == 1 and (end is None or end == queries)
     if (node.kwargs.get("causal") or node.kwargs.get("window") is not None) and not to_the_last:
         return None
-    mask = node.args[3] if len(node.args) > 3 else None
+    at = node.target.operands.index("mask")
+    mask = node.args[at] if len(node.args) > at else None
     own_rows = mask is not None and mask.meta["value"].shape[2] != 1
-    return {0: 1, 3: 2} if own_rows else {0: 1}
+    return {0: 1, at: 2} if own_rows else {0: 1}
 
 
 _RULES: dict[str, Callable[[fx.Node, int, fx.Node], Operands | None]] = {
@@ -146,4 +147,5 @@ _RULES: dict[str, Callable[[fx.Node, int, fx.Node], Operands | None]] = {
     "dynamic_scale": _rowwise,
     "softmax": _softmax,
     "attention": _attention,
+    "integer_attention": _attention,
 }

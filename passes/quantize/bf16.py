@@ -41,8 +41,8 @@ class BFloat16(Pass):
                 result.skip(node, f"kinds leaves {node.target.name} out")
             elif node.target.name != "attention":
                 narrowing.apply(function, node, result)
-            elif node.kwargs.get("products", "float32") == "bfloat16":
-                result.skip(node, "its products are in bf16 already")
+            elif (products := node.kwargs.get("products", "float32")) != "float32":
+                result.skip(node, f"its products are in {products} already")
             else:
                 node.kwargs = {**node.kwargs, "products": "bfloat16"}
                 result.change(node, "products in bf16")

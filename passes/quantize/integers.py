@@ -1,4 +1,4 @@
-"""Linear layers between decoded operands become integer products, and tables are looked up in codes."""
+"""Layers and attentions of decoded operands become integer products, and tables are looked up in codes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from tersor.ir.matching import is_call
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
 from tersor.passes.quantize import convolutions
-from tersor.passes.quantize.places import Decoded, bias_of, decoded, drop_unread, number
+from tersor.passes.quantize.places import (
+    ACTIVATION_ZERO,
+    Decoded,
+    bias_of,
+    decoded,
+    drop_unread,
+    number,
+)
 from tersor.passes.registry import register
 
 CONVOLUTIONS = ("conv1d", "conv2d")
@@ -47,13 +54,16 @@ class IntegerProducts(Pass):
     Legal when the activations are in codes with a scale and a zero point, or one of each per token, the weights int8
     with a scale and a whole zero point per row, or one for all, and no sum can leave int32.
 
+    Attention whose products are in uint8 reads the codes, and the scales of its heads:
+             %a = attention(dequantize(%q, @sq, 128, axis=2), ...)  ->  %a = integer_attention(%q, %k, %v, @sq sk, @sv)
+
     Source: Jacob et al. 2018, section 2.2. The result differs from the decoded layer's by the rounding of f32 sums and
     of the bias (at most half of m).
     """
 
     numerics = Lossy()
     stage = "requantize"
-    acts_on = ("linear", "embedding", *CONVOLUTIONS)
+    acts_on = ("linear", "attention", "embedding", *CONVOLUTIONS)
 
     def run(self, program: Program, context: Context) -> PassResult:
         result = PassResult()
@@ -74,6 +84,14 @@ class IntegerProducts(Pass):
                 continue
             result.change(linear, "sums in int32")
             function.replace(linear, products[function].integer(linear, x, weight))
+        for function, attention in self.select(program, "attention"):
+            if attention.kwargs.get("products") != "uint8":
+                continue  # its operands are no codes
+            if reason := _unfit_attention(function, attention):
+                result.skip(attention, reason)
+                continue
+            result.change(attention, "sums in int32")
+            function.replace(attention, _integer_attention(function, attention, self.name))
         for function in program.functions.values():
             for node in function.calls("quantize"):
                 _join_factor(function, node, self.name)
@@ -158,13 +176,16 @@ def _make_unsigned(function: Function, encoding: fx.Node, made_by: str) -> None:
 
 
 def _join_factor(function: Function, encoding: fx.Node, made_by: str) -> None:
-    """``quantize(x * f, s)`` as ``quantize(x, s / f)`` for a stored factor per column, where the scale is not asked for
-    again."""
+    """``quantize(x * f, s)`` as ``quantize(x, s / f)`` for a stored factor per column, where the scale, one or one per
+    column, is not asked for again."""
     product, scale, *zero = encoding.args
     step = function.parameter(scale)
-    if step is None or step.ndim or not is_call(product, "mul") or len(product.users) > 1:
+    if step is None or not is_call(product, "mul") or len(product.users) > 1:
         return
-    if not all(is_call(user, "integer_linear") for user in encoding.users):
+    axis, last = encoding.kwargs.get("axis"), product.meta["value"].rank - 1
+    if step.ndim and (step.ndim > 1 or axis is None or axis % (last + 1) != last):
+        return
+    if not all(is_call(user, "integer_linear", "integer_attention") for user in encoding.users):
         return
     for x, factor in (product.args, reversed(product.args)):
         columns = function.parameter(factor)
@@ -210,6 +231,51 @@ def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decod
     if 2 * int(largest) > SAFE_SUM:
         return f"sums over {codes.shape[1]} inputs could leave int32"
     return None
+
+
+def _unfit_attention(function: Function, attention: fx.Node) -> str | None:
+    """Why an attention cannot read its operands' codes; None when it can."""
+    if not attention.kwargs["scale"] > 0:
+        return "its scores are not scaled by a positive number"
+    for operand, role in zip(attention.args[:3], ("query", "key", "value"), strict=True):
+        form = decoded(operand)
+        if form is None or form.codes.meta["value"].dtype != "uint8":
+            return f"its {role} is not in uint8 codes"
+        if number(function, form.zero) != ACTIVATION_ZERO:
+            return f"its {role}'s zero point is not {ACTIVATION_ZERO}"
+        if _head_scales(function, attention, operand) is None:
+            return f"its {role} does not have one stored scale per head"
+    return None
+
+
+def _head_scales(function: Function, attention: fx.Node, operand: fx.Node) -> torch.Tensor | None:
+    """The scale of each head [heads] of an attention's operand; None where heads do not have one each."""
+    form, queries = decoded(operand), operand is attention.args[0]
+    heads, scale = attention.kwargs["heads" if queries else "kv_heads"], function.parameter(form.scale)
+    if scale is None or form.group is not None or not bool((scale > 0).all()):
+        return None
+    if scale.numel() == 1:
+        return scale.reshape(1).expand(heads)
+    if form.axis is None or form.axis % 3 != 2:
+        return None
+    scales = scale.reshape(heads, -1)
+    return scales[:, 0] if bool((scales == scales[:, :1]).all()) else None
+
+
+def _integer_attention(function: Function, attention: fx.Node, made_by: str) -> fx.Node:
+    """The attention on codes, in front of that on what they stand for; it takes the site."""
+    form, site = dict(attention.kwargs), attention.meta.pop("site", None)
+    form.pop("products")
+    query, key, value = (_head_scales(function, attention, x).double() for x in attention.args[:3])
+    score = query * key.repeat_interleave(form["heads"] // form["kv_heads"]) * form.pop("scale")
+    build = function.builder(before=attention, made_by=made_by)
+    name = site or attention.name
+    scales = [
+        build.parameter(f"{name}.{what}.scale", scale.float())
+        for what, scale in (("score", score), ("value", value))
+    ]
+    codes = [decoded(operand).codes for operand in attention.args[:3]]
+    return build.emit("integer_attention", *codes, *scales, *attention.args[3:], **form, site=site)
 
 
 def _points(function: Function, weight: Decoded) -> torch.Tensor | None:

@@ -235,6 +235,8 @@ SUMS = [
     Reduce("mean", (3, N, 77), (0, 2)),
     Attention(2, N, N, 2, 2, 20, 17, 0.2, mask=(2, 1, 1, N)),
     Attention(1, N, N, 2, 2, 16, 16, 0.2, causal=True, window=21),
+    Attention(2, N, N, 4, 2, 32, 20, 1e-4, dtype="uint8", products="uint8"),
+    Attention(2, N, N, 2, 2, 16, 16, 1e-4, mask=(2, 1, 1, N), dtype="uint8", products="uint8"),
 ]
 """Kernels whose results depend on the order in which they sum."""
 
@@ -253,8 +255,13 @@ FAMILIES = [
 def arrays_for(kernel, n: int) -> list[np.ndarray]:
     generator, arrays = np.random.default_rng(n), []
     for spec in kernel.inputs():
-        values = 3 * generator.standard_normal(tuple(n if isinstance(d, Dim) else d for d in spec.shape))
-        arrays.append(values > 0 if spec.dtype == "bool" else values.astype(np.float32))
+        shape = tuple(n if isinstance(d, Dim) else d for d in spec.shape)
+        values = 3 * generator.standard_normal(shape)
+        if spec.dtype == "uint8":
+            arrays.append(generator.integers(0, 256, shape, dtype=np.uint8))
+        else:
+            values = np.abs(values) if len(shape) == 1 else values  # scales are positive
+            arrays.append(values > 0 if spec.dtype == "bool" else values.astype(np.float32))
     return arrays
 
 

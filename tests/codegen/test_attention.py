@@ -12,7 +12,7 @@ from kernel_harness import run_kernel
 from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.ir.dims import Dim
-from tersor.ir.opset.nn import attention
+from tersor.ir.opset.attention import attention, integer_attention
 
 RNG = np.random.default_rng(0)
 BATCH, QUERIES, KEYS = Dim.symbol("batch"), Dim.symbol("queries"), Dim.symbol("keys")
@@ -299,3 +299,95 @@ def test_epilogue(products, bf16_target):
     np.testing.assert_array_equal(wide, plain)
     np.testing.assert_array_equal(codes, (np.rint(wide * factor) + 128).clip(0, 255))
     np.testing.assert_array_equal(half.astype(np.float32), torch.from_numpy(wide).bfloat16().float().numpy())
+
+
+CODED = {"dtype": "uint8", "products": "uint8"}
+
+
+def coded(kernel, b, tq, tk, extreme=False):
+    """Codes for q, k and v, and the scales of the heads."""
+    widths = (
+        kernel.heads * kernel.head_dim,
+        kernel.kv_heads * kernel.head_dim,
+        kernel.kv_heads * kernel.value_dim,
+    )
+    lengths = (tq, tk, tk)
+    if extreme:
+        codes = [RNG.choice(np.uint8([0, 255]), (b, t, n)) for t, n in zip(lengths, widths, strict=True)]
+    else:
+        codes = [
+            RNG.integers(0, 256, (b, t, n)).astype(np.uint8) for t, n in zip(lengths, widths, strict=True)
+        ]
+    scales = [RNG.uniform(0.5, 1.5, n).astype(np.float32) for n in (kernel.heads, kernel.kv_heads)]
+    return codes, [scales[0] * np.float32(2e-4), scales[1]]
+
+
+def check_codes(kernel, target, b, tq, tk, mask=None, extreme=False):
+    """All but one in a thousand results are the reference's but for rounding in f32: a weight between two codes may
+    become either one."""
+    (q, k, v), scales = coded(kernel, b, tq, tk, extreme)
+    form = {name: getattr(kernel, name) for name in ("heads", "kv_heads", "causal", "window", "softcap")}
+    operands = [torch.from_numpy(x) for x in (q, k, v, *scales)]
+    operands += [] if mask is None else [torch.from_numpy(mask).reshape(kernel.full_mask)]
+    expected = integer_attention(*operands, **form).numpy()
+    inputs = {"": [[q], [k], [v]], "qkv": [[q, k, v]], "kv": [[q], [k, v]]}[kernel.packed]
+    inputs = [*(np.concatenate(x, -1) for x in inputs), *scales, *([] if mask is None else [mask])]
+    (got,) = run_kernel(kernel, inputs, target)
+    assert np.isfinite(got).all()
+    error = np.abs(got - expected)
+    assert (error > 2e-4).mean() <= 1e-3 and error.max() < 2, f"{error.max()}, {(error > 2e-4).mean():.2%}"
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (33, 7)])
+@pytest.mark.parametrize("tk", [1, 13, 197])
+def test_codes(head_dim, value_dim, tk, target):
+    check_codes(Attention(2, 9, tk, 4, 2, head_dim, value_dim, 1.0, **CODED), target, 2, 9, tk)
+
+
+@pytest.mark.parametrize("packed", ["qkv", "kv"])
+def test_codes_lie_side_by_side(packed, target):
+    check_codes(Attention(2, 21, 21, 4, 4, 64, 64, 1.0, packed=packed, **CODED), target, 2, 21, 21)
+
+
+def test_extreme_codes(target):
+    check_codes(Attention(1, 17, 33, 2, 2, 64, 64, 1.0, **CODED), target, 1, 17, 33, extreme=True)
+
+
+@pytest.mark.parametrize("form", [{"causal": True}, {"causal": True, "window": 5}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(("tq", "tk"), [(19, 19), (5, 40)])
+def test_codes_on_the_diagonal(form, tq, tk, target):
+    check_codes(Attention(1, tq, tk, 2, 2, 64, 64, 1.0, **form, **CODED), target, 1, tq, tk)
+
+
+def test_masked_codes(target):
+    hidden = ragged(3, 37)
+    kernel = Attention(3, 11, 37, 2, 2, 64, 64, 1.0, mask=hidden.shape, **CODED)
+    check_codes(kernel, target, 3, 11, 37, hidden)
+    added = (RNG.standard_normal((3, 2, 11, 37)) * 2).astype(np.float32)
+    added[0, 0, 3] = -np.inf
+    kernel = replace(kernel, mask=added.shape, mask_dtype="float32")
+    check_codes(kernel, target, 3, 11, 37, added)
+
+
+def test_codes_of_any_length(target):
+    kernel = Attention(BATCH, QUERIES, KEYS, 2, 2, 64, 64, 1.0, **CODED)
+    for b, tq, tk in [(1, 1, 1), (2, 7, 33), (1, 40, 48)]:
+        check_codes(kernel, target, b, tq, tk)
+
+
+def test_codes_that_no_query_sees(target):
+    """More queries than keys, aligned at the end: the first ones see nothing and get zeros."""
+    kernel = Attention(1, 9, 4, 2, 2, 64, 64, 1.0, causal=True, **CODED)
+    (q, k, v), scales = coded(kernel, 1, 9, 4)
+    (got,) = run_kernel(kernel, [q, k, v, *scales], target)
+    assert (got[0, :5] == 0).all() and (got[0, 5:] != 0).any()
+    check_codes(kernel, target, 1, 9, 4)
+
+
+def test_weights_in_eight_bits_of_numbers(target):
+    kernel = Attention(1, 11, 37, 4, 2, 24, 24, 0.2, products="uint8")
+    q, k, v = array(1, 11, 96), array(1, 37, 48), array(1, 37, 48)
+    form = {"heads": 4, "kv_heads": 2, "scale": 0.2, "products": "uint8"}
+    expected = attention(*map(torch.from_numpy, (q, k, v)), **form).numpy()
+    (got,) = run_kernel(kernel, [q, k, v], target)
+    assert (np.abs(got - expected) > 1e-5).mean() <= 1e-3

@@ -265,6 +265,25 @@ CASES = {
             softcap=2.0,
         ),
     ),
+    "attention of codes": (
+        (X, LONG),
+        lambda b, x, m: b.integer_attention(
+            *(
+                b.quantize(
+                    b.linear(x, weight(b, n, 24)),
+                    b.full(shape=(), value=0.02, dtype="float32"),
+                    128,
+                    dtype="uint8",
+                )
+                for n in (24, 12, 12)
+            ),
+            b.parameter("score", torch.tensor([0.001, 0.002])),
+            b.parameter("value", torch.tensor([0.02])),
+            b.reshape(b.cast(m, dtype="bool"), shape=(B, 1, 1, T)),
+            heads=2,
+            kv_heads=1,
+        ),
+    ),
     "grouped causal attention": (
         (X,),
         lambda b, x: b.attention(

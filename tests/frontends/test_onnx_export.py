@@ -84,6 +84,14 @@ def codes(*shape: int) -> torch.Tensor:
     return (weight(*shape) * 100).to(torch.int8)
 
 
+def _integer_attention(kv_heads: int = 4, **options: object) -> Body:
+    def body(b, q, k, v, mask=None):
+        scales = (b.parameter("score", weight(4).abs() * 1e-4), b.parameter("value", weight(kv_heads).abs()))
+        return b.integer_attention(q, k, v, *scales, mask, heads=4, kv_heads=kv_heads, **options)
+
+    return body
+
+
 def _attention(**options: object) -> Body:
     attributes = {"heads": 4, "kv_heads": 4, "scale": 0.3, **options}
     return lambda b, q, k, v, mask=None: b.attention(q, k, v, mask, **attributes)
@@ -219,6 +227,12 @@ CASES: dict[str, list[tuple[Body, list[Value]]]] = {
         (_attention(causal=True), [Q, Q, Q, f32(1, 4, T, T)]),
         (lambda b, q, k, v: _attention()(b, q, k, v, b.parameter("bias", weight(1, 4, 5, 5))), [f32(2, 5, 32)] * 3),
         (_attention(), [f32(B, T, 24), f32(B, T, 24), f32(B, T, 8)]),
+        (_attention(products="uint8", kv_heads=2, causal=True), [Q, KV, KV, bits(B, 1, 1, T)]),
+    ],
+    "integer_attention": [
+        (_integer_attention(), [*[Value("uint8", (B, T, 32))] * 3]),
+        (_integer_attention(2, softcap=0.5, causal=True), [Value("uint8", (B, T, n)) for n in (32, 16, 8)]),
+        (_integer_attention(), [*[Value("uint8", (B, T, 32))] * 3, bits(B, 1, 1, T)]),
     ],
     "rotary_embedding": [
         (lambda b, x, c, s, i=i: b.rotary_embedding(x, c, s, heads=4, interleaved=i), ROTATED) for i in (False, True)

@@ -118,8 +118,17 @@ CASES: dict[str, list[tuple[tuple, dict]]] = {
          {"heads": 2, "kv_heads": 2, "scale": 0.5, "causal": True, "window": 2}),
         ((f32(B, L, 8), f32(B, L, 4), f32(B, L, 4)),
          {"heads": 4, "kv_heads": 2, "scale": 0.5, "causal": True, "products": "bfloat16"}),
+        ((f32(B, L, 8), f32(B, L, 4), f32(B, L, 4)),
+         {"heads": 4, "kv_heads": 2, "scale": 0.5, "causal": True, "products": "uint8"}),
         ((f32(B, L, 8), f32(B, L, 4), f32(B, L, 4), boolean(B, 1, 1, L)),
          {"heads": 4, "kv_heads": 2, "scale": 0.5, "causal": True, "softcap": 20.0}),
+    ],
+    "integer_attention": [
+        ((*(codes("uint8", B, L, 8),) * 3, f32(2), f32(2)), {"heads": 2, "kv_heads": 2}),
+        ((codes("uint8", B, L, 8), codes("uint8", B, 3, 4), codes("uint8", B, 3, 6), f32(2), f32(1), f32(B, 1, 1, 3)),
+         {"heads": 2, "kv_heads": 1, "softcap": 20.0}),
+        ((codes("uint8", B, L, 8), *(codes("uint8", B, L, 4),) * 2, f32(4), f32(2)),
+         {"heads": 4, "kv_heads": 2, "causal": True, "window": 2}),
     ],
     "quantize": [
         ((f32(B, L, 6), f32()), {"dtype": "int8"}), ((f32(B, L, 6), f32(), f32()), {"dtype": "uint8"}),
@@ -252,6 +261,8 @@ def test_rule_and_reference_refuse(name, operands, attributes):
         ("dequantize", (f32(B, 6), f32()), {}),
         ("dynamic_scale", (i64(B, 6),), {}),
         ("integer_linear", (codes("int8", B, 6), codes("int8", 4, 6)), {}),
+        ("integer_attention", (*(codes("int8", 2, 3, 8),) * 3, f32(2), f32(2)), {"heads": 2, "kv_heads": 2}),
+        ("integer_attention", (*(codes("uint8", 2, 3, 8),) * 3, f32(1), f32(2)), {"heads": 2, "kv_heads": 2}),
     ],
 )
 def test_rule_is_stricter_than_torch(name, operands, attributes):

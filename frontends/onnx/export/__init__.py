@@ -2,7 +2,7 @@
 
 table        how exporters are entered and called
 graph        the file's graph while it is written: names, constants, sizes
-elementwise, layout, reduction, nn, quantized    what each operation becomes
+attention, elementwise, layout, reduction, nn, quantized    what each operation becomes
 files        the model as a whole: tensors inside or beside it
 """
 
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import InputError, UnsupportedOpError
-from tersor.frontends.onnx.export import elementwise, layout, nn, quantized, reduction, spatial  # noqa: F401  fill the table
+from tersor.frontends.onnx.export import (  # noqa: F401  fill the table
+    attention,
+    elementwise,
+    layout,
+    nn,
+    quantized,
+    reduction,
+    spatial,
+)
 from tersor.frontends.onnx.export.files import check_path, model_with_data, write_model
 from tersor.frontends.onnx.export.graph import TYPE_CODES, Writer
 from tersor.frontends.onnx.export.table import DEFAULT_OPSET, OPSETS, Export, exports, find_exporter
