@@ -59,9 +59,7 @@ def _windows(build: Builder, function: Function, conv: fx.Node, x: Decoded, kern
     """
     form, spatial = conv.target.bind(conv.args, conv.kwargs), len(kernel)
     strides, paddings, dilations = (_each(form[key], kernel) for key in ("stride", "padding", "dilation"))
-    codes = x.codes
-    for axis, padding in enumerate(paddings):
-        codes = _padded(build, function, x, codes, 2 + axis, padding)
+    codes = _padded(build, function, x, paddings)
     counts = conv.meta["value"].shape[2:]
     for axis, (k, count, step, apart) in enumerate(zip(kernel, counts, strides, dilations, strict=True)):
         # before this axis: batch, channels, a kernel for each axis done, their windows
@@ -96,17 +94,19 @@ def _part(build: Builder, x: fx.Node, dim: int, start: int, end: int | Dim, step
     return build.slice(x, dim=dim, start=start, end=end, step=step)
 
 
-def _padded(build: Builder, function: Function, x: Decoded, codes: fx.Node, dim: int, width: int) -> fx.Node:
-    """Codes of 0 on both ends of an axis."""
-    shape = codes.meta["value"].shape
-    if not width:
-        return codes
+def _padded(build: Builder, function: Function, x: Decoded, widths: Sequence[int]) -> fx.Node:
+    """The codes with those of 0 on both ends of each spatial axis."""
+    codes = x.codes
     if (zero := number(function, x.zero)) is not None:
-        pads = (0, 0) * (len(shape) - 1 - dim) + (width, width)
-        return build.pad(codes, pads=pads, value=zero)
-    zero = build.reshape(build.cast(x.zero, dtype=codes.meta["value"].dtype), shape=(1,) * len(shape))
-    ends = build.expand(zero, shape=(*shape[:dim], width, *shape[dim + 1 :]))
-    return build.concat([ends, codes, ends], dim=dim)
+        pads = tuple(width for width in reversed(widths) for _ in range(2))
+        return build.pad(codes, pads=pads, value=zero) if any(pads) else codes
+    for dim, width in enumerate(widths, 2):
+        if width:
+            shape = codes.meta["value"].shape
+            zero = build.reshape(build.cast(x.zero, dtype="uint8"), shape=(1,) * len(shape))
+            ends = build.expand(zero, shape=(*shape[:dim], width, *shape[dim + 1 :]))
+            codes = build.concat([ends, codes, ends], dim=dim)
+    return codes
 
 
 def _each(value: Any, kernel: Sequence[int]) -> tuple[int, ...]:
