@@ -20,6 +20,7 @@ from tersor.codegen.kernels.attention import Attention
 from tersor.codegen.kernels.batched_gemm import BatchedGemm
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
+from tersor.codegen.kernels.embedding import Decoding, Embedding
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.inner_product import ACCUMULATORS, PIECE, WORDS, stored_words
 from tersor.codegen.kernels.norm import LayerNorm, Reduce, RMSNorm
@@ -277,6 +278,31 @@ def test_families_are_those_of_x86(kernel):
     for n in (7, 64):
         arrays = arrays_for(kernel, n)
         found = run_plain(kernel, arrays, resolve("armv8-a"), cpu="cortex-a53")
+        check_same(found, run_kernel(kernel, arrays, REFERENCE))
+
+
+TABLES = [
+    Embedding((N,), 30, 21, codes=Decoding("int8")),
+    Embedding((N,), 30, 21, codes=Decoding("uint8", per_row=False, zero=117.0)),
+    Embedding((N,), 30, 21, stored="bfloat16"),
+    Embedding((N,), 30, 21, stored="float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "cpu"), [EMULATED[0], EMULATED[1], EMULATED[-1]])
+@pytest.mark.parametrize("kernel", TABLES, ids=lambda kernel: kernel.name())
+def test_rows_of_stored_tables_are_those_of_x86(kernel, name, cpu):
+    generator = np.random.default_rng(0)
+    ids, table, *scales = kernel.inputs()
+    bits = generator.integers(0, 256, 30 * 21 * np.dtype(table.dtype).itemsize).astype(np.uint8)
+    stored = bits.view(table.dtype).reshape(table.shape)
+    if kernel.stored == "float16":
+        stored = generator.standard_normal(table.shape).astype(np.float16)
+    given = [stored, *(np.abs(generator.standard_normal(s.shape)).astype(np.float32) for s in scales)]
+    for n in (7, 64):
+        arrays = [np.array([30, *generator.integers(0, 30, n - 1)]), *given]
+        found = run_plain(kernel, arrays, resolve(name), cpu=cpu)
+        assert np.isnan(found[0][0]).all()
         check_same(found, run_kernel(kernel, arrays, REFERENCE))
 
 
