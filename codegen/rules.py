@@ -18,6 +18,7 @@ from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Decoding, Embedding
 from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.kernels.inner_product import stored_words
 from tersor.codegen.kernels.norm import PLAIN, LayerNorm, Reduce, RMSNorm
 from tersor.codegen.kernels.quantize import DynamicQuantize
 from tersor.codegen.kernels.scan import ArgMax, ArgSort, CumSum, Scatter
@@ -124,9 +125,7 @@ def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
         return _selection(lowering, node, layout.IndexSelect, table, ids, 0)
     panel = 0
     if table.op == "get_attr":
-        # a tied output projection has packed the table already: read that copy
-        tied = any(linear.args[1].target == table.target for linear in lowering.function.calls("linear"))
-        panel = tiles.panel_width(lowering.target) if tied else 0
+        panel = _packed_panel(lowering, table, "linear")
         stored = lowering.weight(Weight((table.target,), panel or None))
     else:
         stored = lowering.value(table)
@@ -143,9 +142,18 @@ def _decoded_rows(lowering: Lowering, node: fx.Node) -> relax.Expr:
     (ids, table), scale, zero = node.args[0].args, *(*node.args, None)[1:3]
     (count, size), per_row = table.meta["value"].shape, is_call(scale, "index_select")
     codes = Decoding(table.meta["value"].dtype, per_row, float(zero or 0))
-    kernel = Embedding(opaque(ids.meta["value"].shape), count, size, codes=codes)
-    args = [lowering.value(n) for n in (ids, table, scale.args[0] if per_row else scale)]
+    panel = _packed_panel(lowering, table, "integer_linear")
+    words = stored_words("uint8", lowering.target) if panel else None
+    kernel = Embedding(opaque(ids.meta["value"].shape), count, size, panel, codes=codes, words=words)
+    stored = lowering.weight(Weight((table.target,), panel or None, words=words))
+    args = [lowering.value(ids), stored, lowering.value(scale.args[0] if per_row else scale)]
     return lowering.call(kernel, args, [node.meta["value"].shape], of=node.args[:1])
+
+
+def _packed_panel(lowering: Lowering, table: fx.Node, op: str) -> int:
+    """The panel that a tied output projection has packed a table into, so that its copy is read; 0 where none has."""
+    tied = any(layer.args[1].target == table.target for layer in lowering.function.calls(op))
+    return tiles.panel_width(lowering.target) if tied else 0
 
 
 @register_lowering("rotary_embedding")

@@ -101,8 +101,11 @@ def drop_unread(program: Program) -> None:
     program.drop_unused_parameters()
 
 
-def plain_weight(function: Function, layer: fx.Node, readers: Readers) -> torch.Tensor | str:
-    """The weight of a linear layer, or table of an embedding, that can be quantized; or the reason why it cannot."""
+def plain_weight(function: Function, layer: fx.Node, readers: Readers, *beside: str) -> torch.Tensor | str:
+    """The weight of a linear layer, or table of an embedding, that can be quantized; or the reason why it cannot.
+
+    ``beside``: operations that may read it, too.
+    """
     weight = layer.args[1]
     if decoded(weight):
         return "its weight is stored in codes already"
@@ -112,6 +115,6 @@ def plain_weight(function: Function, layer: fx.Node, readers: Readers) -> torch.
     if tensor.dtype != torch.float32:
         return f"its weight is {tensor.dtype}, not float32"
     for user in readers[weight.target]:
-        if not is_call(user, layer.target.name):
+        if not is_call(user, layer.target.name, *beside):
             return f"its weight is also read by {in_words(user)}"
     return tensor

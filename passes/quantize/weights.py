@@ -8,11 +8,13 @@ import torch
 from torch import fx
 
 from tersor.ir import Function, Program
+from tersor.ir.matching import is_call
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.places import drop_unread, plain_weight, readers
 from tersor.passes.quantize.ranges import clipped_rows
+from tersor.passes.sites import site_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class WeightCodes(Pass):
         return "group must be positive" if self.group is not None and self.group < 1 else None
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """Operations that may read a weight beside those that the pass acts on, and get its codes with them."""
+        return ()
+
+    @property
     def grid(self) -> Grid:
         return Grid(self.bits)
 
@@ -79,7 +86,7 @@ class WeightCodes(Pass):
         """The selected layers whose weights can be stored in codes, with these; ``result`` gets the others."""
         found, read_by = {}, readers(program)
         for function, layer in self.select(program):
-            weight = plain_weight(function, layer, read_by)
+            weight = plain_weight(function, layer, read_by, *self.beside)
             if isinstance(weight, str):
                 result.skip(layer, weight)
             elif self.group is not None and weight.shape[1] % self.group:
@@ -111,12 +118,17 @@ class Rounding(WeightCodes):
     def run(self, program: Program, context: Context) -> PassResult:
         result, stored = PassResult(), {}
         figures: dict[str, dict[str, float]] = {}
+        read_by = readers(program)
         functions = {function.graph: function for function in program.functions.values()}
         for layer, weight in self.weights(program, result).items():
             name = layer.args[1].target
             if name not in stored:
                 coded = self.nearest(weight)
                 stored[name], figures[name] = self.store(program, name, coded), coded.figures(weight)
+                for other in read_by[name]:
+                    if self.beside and is_call(other, *self.beside) and other.args[1].target == name:
+                        self.read(functions[other.graph], other, stored[name])
+                        result.change(other, f"the codes of {site_of(layer)}")
             self.read(functions[layer.graph], layer, stored[name])
             result.change(layer, self.words(), **figures[name])
         drop_unread(program)

@@ -8,7 +8,7 @@ import torch
 from kernel_harness import run_kernel
 
 from tersor.codegen.kernels.embedding import Decoding, Embedding
-from tersor.codegen.packing import pack
+from tersor.codegen.packing import Words, pack
 from tersor.ir.dims import Dim
 
 RNG = np.random.default_rng(0)
@@ -84,14 +84,29 @@ def test_rows_of_16_bits_are_widened(stored, size, target):
         np.testing.assert_array_equal(got.reshape(-1, size)[1:], values[ids.ravel()[1:]])
 
 
+@pytest.mark.parametrize("words", [None, Words(8), Words(4, sums=True)])
+@pytest.mark.parametrize("size", [3, 16, 50])
+def test_rows_of_codes_that_are_packed_for_a_projection(size, words, target):
+    table = RNG.integers(-128, 128, (45, size)).astype(np.int8)
+    scales = np.abs(RNG.standard_normal((45, 1), dtype=np.float32)) + 0.01
+    kernel = Embedding((BATCH, LENGTH), 45, size, 16, codes=Decoding("int8"), words=words)
+    ids = np.array([[0, 44, 15], [16, 31, 45]])
+    (got,) = run_kernel(kernel, [ids, pack([table], 16, words), scales], target)
+    assert np.isnan(got[1, 2]).all()
+    values = table.astype(np.float32) * scales
+    np.testing.assert_array_equal(got.reshape(6, size)[:5], values[ids.ravel()[:5]])
+
+
 @pytest.mark.parametrize(
-    "form",
+    ("form", "message"),
     [
-        {"panel": 16, "codes": Decoding("int8")},
-        {"panel": 16, "stored": "float16"},
-        {"stored": "float16", "codes": Decoding("int8")},
+        ({"codes": Decoding("int8"), "words": Words(4)}, "in words"),
+        ({"panel": 16, "words": Words(4)}, "in words"),
+        ({"panel": 16, "codes": Decoding("uint8"), "words": Words(4)}, "int8 codes"),
+        ({"panel": 16, "stored": "float16"}, "16 bits"),
+        ({"stored": "float16", "codes": Decoding("int8")}, "16 bits"),
     ],
 )
-def test_a_table_has_one_layout(form):
-    with pytest.raises(ValueError, match="packed, or"):
+def test_a_table_has_one_layout(form, message):
+    with pytest.raises(ValueError, match=message):
         Embedding((1,), 20, 8, **form)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tersor.codegen.compiler import build, prepare
+from tersor.codegen.lowering import legalize, lower
 from tersor.codegen.runtime import load
 from tersor.errors import CompileError
 from tersor.ir import Dim, Program, Range, Value, ops, register_op
@@ -65,6 +66,13 @@ def coded_rows(b, ids, form: str, zero: float | None = None):
     scales = b.parameter("s", torch.linspace(0.01, 0.02, 50 * width).reshape(50, width))
     read = b.index_select(scales, ids, dim=0)
     return b.dequantize(rows, read, zero, **({} if form == "row" else {"group": 8}))
+
+
+def tied_codes(b, ids):
+    """Rows of a table of codes, and products of what they stand for with that table."""
+    rows = coded_rows(b, ids, "row")
+    codes = b.quantize(rows, b.parameter("x", torch.tensor(0.03)), 128.0, dtype="uint8")
+    return b.cast(b.integer_linear(codes, b.read("c")), dtype="float32"), rows
 
 
 def narrow_rows(b, ids, dtype: str):
@@ -126,6 +134,7 @@ CASES = {
     "rows of bf16": ((LONG,), lambda b, ids: narrow_rows(b, ids, "bfloat16")),
     "rows of fp16": ((LONG,), lambda b, ids: narrow_rows(b, ids, "float16")),
     "rows of codes with a scale each": ((LONG,), lambda b, ids: coded_rows(b, ids, "row")),
+    "rows of codes that a projection multiplies, too": ((LONG,), lambda b, ids: tied_codes(b, ids)),
     "rows of codes with one scale and a zero point": (
         (LONG,),
         lambda b, ids: coded_rows(b, ids, "one", 117.0),
@@ -410,6 +419,12 @@ def test_operation(case, tmp_path):
     # one code of many may be its neighbour where a sum in bf16 is rounded otherwise, as may one fp16 value
     allowed = 4e-3 if "bf16" in case else 5e-4 if "product of fp16" in case else 1e-5
     assert max(errors(program(*inputs, body=body), tmp_path)) <= allowed
+
+
+def test_a_tied_table_of_codes_is_stored_once():
+    made = program(LONG, body=tied_codes)
+    weights = lower(legalize(made), resolve("native")).weights["main"]
+    assert sorted(w.sources for w in weights if "c" in w.sources) == [("c",)]
 
 
 @pytest.mark.parametrize(("op", "more"), [("add", {}), ("softmax", {"dim": -1})])

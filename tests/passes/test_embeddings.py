@@ -120,14 +120,37 @@ def test_two_look_ups_share_a_table_and_its_scales():
     assert [change.site for change in report.steps[1].changes] == ["words.0", "words.1"]
 
 
-def test_a_tied_table_stays_wide_and_the_report_says_why():
+def tied(rows: int = ROWS) -> Program:
+    """A table that the output projection reads, too."""
+
     def emit(build, x, mask):
-        table = Weights(build)("t", ROWS, WIDTH)
+        table = Weights(build)("t", rows, WIDTH)
         found = build.embedding(build.argmax(x, dim=-1), table, site="words")
         return {"y": build.linear(found, table, site="head")}
 
-    assert reasons(ALL, program(emit)) == ["its weight is also read by head (linear)"]
-    assert reasons(IntegerProducts(), program(emit)) == ["it is not quantized"] * 2
+    return program(emit)
+
+
+def test_a_tied_table_stays_wide_and_the_report_says_why():
+    assert reasons(ALL, tied()) == ["its weight is also read by head (linear)"]
+    assert reasons(IntegerProducts(), tied()) == ["it is not quantized"] * 2
+
+
+def test_a_tied_table_can_give_its_codes_to_both():
+    pass_ = EmbeddingTables(smallest=0, tied=True)
+    after = check_pass(pass_, tied(), None, unmatched=words("coded"))
+    assert set(after.parameters) == {"t.codes", "t.scale"}
+    assert reasons(EmbeddingTables(smallest=0, tied=True, skip=("head",)), tied()) == [
+        "head (linear) is to keep it"
+    ]
+    whole, report = Pipeline([pass_, "quantize.rtn", "quantize.dynamic", "quantize.integers"]).run(tied())
+    assert "t" not in whole.parameters and whole.main.calls("integer_linear")
+    assert [(c.site, c.reason) for c in report.steps[0].changes] == [
+        ("head", "the codes of words"),
+        ("words", "weights in 8 bits per row"),
+    ]
+    exact, found = (made(x=torch.eye(WIDTH)[None])["y"] for made in (tied(), whole))
+    assert float((found - exact).norm() / exact.norm()) < 0.02
 
 
 def test_a_small_table_stays_wide():
