@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         for target in (*options.targets, HERE):
             folder = export_c(prepare(program, resolve(target + MUSL), verify=False), Path(scratch, "plain"))
             sizes(report, Exported.read(folder), cost(program).parameter_bytes, Path(scratch, "program"))
-        memory(report, folder, program)
+        memory(report, folder)
         observed, observers = with_observers(program)
         if observers:
             results(report, observed, observers["main"].name, options.targets, given, Path(scratch))
@@ -170,14 +170,14 @@ def sizes(report: Report, exported: Exported, weights: int, program: Path) -> No
     )
 
 
-def memory(report: Report, folder: Path, program: Program) -> None:
+def memory(report: Report, folder: Path) -> None:
     """What is resident while it runs: all weights, the session, inputs and outputs, and the rest."""
     layout = (folder / "src/layout.h").read_text(encoding="utf-8")
     planned = sum(
         int(re.search(rf"MODEL_{name}_BYTES (\d+)", layout)[1]) for name in ("STATE", "WORKSPACE", "SCRATCH")
     )
     model, weights = tersor.load_on(folder, StaticLocal()), (folder / "weights.bin").stat().st_size
-    words = program.parameters["embeddings.word_embeddings.weight"].tensor.shape[0]
+    words = load_tokenizer().get_vocab_size()
     for batch, length in ((1, 16), (1, LENGTH), (BATCH, LENGTH)):
         ids = np.linspace(0, words - 1, batch * length).astype(np.int64).reshape(batch, length)
         inputs = {INPUTS[0]: ids, INPUTS[1]: np.ones_like(ids)}

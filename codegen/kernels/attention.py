@@ -164,7 +164,7 @@ class _Builder:
         self.stored = multiplied == attention.dtype != "float32"  # the operands hold words already
         # scores stay sums of products of codes until they are weighed
         self.sums = self.coded and attention.mask is None and attention.softcap is None
-        self.exp = avx512.exp if avx512.speaks(target) else math.exp_nonpositive
+        self.exp = avx512.exp_nonpositive if avx512.speaks(target) else math.exp_nonpositive
         self.lanes = self.product.lanes
         self.depth = -(-attention.head_dim // self.product.factor)
         self.rows = min(8, most_rows(target))

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels.math import EXP, LN_2, LOG2_E, ROUND, bind, constant, polynomial, relu, round_even
+from tersor.codegen.kernels.math import EXP, LN_2, LOG2_E, ROUND, bind, constant, polynomial, relu
 from tersor.targets import Target
 
 LANES = 16
@@ -32,9 +32,14 @@ def speaks(target: Target) -> bool:
 def exp(x: Expr) -> Expr:
     """e**x; relative error 1e-6, denormal results included; 0 below -104, inf beyond the largest f32, NaN kept."""
     x = bind(x)
+    return exp_nonpositive(tirx.Select(x > 100.0, constant(100.0, x), x))
+
+
+def exp_nonpositive(x: Expr) -> Expr:
+    """e**x for x <= 100 (one operation fewer than ``exp``); the bits of `math.exp_nonpositive` above -87."""
+    x = bind(x)
     x = bind(tirx.Select(x < -150.0, constant(-150.0, x), x))
-    n = bind(round_even(x * LOG2_E))
-    # at infinity the remainder is NaN, of which vscalefps makes infinity again
+    n = bind(bind(x * LOG2_E + ROUND) - ROUND)
     fraction = bind(polynomial(EXP, bind(x - n * LN_2)))
     every, rounding = tirx.const(-1, "int16"), tirx.const(4, "int32")
     return T.call_llvm_pure_intrin(

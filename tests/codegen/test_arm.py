@@ -314,7 +314,7 @@ def test_sums_are_the_same_in_32_bit_code(kernel):
         check_same(found, run_kernel(kernel, arrays, REFERENCE))
 
 
-@pytest.mark.parametrize("kernel", SUMS, ids=lambda kernel: kernel.name())
+@pytest.mark.parametrize("kernel", [*SUMS, function("exp")], ids=lambda kernel: kernel.name())
 def test_sums_are_the_same_in_wider_vectors(kernel):
     target = resolve("x86-64-v4")
     if missing_on_host(target):

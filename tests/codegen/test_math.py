@@ -121,8 +121,8 @@ def test_gates_are_exact_at_zero_and_relatively_right_beside_it(op, target):
 INF, NAN = np.inf, np.nan
 EXTREMES = {  # op -> inputs and what must come out
     "exp": (
-        [-INF, -1e30, -104, -88.5, 0, 88.7, 88.8, 1e30, INF, NAN],
-        [0, 0, 0, 0, 1, 3.3265e38, INF, INF, INF, NAN],
+        [-INF, -1e30, -104, -88.5, 0, 88.7, 88.8, 1e10, 1e20, 1e30, INF, NAN],
+        [0, 0, 0, 0, 1, 3.3265e38, INF, INF, INF, INF, INF, NAN],
     ),
     "log": ([-INF, -1, 0, 1e-45, 1, 3e38, INF, NAN], [NAN, NAN, -INF, -103.27893, 0, 88.59683, INF, NAN]),
     "tanh": ([-INF, -50, 50, INF, NAN], [-1, -1, 1, 1, NAN]),
