@@ -80,7 +80,7 @@ class Tokens:
         """The value's rows [n, channels] without padding; all where it is not laid out by token."""
         rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
         mask = self._everywhere if self._everywhere is not None else self._by_value.get(node)
-        if mask is None:
+        if mask is None or mask.all():  # a selection would copy
             return rows
         if tensor.ndim > mask.ndim and tensor.shape[: mask.ndim] == mask.shape:
             return tensor[mask].reshape(-1, tensor.shape[-1])
