@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from tersor.ir.costs import node_cost
+from tersor.ir.matching import is_call
 from tersor.ir.program import Function
 
 
@@ -21,7 +22,9 @@ def described(function: Function) -> list[dict[str, Any]]:
             weights = {
                 n.target: function.parameters[n.target].tensor.nbytes for n in sources if n.op == "get_attr"
             }
-            rows[_dtype(sources), products, sum(weights.values())] += 1
+            # codes of attentions are multiplied in f32 on the cores that estimates are for
+            dtype = "float32" if is_call(node, "integer_attention") else _dtype(sources)
+            rows[dtype, products, sum(weights.values())] += 1
     keys = ("dtype", "products", "weights")
     return [{"count": count, **dict(zip(keys, row, strict=True))} for row, count in rows.items()]
 
