@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 import tersor
-from benchmarks.accuracy.record import without_folders
+from benchmarks.record import without_folders
 from benchmarks.accuracy.similarity import BATCH, HIDDEN, INPUTS, LENGTH, Batch, batches, read
 from benchmarks.report import machine
 from benchmarks.run import several

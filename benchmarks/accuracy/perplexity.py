@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import tersor
-from benchmarks.accuracy.record import Record
+from benchmarks.record import Record
 from benchmarks.accuracy.smollm2 import load
 from benchmarks.accuracy.variants import names, pipeline
 

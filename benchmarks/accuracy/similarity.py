@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import tersor
-from benchmarks.accuracy.record import Record, in_folder
+from benchmarks.record import Record, in_folder
 from benchmarks.accuracy.variants import names, pipeline
 from benchmarks.engines import nncf_quantized
 from tersor.cli.demo import MODEL_PACKAGE, embed, encode, load_tokenizer, model_folder

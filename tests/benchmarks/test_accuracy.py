@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import perplexity, similarity
-from benchmarks.accuracy.record import Record
+from benchmarks.record import Record
 from benchmarks.accuracy.variants import VARIANTS, pipeline
 from tersor.errors import PipelineError
 
