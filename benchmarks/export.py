@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 import tersor
-from benchmarks.record import without_folders
 from benchmarks.accuracy.similarity import BATCH, HIDDEN, INPUTS, LENGTH, Batch, batches, read
+from benchmarks.record import without_folders
 from benchmarks.report import machine
 from benchmarks.run import several
 from tersor.cli.demo import embed, load_tokenizer, model_folder

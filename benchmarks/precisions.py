@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import tersor
-from benchmarks.record import Record
 from benchmarks.models import MODELS, Model
+from benchmarks.record import Record
 from benchmarks.run import RESULTS
 from benchmarks.turns import take_turns
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 import tersor
-from benchmarks.record import Record
 from benchmarks.accuracy.smollm2 import load
 from benchmarks.accuracy.variants import names, pipeline
+from benchmarks.record import Record
 
 Logits = Callable[[np.ndarray], np.ndarray]
 RECIPES = "int8-dynamic,int8-dynamic-unsmoothed,int8,int8-unsmoothed"

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 import tersor
-from benchmarks.record import Record, in_folder
 from benchmarks.accuracy.variants import names, pipeline
 from benchmarks.engines import nncf_quantized
+from benchmarks.record import Record, in_folder
 from tersor.cli.demo import MODEL_PACKAGE, embed, encode, load_tokenizer, model_folder
 from tersor.errors import TersorError
 from tersor.peers import Folder

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import perplexity, similarity
-from benchmarks.record import Record
 from benchmarks.accuracy.variants import VARIANTS, pipeline
+from benchmarks.record import Record
 from tersor.errors import PipelineError
 
 
