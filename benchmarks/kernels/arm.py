@@ -48,6 +48,7 @@ CASES = {
     "usmmla": Case("armv8.6-i8mm", "uint8", "requantize", "usmmla", MATRIX),
     "bfmmla": Case("armv8.6-i8mm", "bfloat16", "gelu", "bfmmla", MATRIX),
     "attention": Case("armv8.2-dotprod", "float32", "softmax", "fmla", {**WIDE, "cortex-a55": 2}),
+    "attention fp16": Case("armv8.2-dotprod", "float16", "softmax", "fmla", {**WIDE, "cortex-a55": 2}),
     "smull": Case("armv8-a", "uint8", "requantize", "smull2?|sadalp", {"cortex-a53": None}),
 }
 
@@ -111,7 +112,9 @@ def build(case: Case) -> bytes:
     target, sums = resolve(case.target), ChainInput("accumulator", ACCUMULATORS[case.dtype])
     if case.epilogue == "softmax":
         length = Dim.symbol("length")
-        attention = Attention(Dim.symbol("batch"), length, length, 12, 12, 32, 32, 32**-0.5)
+        attention = Attention(
+            Dim.symbol("batch"), length, length, 12, 12, 32, 32, 32**-0.5, products=case.dtype
+        )
         return object_code([plain_kernel("kernel", attention.build(target))], target)
     if case.epilogue == "gelu":
         chain = Chain((sums, ChainInput("column")), (Step("add", (0, 1)), Step("gelu_erf", (2,))), (3,))
@@ -153,6 +156,8 @@ def full_tiles(loops: list[list[str]], product: re.Pattern) -> dict[str, list[st
     """Of the loops with the most multiplications one that several tiles of a panel run, and one that streams it."""
     counts = [sum(bool(product.match(line)) for line in loop) for loop in loops]
     full = [loop for loop, count in zip(loops, counts, strict=True) if count == max(counts)]
+    # LLVM lays some branches out as jumps back, which look like loops: those with little else are the real ones
+    full.sort(key=len, reverse=True)
     kinds = {"stream" if any(line.startswith("prfm") for line in loop) else "panel": loop for loop in full}
     return dict(sorted(kinds.items()))
 

@@ -7,6 +7,7 @@ start; softmax of each row; product with V, divided by the row's sum. The scores
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.evaluate import evaluate_chain
-from tersor.codegen.kernels.inner_product import inner_product
+from tersor.codegen.kernels.inner_product import PIECE, inner_product, multiplies_fp16
 from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
 from tersor.codegen.kernels.reduction import WIDTH, plus, reduce
 from tersor.codegen.kernels.register_tile import RegisterTile
@@ -35,6 +36,12 @@ LOWEST_SUM = -(2.0**31)
 
 ZERO_POINTS = -0x7F7F7F80
 """The zero point 128 in each byte of a word; a byte plus 128 modulo 256 is the signed byte 128 less."""
+
+HALF_LIMIT = 65504.0
+"""The largest fp16 number."""
+
+HALF_ROWS = 12
+"""Rows of a tile of fp16 products: a register of sums for each, and one of words."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ class Attention:
     window: of those, query i sees only j > i + offset - window.
     softcap: scores before the mask become ``softcap * tanh(score / softcap)``, or None.
     dtype: of q, k and v. products: "bfloat16" allows the two matrix products to round their operands (q, k, v and the
-    weights) to bf16; targets without bf16 products compute in f32 instead. "uint8" rounds the weights to multiples of
+    weights) to bf16, "float16" to fp16: q, with the scale in it, k and v are limited to its range (65504), and sums of
+    up to `PIECE` products are fp16. Targets without these compute in f32. "uint8" rounds weights to multiples of
     1/255, before they are added up too; with dtype "uint8" q, k and v are codes with zero point 128, and two further
     inputs behind them hold what makes scores of products of codes [heads] and values of codes of v [kv_heads], both
     f32 and positive. On x86 the products are then exact sums in int32, where head_dim is a multiple of 4; elsewhere
@@ -84,7 +92,7 @@ class Attention:
     packed: Literal["", "qkv", "kv"] = ""
     softcap: float | None = None
     dtype: Literal["float32", "bfloat16", "uint8"] = "float32"
-    products: Literal["float32", "bfloat16", "uint8"] = "float32"
+    products: Literal["float32", "bfloat16", "float16", "uint8"] = "float32"
     epilogue: Chain = PLAIN
 
     def __post_init__(self) -> None:
@@ -113,7 +121,7 @@ class Attention:
         parts += [f"window{self.window}"] if self.window is not None else []
         parts += ["softcap"] if self.softcap is not None else []
         parts += [f"mask_{self.mask_dtype}"] if self.mask is not None else []
-        parts += {"float32": [], "bfloat16": ["bf16"], "uint8": ["u8"]}[self.products]
+        parts += {"float32": [], "bfloat16": ["bf16"], "float16": ["fp16"], "uint8": ["u8"]}[self.products]
         parts += [self.epilogue.label()] if self.epilogue.steps else []
         return "_".join(parts)
 
@@ -155,19 +163,25 @@ class _Builder:
     def __init__(self, attention: Attention, target: Target):
         self.spec, self.target = attention, target
         self.coded = attention.dtype == "uint8"
+        self.half = attention.products == "float16" and multiplies_fp16(target)
         self.narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
         words = inner_product("uint8", target).words.elements
         self.integers = self.coded and "neon" not in target.features and attention.head_dim % words == 0
-        multiplied = "uint8" if self.integers else "bfloat16" if self.narrow else "float32"
+        multiplied = (
+            "uint8" if self.integers else "bfloat16" if self.narrow else "float16" if self.half else "float32"
+        )
         self.product = inner_product(multiplied, target)
-        self.word = "float32" if multiplied == "float32" else "int32"
+        self.word = multiplied if multiplied in ("float32", "float16") else "int32"
         self.stored = multiplied == attention.dtype != "float32"  # the operands hold words already
         # scores stay sums of products of codes until they are weighed
         self.sums = self.coded and attention.mask is None and attention.softcap is None
         self.exp = avx512.exp_nonpositive if avx512.speaks(target) else math.exp_nonpositive
-        self.lanes = self.product.lanes
+        # a vector of fp16 numbers has a lane for each of two vectors of sums
+        self.units = 2 if self.half else 1
+        self.lanes = self.product.lanes * self.units
+        self.panel = PANEL_VECTORS // self.units
         self.depth = -(-attention.head_dim // self.product.factor)
-        self.rows = min(8, most_rows(target))
+        self.rows = HALF_ROWS if self.half else min(8, most_rows(target))
         self.ramp = T.ramp(0, 1, self.lanes)
         self.value_vectors = -(-attention.value_dim // self.lanes)
         batch = attention.batch if isinstance(attention.batch, int) else 1
@@ -227,7 +241,10 @@ class _Builder:
         group = math.bind(tirx.floordiv(head, spec.heads // spec.kv_heads))
         self.keys = T.alloc_buffer((self.blocks, self.depth, self.lanes), self.word)
         words = _ceil_div(self.kv_len, self.product.factor)
-        self.values = T.alloc_buffer((words, self.value_vectors * self.lanes), self.word)
+        shape = (words, self.value_vectors * self.lanes)
+        if self.half:  # a stream for each vector of columns, of whole blocks of keys
+            shape = (self.value_vectors, self.blocks * self.lanes, self.lanes)
+        self.values = T.alloc_buffer(shape, self.word)
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
         self.weights = self.scores
         if self.word != "float32":
@@ -298,6 +315,7 @@ class _Builder:
             vector = self._numbers(loops.load(source.buffer, at, lanes, where))
             count = lanes // self.product.factor
             vector = bf16.words(vector) if self.narrow else vector
+            vector = _halves(vector * self.factor) if self.half else vector
             T.buffer_store(to, vector, [index, T.ramp(i * count, 1, count)])
 
     def _pack_keys(self, batch: Expr, group: Expr) -> None:
@@ -324,7 +342,11 @@ class _Builder:
                     continue
                 at = row * self.k.stride + (self.k.column + group * spec.head_dim + d)
                 vector = self._numbers(loops.load(self.k.buffer, at, lanes, where))
-                vectors.append(math.bind(vector if self.coded else vector * self.factor))
+                if self.half:
+                    vector = _halves(vector)
+                elif not self.coded:
+                    vector = vector * self.factor
+                vectors.append(math.bind(vector))
             for i, vector in enumerate(_transpose(vectors)[:count]):
                 T.buffer_store(self.keys, vector, [block, d + i, self.ramp])
 
@@ -355,14 +377,14 @@ class _Builder:
     def _pack_values(self, batch: Expr, group: Expr) -> None:
         """values[j] = the rows of v, one to four, that word j of the weights meets; the last row may be repeated."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
-        with T.serial(_ceil_div(self.kv_len, factor)) as j:
+        with T.serial(self.blocks * lanes if self.half else _ceil_div(self.kv_len, factor)) as j:
             for i in range(self.value_vectors):
                 left = spec.value_dim - i * lanes
                 where = None if left >= lanes else loops.mask(left, lanes)
                 vectors = []
                 for part in range(factor):
                     row = batch * self.kv_len + (
-                        tirx.min(j * factor + part, self.kv_len - 1) if part else j * factor
+                        tirx.min(j * factor + part, self.kv_len - 1) if part or self.half else j * factor
                     )
                     at = row * self.v.stride + (self.v.column + group * spec.value_dim + i * lanes)
                     vectors.append(loops.load(self.v.buffer, at, lanes, where))
@@ -372,7 +394,10 @@ class _Builder:
                 else:
                     vectors = [self._numbers(vector) for vector in vectors]
                     vector = bf16.pairs(*vectors) if self.narrow else vectors[0]
-                T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
+                if self.half:
+                    T.buffer_store(self.values, _halves(vector), [i, j, self.ramp])
+                else:
+                    T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
 
     def _key_bias(self, batch: Expr, head: Expr) -> tirx.Buffer | None:
         """What is added to the scores of every query alike: the mask where it has no query dimension, -inf past the
@@ -446,16 +471,18 @@ class _Builder:
         """Scores for the blocks begin..end-1 of keys, several at a time."""
         count = end - begin
         if isinstance(count, int):
-            pairs, odd = divmod(count, PANEL_VECTORS)
+            pairs, odd = divmod(count, self.panel)
             if pairs:
                 with T.serial(pairs) as pair:
-                    self._scores(batch, head, queries, begin + pair * PANEL_VECTORS, PANEL_VECTORS, diagonal)
+                    self._scores(batch, head, queries, begin + pair * self.panel, self.panel, diagonal)
             if odd:
-                self._scores(batch, head, queries, begin + pairs * PANEL_VECTORS, odd, diagonal)
+                self._scores(batch, head, queries, begin + pairs * self.panel, odd, diagonal)
             return
-        with T.serial(tirx.max(count, 0) // PANEL_VECTORS) as pair:
-            self._scores(batch, head, queries, begin + pair * PANEL_VECTORS, PANEL_VECTORS, diagonal)
-        with T.If(tirx.And(count > 0, tirx.floormod(count, PANEL_VECTORS) == 1)):
+        with T.serial(tirx.max(count, 0) // self.panel) as pair:
+            self._scores(batch, head, queries, begin + pair * self.panel, self.panel, diagonal)
+        if self.panel == 1:
+            return
+        with T.If(tirx.And(count > 0, tirx.floormod(count, self.panel) == 1)):
             with T.Then():
                 self._scores(batch, head, queries, end - 1, 1, diagonal)
 
@@ -471,11 +498,11 @@ class _Builder:
 
         scaled = self.coded and not self.sums or self.narrow and self.factor != 1.0
         # what the mask is added to is not the product itself
-        later = scaled or spec.softcap is not None
+        later = scaled or self.half or spec.softcap is not None
         start = None if later else mask
         if self.integers:
             start = lambda _, n: self.starts[block + n, self.ramp]  # noqa: E731
-        sums = RegisterTile(len(queries), vectors, self.product, start)
+        sums = RegisterTile(len(queries), vectors * self.units, self.product, start)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
             for q in queries
@@ -486,11 +513,14 @@ class _Builder:
                 return self.q.buffer[_run(rows[r] + d, count)]
             return self.queries[r, _run(d, count)]
 
-        sums.accumulate(0, self.depth, query_words, lambda n, d: self.keys[block + n, d, self.ramp])
+        if self.half:
+            self._stream(sums, self.queries, 0, self.depth, lambda d: self.keys[block, d, 0])
+        else:
+            sums.accumulate(0, self.depth, query_words, lambda n, d: self.keys[block + n, d, self.ramp])
         for r, query in enumerate(queries):
             highest = self.maxima[r, self.ramp]
             for n in range(vectors):
-                score = math.cast(sums.vector(r, n), "float32")
+                score = self._result(sums, r, n)
                 if scaled:
                     score = score * self.factor
                 if spec.softcap is not None:
@@ -503,6 +533,36 @@ class _Builder:
                 T.buffer_store(self.scores, score, [r, T.ramp((block + n) * lanes, 1, lanes)])
                 highest = tirx.max(score, highest)
             T.buffer_store(self.maxima, highest, [r, self.ramp])
+
+    def _stream(
+        self, sums: RegisterTile, left: tirx.Buffer, first, count, right: Callable[[Expr], Expr]
+    ) -> None:
+        """Adds products of fp16 words ``first`` to ``first + count - 1`` in pieces; ``right(k)`` is the number that
+        word k of the right vectors begins with. A count that is no constant is one of whole vectors."""
+
+        def run(start: Expr, words: int) -> None:
+            sums.stream(words, lambda r: T.address_of(left[r, start]), T.address_of(right(start)))
+
+        whole, rest = count // PIECE, count % PIECE
+        with T.serial(whole) as piece:
+            run(first + piece * PIECE, PIECE)
+        done = first + whole * PIECE
+        if isinstance(rest, int):
+            if rest:
+                run(done, rest)
+            return
+        size = PIECE // 2  # a piece of each size there is at most once, instead of many short ones
+        while size >= self.lanes:
+            with T.If(rest % (2 * size) >= size):
+                with T.Then():
+                    run(done + rest // (2 * size) * (2 * size), size)
+            size //= 2
+
+    def _result(self, sums: RegisterTile, r: int, n: int) -> Expr:
+        """Vector n of row r of the sums, as wide as a block, in f32."""
+        parts = [sums.vector(r, n * self.units + i) for i in range(self.units)]
+        vector = tirx.Shuffle(parts, list(range(self.lanes))) if len(parts) > 1 else parts[0]
+        return math.cast(vector, "float32")
 
     def _see(self, score: Expr, query: Expr, block: Expr) -> Expr:
         """The score, -inf where the diagonal or the window hides the key."""
@@ -537,6 +597,7 @@ class _Builder:
                 if self.spec.products == "uint8":
                     value = math.bind(self._weight_code(value))
                 words = bf16.words(value) if self.narrow else _bytes(value) if self.integers else value
+                words = math.cast(words, "float16") if self.half else words
                 factor = self.product.factor
                 T.buffer_store(self.weights, words, [r, T.ramp(at // factor, 1, lanes // factor)])
                 return value
@@ -566,20 +627,26 @@ class _Builder:
 
     def _weighted_sum(self, batch, head, queries: list[Expr], begin, end) -> None:
         """out = weights @ values * inverse sum."""
-        for first in range(0, self.value_vectors, PANEL_VECTORS):
-            width = min(PANEL_VECTORS, self.value_vectors - first)
+        for first in range(0, self.value_vectors, self.panel):
+            width = min(self.panel, self.value_vectors - first)
             self._weighted_vectors(batch, head, queries, begin, end, first, width)
 
     def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
         """Some vectors of columns of the weighted sum."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
-        sums = RegisterTile(len(queries), width, self.product)
-        sums.accumulate(
-            begin // factor,
-            _ceil_div(end, factor) - begin // factor,
-            lambda r, j, count: self.weights[r, _run(j, count)],
-            lambda n, j: self.values[j, T.ramp((first + n) * lanes, 1, lanes)],
-        )
+        sums = RegisterTile(len(queries), width * self.units, self.product)
+        if self.half:
+            count = end - begin
+            if not isinstance(count, int):
+                count = _ceil_div(count, lanes) * lanes
+            self._stream(sums, self.weights, begin, count, lambda j: self.values[first, j, 0])
+        else:
+            sums.accumulate(
+                begin // factor,
+                _ceil_div(end, factor) - begin // factor,
+                lambda r, j, count: self.weights[r, _run(j, count)],
+                lambda n, j: self.values[j, T.ramp((first + n) * lanes, 1, lanes)],
+            )
         size = spec.heads * spec.value_dim
         for r, query in enumerate(queries):
             inverse, row = tirx.Broadcast(self.inverses[r], lanes), batch * self.q_len + query
@@ -589,7 +656,7 @@ class _Builder:
                 where = None if left >= lanes else loops.mask(left, lanes)
                 offset = head * spec.value_dim + column
                 values = operands(spec.epilogue.inputs[1:], self.others, row, size, offset, lanes, where)
-                result = math.cast(sums.vector(r, n), "float32") * inverse
+                result = self._result(sums, r, n) * inverse
                 results = evaluate_chain(spec.epilogue, [result, *values], self.target)
                 for buffer, result in zip(self.outputs, results, strict=True):
                     loops.store(buffer, row * size + offset, math.cast(result, buffer.dtype), lanes, where)
@@ -607,6 +674,12 @@ def _interleaved(parts: list[Expr]) -> Expr:
     for i, part in enumerate(parts[1:], 1):
         words = tirx.bitwise_or(words, tirx.shift_left(part, tirx.const(i * bits, part.ty.dtype)))
     return words
+
+
+def _halves(numbers: Expr) -> Expr:
+    """f32 numbers in fp16, those beyond its range limited to it."""
+    limit = tirx.const(HALF_LIMIT, numbers.ty.dtype)
+    return math.cast(tirx.max(tirx.min(numbers, limit), -limit), "float16")
 
 
 def _bytes(codes: Expr) -> Expr:

@@ -11,9 +11,11 @@ from tersor.errors import ProgramError
 from tersor.ir.dialect import Op, ops
 from tersor.ir.dims import Dim
 from tersor.ir.opset.rules import broadcast, require_dtype, require_float, show
-from tersor.ir.value import Value
+from tersor.ir.value import DTYPES, Value
 
-PRODUCTS = ("float32", "bfloat16", "uint8")
+PRODUCTS = ("float32", "bfloat16", "float16", "uint8")
+
+FP16_LIMIT = torch.finfo(torch.float16).max
 
 WEIGHT_CODES = 255
 """Codes of the largest weight of a row where weights are rounded to 8 bits."""
@@ -40,7 +42,8 @@ def attention(
     [B, heads, Tq, Tk]: boolean (true = attend) or added to the scores. ``causal``: query i sees keys j <= i +
     Tk - Tq. ``window``: of those only j > i + Tk - Tq - window. ``softcap``: before the mask, a score s becomes
     softcap * tanh(s / softcap) (Gemma 2, 2024). ``products``: "bfloat16" rounds what both products multiply to bf16: q,
-    k, v and exp(score - largest score), of which the sum that divides is not rounded; "uint8" rounds
+    k, v and exp(score - largest score), of which the sum that divides is not rounded; "float16" rounds them to fp16, q
+    times the scale, and limits those beyond its range (65504) to it; "uint8" rounds
     exp(score - largest score) to multiples of 1/255, before it is added up too, while q, k and v come in codes, through
     `dequantize` (`integer_attention` is the same on the codes themselves). All else is as wide as q.
     """
@@ -128,11 +131,16 @@ def _spelled_out(
     """Attention over [B, H, T, D]; as in torch's own, a row that hides every key gives 0."""
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        return x.to(torch.bfloat16).to(x.dtype) if products == "bfloat16" else x
+        if products not in ("bfloat16", "float16"):
+            return x
+        if products == "float16":
+            x = x.clamp(-FP16_LIMIT, FP16_LIMIT)
+        return x.to(DTYPES[products]).to(x.dtype)
 
+    before, behind = (scale, 1.0) if products == "float16" else (1.0, scale)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = rounded(q) @ rounded(k).transpose(-1, -2)
-    scores = scores * scale if softcap is None else softcap * torch.tanh(scores * (scale / softcap))
+    scores = rounded(q * before) @ rounded(k).transpose(-1, -2)
+    scores = scores * behind if softcap is None else softcap * torch.tanh(scores * (behind / softcap))
     weights, hidden = _weights(scores, mask)
     if products == "uint8":
         weights = torch.round(weights * WEIGHT_CODES)

@@ -39,12 +39,7 @@ class BFloat16(Pass):
         for function, node in self.select(program):
             if node.target.name not in self.kinds:
                 result.skip(node, f"kinds leaves {node.target.name} out")
-            elif node.target.name != "attention":
-                narrowing.apply(function, node, result)
-            elif (products := node.kwargs.get("products", "float32")) != "float32":
-                result.skip(node, f"its products are in {products} already")
             else:
-                node.kwargs = {**node.kwargs, "products": "bfloat16"}
-                result.change(node, "products in bf16")
+                narrowing.apply(function, node, result)
         narrowing.finish()
         return result

@@ -15,7 +15,7 @@ from tersor.passes.quantize.places import drop_unread, plain_weight, readers, sm
 
 class Narrowing:
     """Rounds operands of a program's linear layers, ``linear(x, w)`` -> ``linear(wide(narrow(x)), wide(narrow(w)))``,
-    and tables, ``embedding(ids, t)`` -> ``wide(embedding(ids, narrow(t)))``.
+    and tables, ``embedding(ids, t)`` -> ``wide(embedding(ids, narrow(t)))``; of attention by its ``products``.
 
     Layers of one input share its rounded form, layers of one weight its copy.
 
@@ -34,7 +34,10 @@ class Narrowing:
         self._stored: dict[str, str] = {}
 
     def apply(self, function: Function, layer: fx.Node, result: PassResult) -> None:
-        """Rounds the operands of a linear layer, or the table of an embedding, or says why not."""
+        """Rounds the operands of a linear layer or of attention, or the table of an embedding, or says why not."""
+        if is_call(layer, "attention"):
+            self._attend(layer, result)
+            return
         before, table = layer.args[1].meta["value"].bytes, is_call(layer, "embedding")
         stored = self._store(function, layer)
         if isinstance(stored, str):
@@ -43,6 +46,13 @@ class Narrowing:
         (self._look_up if table else self._multiply)(function, layer, stored)
         said = f"{'table' if table else 'weights and input'} in {self._short}"
         result.change(layer, said, bytes_before=before, bytes_after=before // 2)
+
+    def _attend(self, attention: fx.Node, result: PassResult) -> None:
+        if (products := attention.kwargs.get("products", "float32")) != "float32":
+            result.skip(attention, f"its products are in {products} already")
+            return
+        attention.kwargs = {**attention.kwargs, "products": self._dtype}
+        result.change(attention, f"products in {self._short}")
 
     def finish(self) -> None:
         """Takes out what nothing reads any more."""

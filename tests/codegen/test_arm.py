@@ -30,6 +30,7 @@ from tersor.codegen.kernels.softmax import Softmax
 from tersor.codegen.llvm import compile_function
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import panel_width
+from tersor.ir.dialect import ops
 from tersor.ir.dims import Dim
 from tersor.ir.interpreter import run as interpret
 from tersor.passes import recipes
@@ -192,6 +193,48 @@ def test_two_weights_in_fp16(rows):
     kernel = Gemm((rows,), 130, 30, chain, panel_width(target), 2, "float16")
     (got,) = run_plain(kernel, [a, pack(w, kernel.panel)], target, [(37, 30)], cpu="cortex-a76")
     np.testing.assert_array_equal(got, sums_in_pieces(a, w[0]) - sums_in_pieces(a, w[1]))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"causal": True},
+        {"causal": True, "window": 9},
+        {"softcap": 5.0},
+        {"mask": (2, 1, 1, N)},
+        {"mask": (2, 1, N, N), "mask_dtype": "float32", "packed": "qkv"},
+    ],
+    ids=str,
+)
+def test_attention_in_fp16(form):
+    """Beside exact products of what is rounded: head sizes that are no vectors, lengths around a piece of products."""
+    target, generator = resolve("armv8.2-dotprod"), np.random.default_rng(4)
+    kernel = Attention(2, N, N, 4, 2, 27, 20, 0.2, products="float16", **form)
+    options = {key: form[key] for key in ("causal", "window", "softcap") if key in form}
+    for n in (1, 7, 64, 150):
+        arrays = []
+        for spec in kernel.inputs():
+            values = generator.standard_normal(tuple(n if isinstance(d, Dim) else d for d in spec.shape))
+            arrays.append(values > 0 if spec.dtype == "bool" else values.astype(np.float32))
+        (got,) = run_plain(kernel, arrays, target, cpu="cortex-a76")
+        operands = [torch.from_numpy(a).double() if a.dtype != bool else torch.from_numpy(a) for a in arrays]
+        if kernel.packed:
+            operands = [*operands[0].split((4 * 27, 2 * 27, 2 * 20), -1), *operands[1:]]
+        options |= {"heads": 4, "kv_heads": 2, "scale": 0.2, "products": "float16"}
+        wanted = ops.attention(*operands, **options).numpy()
+        assert np.linalg.norm(got - wanted) <= 2.5e-3 * np.linalg.norm(wanted)
+
+
+def test_attention_in_fp16_limits_what_it_multiplies():
+    kernel = Attention(1, 1, 1, 1, 1, 8, 8, 1.0, products="float16")
+    q, k, v = (
+        np.full((1, 1, 8), 1e-3, "float32"),
+        np.ones((1, 1, 8), "float32"),
+        np.full((1, 1, 8), -1e6, "float32"),
+    )
+    (got,) = run_plain(kernel, [q, k, v], resolve("armv8.2-dotprod"), cpu="cortex-a76")
+    np.testing.assert_allclose(got, np.full((1, 1, 8), -65504.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "cpu"), EMULATED[:3])

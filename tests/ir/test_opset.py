@@ -444,11 +444,19 @@ def test_decompositions_equal_the_references(name, operands, attributes):
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_products_in_bf16_round_what_they_multiply():
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_products_in_16_bits_round_what_they_multiply(dtype, largest):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 5, 8) for _ in range(3))
     forms = {"heads": 2, "kv_heads": 2, "scale": 0.5, "causal": True}
-    exact, rounded = (ops.attention(q, k, v, **forms, products=p) for p in ("float32", "bfloat16"))
-    assert 1e-4 < (exact - rounded).abs().max() < 0.02
+    narrow = str(dtype).removeprefix("torch.")
+    exact, rounded = (ops.attention(q, k, v, **forms, products=p) for p in ("float32", narrow))
+    assert 1e-5 < (exact - rounded).abs().max() < largest
     # the first query sees one key, whose value alone is rounded
-    torch.testing.assert_close(rounded[:, 0], v[:, 0].bfloat16().float())
+    torch.testing.assert_close(rounded[:, 0], v[:, 0].to(dtype).float())
+
+
+def test_products_in_fp16_limit_what_they_multiply():
+    q, v = torch.full((1, 1, 2), 1e5), torch.full((1, 1, 2), -1e6)
+    got = ops.attention(q, torch.ones(1, 1, 2), v, heads=1, kv_heads=1, scale=1.0, products="float16")
+    torch.testing.assert_close(got, torch.full((1, 1, 2), -65504.0))

@@ -423,16 +423,16 @@ def test_products_become_fp16():
     assert 1e-6 < error(before, after) < 1e-3
 
 
-def test_attention_stays_in_float32_and_layers_of_one_input_share_their_fp16_form():
+def test_attention_multiplies_fp16_and_layers_of_one_input_share_it():
     made = Transformer(layers=1).build()
     after = apply(Float16(), made)
-    assert [n.kwargs for n in after.main.calls("attention")] == [
-        n.kwargs for n in made.main.calls("attention")
-    ]
+    assert [n.kwargs["products"] for n in after.main.calls("attention")] == ["float16"]
     assert (
         len({n.args[0] for n in after.main.calls("linear")}) == 4
         and len(after.main.calls("cast")) == 2 * 4 + 6
     )
+    narrow = Pipeline([BFloat16(kinds=("attention",)), Float16()]).run(made)[1]
+    assert [s.reason for s in narrow.steps[1].skips] == ["its products are in bfloat16 already"]
 
 
 def test_weights_beyond_fp16_are_left_alone():

@@ -10,7 +10,7 @@ from torch import fx
 from tersor.frontends.onnx.export.layout import arange, expand, scalar
 from tersor.frontends.onnx.export.table import Export, exports
 from tersor.ir import Dim
-from tersor.ir.opset.attention import WEIGHT_CODES
+from tersor.ir.opset.attention import FP16_LIMIT, WEIGHT_CODES
 
 
 @exports("attention")
@@ -19,12 +19,15 @@ def _attention(e: Export) -> str:
     in fewer bits the Softmax is spelled out around the second MatMul."""
     heads, kv_heads, dtype = e.attribute("heads"), e.attribute("kv_heads"), e.result.dtype
     products = e.attribute("products")
-    rounded = partial(_rounded, e) if products == "bfloat16" else lambda x: x
-    q = rounded(split_heads(e, e.argument(0), heads))
+    rounded = partial(_rounded, e, products) if products in ("bfloat16", "float16") else lambda x: x
+    q, scale = split_heads(e, e.argument(0), heads), e.attribute("scale")
+    if products == "float16" and scale != 1:
+        q, scale = e.emit("Mul", q, e.constant(scale, dtype)), 1
+    q = rounded(q)
     k, v = (rounded(_repeated(e, i, kv_heads, heads // kv_heads)) for i in (1, 2))
     scores = e.emit("MatMul", q, e.permute(k, (0, 1, 3, 2)))
-    if e.attribute("scale") != 1:
-        scores = e.emit("Mul", scores, e.constant(e.attribute("scale"), dtype))
+    if scale != 1:
+        scores = e.emit("Mul", scores, e.constant(scale, dtype))
     scores, may_hide_all = _masked(e, scores)
     if products != "float32":
         weights, total = _weights(e, scores, coded=products == "uint8")
@@ -91,9 +94,12 @@ def _merged(e: Export, out: str) -> str:
     return e.reshape(e.permute(out, (0, 2, 1, 3)), (batch, length, heads, width // heads), e.result.shape)
 
 
-def _rounded(e: Export, x: str) -> str:
-    """Values rounded to bf16, in their own type."""
-    narrow = e.emit("Cast", x, to=e.writer.type_code("bfloat16"))
+def _rounded(e: Export, dtype: str, x: str) -> str:
+    """Values rounded to bf16 or fp16, in their own type; those beyond fp16's range are limited to it."""
+    if dtype == "float16":
+        limits = (e.constant(sign * FP16_LIMIT, e.result.dtype) for sign in (-1, 1))
+        x = e.emit("Clip", x, *limits)
+    narrow = e.emit("Cast", x, to=e.writer.type_code(dtype))
     return e.emit("Cast", narrow, to=e.writer.type_code(e.result.dtype))
 
 
