@@ -22,8 +22,10 @@ def described(function: Function) -> list[dict[str, Any]]:
             weights = {
                 n.target: function.parameters[n.target].tensor.nbytes for n in sources if n.op == "get_attr"
             }
-            # codes of attentions are multiplied in f32 on the cores that estimates are for
-            dtype = "float32" if is_call(node, "integer_attention") else _dtype(sources)
+            dtype = _dtype(sources)
+            if is_call(node, "attention", "integer_attention"):
+                # on the cores that estimates are for, codes are multiplied in f32, and so is bf16
+                dtype = "float16" if node.kwargs.get("products") == "float16" else "float32"
             rows[dtype, products, sum(weights.values())] += 1
     keys = ("dtype", "products", "weights")
     return [{"count": count, **dict(zip(keys, row, strict=True))} for row, count in rows.items()]
