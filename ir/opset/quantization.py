@@ -1,7 +1,8 @@
 """Quantization: codes and what they stand for, and products of codes.
 
 Between passes a quantized program is in QDQ form: ``linear(dequantize(codes of x), dequantize(codes of w), bias)``, so
-every pass still sees a linear layer. The last pass, ``quantize.integers``, turns these into `integer_linear`.
+every pass still sees a linear layer. The last pass, ``quantize.integers``, turns these into `integer_linear`. Likewise
+``embedding(ids, dequantize(codes of the table))``, of which it has the rows looked up in codes and decoded then.
 
 A value is ``(code - zero_point) * scale``. A scale is one number (shape ()), one per row (``[..., 1]``: per token),
 one per index of ``axis`` ([N]), or one per ``group`` consecutive elements along the last dimension ([..., K / group]).

@@ -115,3 +115,15 @@ def test_out_and_back_again(whole):
     again = frontends.capture(written)
     assert again.digest() == program.digest() and set(again.parameters) == set(program.parameters)
     assert [n.meta.get("site") for n in again.main.calls("embedding")] == ["words"]
+
+
+@pytest.mark.parametrize("name", ["quantize.bf16", "quantize.fp16"])
+def test_tables_of_16_bits_out_and_back_again(name):
+    wide = model(
+        [node("Gather", "words.weight ids", "y")], {"words.weight": RANDOM.random((9000, WIDTH), np.float32)}
+    )
+    program, _ = Pipeline([name]).run(frontends.capture(wide))
+    written = to_onnx(program)
+    assert written.ByteSize() < 0.52 * wide.ByteSize()
+    same(program, written)
+    assert frontends.capture(written).digest() == program.digest()
