@@ -585,15 +585,14 @@ class _Builder:
             if self.sums:
                 self._hide_repeated(r)
             highest = math.horizontal(tirx.max, self.maxima[r, self.ramp])
-            if self.sums:
-                highest = highest * self.factor
-            highest = math.bind(math.broadcast(highest, lanes))
+            # added, as an addition to a product is fused with it on every instruction set, and a subtraction is not
+            shift = math.bind(math.broadcast(highest * (self.factor * -1.0 if self.sums else -1.0), lanes))
 
             def weight(offset: loops.Extent, where: None) -> Expr:
                 at = begin * lanes + offset
                 score = self.scores[r, T.ramp(at, 1, lanes)]
                 score = score * self.factor if self.sums else score
-                value = math.bind(self.exp(score - highest))
+                value = math.bind(self.exp(score + shift))
                 if self.spec.products == "uint8":
                     value = math.bind(self._weight_code(value))
                 words = bf16.words(value) if self.narrow else _bytes(value) if self.integers else value
