@@ -323,8 +323,8 @@ def coded(kernel, b, tq, tk, extreme=False):
 
 
 def check_codes(kernel, target, b, tq, tk, mask=None, extreme=False):
-    """Heads' rows are the reference's but for rounding in f32, except the few with a weight between two codes, which may
-    become either one: that moves all of the row."""
+    """Heads' rows are the reference's but for rounding in f32, except the few with a weight between two codes, which
+    may become either one: that moves all of the row."""
     (q, k, v), scales = coded(kernel, b, tq, tk, extreme)
     form = {name: getattr(kernel, name) for name in ("heads", "kv_heads", "causal", "window", "softcap")}
     operands = [torch.from_numpy(x) for x in (q, k, v, *scales)]
