@@ -136,7 +136,9 @@ def test_a_program_that_takes_too_long_is_ended(device, tmp_path):
 def test_interrupted(phones, tmp_path):
     place = phones.connect("A1")
     code = (
-        "import sys; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        # a shell's background jobs ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tersor.targets import resolve; from tersor.targets.runners import Job, connect\n"
         "connect('adb', resolve('armv8-a'))[0].run(Job(Path(sys.argv[1])), Path('.'))"
     )
