@@ -13,6 +13,9 @@ from torch import fx
 
 from tersor.ir.program import Function
 
+ROLES = ("query", "key", "value")
+"""What an attention's first three operands are."""
+
 NORMS = frozenset({"layer_norm", "rms_norm"})
 ACTIVATIONS = frozenset({"gelu", "gelu_tanh", "gelu_sigmoid", "relu", "silu", "sigmoid", "tanh", "erf"})
 _LAYOUT = frozenset({"reshape", "permute", "expand", "slice", "concat", "pad", "cast", "cache_update"})
@@ -148,7 +151,7 @@ def _is_self_attention(layer: Layer) -> bool:
 
 def _attention(node: fx.Node) -> AttentionLayer:
     found, rotary, norms = {}, {}, {}
-    for role, operand in zip(("query", "key", "value"), node.args, strict=False):
+    for role, operand in zip(ROLES, node.args, strict=False):
         walk = _Walk(operand)
         found[role] = walk.only
         if walk.only is not None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from tersor.ir import Function
+from tersor.ir.structure import ROLES
 from tersor.passes.sites import in_words, site_of
 from tersor.passes.weights import is_plain_linear, operand, parameter
 
 QUERY, KEY, VALUE, MASK = range(4)
-_ROLES = ("query", "key", "value")
 _BETWEEN = ("rotary_embedding", "reshape", "rms_norm", "layer_norm")
 
 
@@ -33,7 +33,7 @@ class Projection:
 
 def projection(function: Function, attention: fx.Node, role: int) -> Projection | str:
     """The projection of a role of which nothing else reads any part; otherwise what stands in the way."""
-    name, between = _ROLES[role], []
+    name, between = ROLES[role], []
     user, node = attention, attention.args[role]
     while True:
         if others := [other for other in node.users if other is not user]:

@@ -7,6 +7,7 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.ir.matching import is_call
+from tersor.ir.structure import ROLES
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.calibration import MinMax, Request, Samples
 from tersor.passes.context import Context
@@ -16,8 +17,6 @@ from tersor.passes.registry import register
 
 SAMPLES = 256
 """Held-out rows of queries, keys and values on which an attention's loss is judged."""
-
-_ROLES = ("query", "key", "value")
 
 
 @register("quantize.attention")
@@ -88,15 +87,12 @@ class IntegerAttention(Pass):
 
     def _round(self, function: Function, attention: fx.Node, scales: list[torch.Tensor]) -> None:
         site = attention.meta.get("site") or attention.name
-        made: dict[fx.Node, fx.Node] = {}
-        for operand, scale, role in zip(attention.args[:3], scales, _ROLES, strict=True):
-            if operand in made:
-                continue
-            build = function.builder(before=attention, made_by=self.name)
+        build, coded = function.builder(before=attention, made_by=self.name), []
+        for operand, scale, role in zip(attention.args[:3], scales, ROLES, strict=True):
             stored = build.parameter(f"{site}.{role}.scale", scale)
             codes = build.quantize(operand, stored, ACTIVATION_ZERO, dtype="uint8", axis=2)
-            made[operand] = build.dequantize(codes, stored, ACTIVATION_ZERO, axis=2)
-        attention.args = (*(made[operand] for operand in attention.args[:3]), *attention.args[3:])
+            coded.append(build.dequantize(codes, stored, ACTIVATION_ZERO, axis=2))
+        attention.args = (*coded, *attention.args[3:])
         attention.kwargs = {**attention.kwargs, "products": "uint8"}
 
 
@@ -104,7 +100,7 @@ def _reason(attention: fx.Node) -> str | None:
     """Why an attention is left as it is; None when it is not."""
     if attention.kwargs.get("products", "float32") != "float32":
         return "its products are in fewer bits already"
-    for operand, role in zip(attention.args[:3], _ROLES, strict=True):
+    for operand, role in zip(attention.args[:3], ROLES, strict=True):
         if decoded(operand):
             return f"its {role} is in codes already"
         if not is_call(operand, "linear"):

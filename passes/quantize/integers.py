@@ -9,6 +9,7 @@ from torch import fx
 
 from tersor.ir import Builder, Function, Program
 from tersor.ir.matching import is_call
+from tersor.ir.structure import ROLES
 from tersor.passes.base import Lossy, Pass, PassResult
 from tersor.passes.context import Context
 from tersor.passes.quantize import convolutions
@@ -237,7 +238,7 @@ def _unfit_attention(function: Function, attention: fx.Node) -> str | None:
     """Why an attention cannot read its operands' codes; None when it can."""
     if not attention.kwargs["scale"] > 0:
         return "its scores are not scaled by a positive number"
-    for operand, role in zip(attention.args[:3], ("query", "key", "value"), strict=True):
+    for operand, role in zip(attention.args[:3], ROLES, strict=True):
         form = decoded(operand)
         if form is None or form.codes.meta["value"].dtype != "uint8":
             return f"its {role} is not in uint8 codes"
