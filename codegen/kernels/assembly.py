@@ -78,6 +78,8 @@ class MultiplyAdd:
 class Loop:
     """Adds the products of ``words`` >= 1 words: ``height`` rows by an even number of vectors ``stored`` in memory.
 
+    words: None: the function's last argument, an i64, is their number, a positive multiple of ``product.step``; the
+    caller keeps to ``product.piece``.
     ahead: bytes between the right words in use and those prefetched; None prefetches nothing.
     ValueError when it needs more registers than there are, or when these are more words than a piece has.
     """
@@ -85,13 +87,13 @@ class Loop:
     product: MultiplyAdd
     height: int
     stored: int
-    words: int
+    words: int | None
     ahead: int | None = None
 
     def __post_init__(self) -> None:
         if self.height > self.product.most_rows(self.stored) or self.stored % 2:
             raise ValueError(f"no registers for {self.height} rows of {self.stored} vectors")
-        if self.product.piece and self.words > self.product.piece:
+        if self.product.piece and (self.words or 0) > self.product.piece:
             raise ValueError(f"{self.words} words are more than {self.product.piece}")
 
     @property
@@ -103,7 +105,7 @@ class Loop:
     def name(self) -> str:
         p = self.product
         parts = ["tersor", p.mnemonic, p.sums, *(["paired"] if p.paired else [])]
-        parts += [f"{self.height}x{self.vectors}x{self.words}"]
+        parts += [f"{self.height}x{self.vectors}x{self.words or 'n'}"]
         return "_".join(parts + ([f"ahead{self.ahead}"] if self.ahead is not None else []))
 
     def text(self) -> str:
@@ -112,6 +114,8 @@ class Loop:
         outputs = [vector] * self._scalar(0) + ["ptr", "i64", "i64"]
         result = f"{{ {', '.join(outputs)} }}"
         lines = []
+        if self.words is None:
+            lines += [f"%steps = udiv i64 %words, {self.product.step}", "%passes = sub i64 %steps, 1"]
         for i in range(self._sums):
             row, v = divmod(i, self.vectors)
             lines.append(f"%p{i} = getelementptr {stored}, ptr %sums{row}, i64 {v}")
@@ -124,7 +128,8 @@ class Loop:
         constraints += ["r"] * self.height + ["~{cc}", "~{memory}"]
         starts = ["zeroinitializer" if self.product.piece else f"%s{i}" for i in range(self._sums)]
         arguments = [f"{vector} {start}" for start in starts]
-        arguments += ["ptr %right", "i64 0", f"i64 {self._passes}", *(f"ptr %left{r}" for r in rows)]
+        passes = "%passes" if self.words is None else self._passes
+        arguments += ["ptr %right", "i64 0", f"i64 {passes}", *(f"ptr %left{r}" for r in rows)]
         code = "\\0A".join(self._code())
         # LLVM takes it for short, and would unroll loops round it
         lines.append(
@@ -139,27 +144,35 @@ class Loop:
                 f"store {stored} {'%t' if self.product.piece else '%o'}{i}, ptr %p{i}, align {VECTOR}"
             )
         parameters = [f"ptr %sums{r}" for r in rows] + [f"ptr %left{r}" for r in rows] + ["ptr %right"]
+        parameters += ["i64 %words"] if self.words is None else []
         head = f"define void @{self.name}({', '.join(parameters)}) alwaysinline {{"
         return "\n".join([head, *(f"  {line}" for line in lines), "  ret void", "}", ""])
 
     @property
-    def _passes(self) -> int:
+    def _passes(self) -> int | None:
         """Of the loop; at least one vector of left words, if there is one, is left for the code behind it."""
-        return max(self.words - self.product.words, 0) // self.product.step
+        return None if self.words is None else max(self.words - self.product.words, 0) // self.product.step
+
+    @property
+    def _behind(self) -> int:
+        """Words left for the code behind the loop."""
+        return self.product.step if self.words is None else self.words - self._passes * self.product.step
 
     def _code(self) -> Iterator[str]:
         """The instructions; ``$i`` is an operand of the assembly."""
         size, step = self.product.words, self.product.step
-        vectors, single = divmod(self.words, size)
+        vectors, single = divmod(self._behind, size)
         yield from (self._load_left(row, size if vectors else 1) for row in range(self.height))
         yield from self._load_right(0)
-        if self._passes:
+        if self._passes != 0:
+            if self._passes is None:
+                yield f"cbz ${self._scalar(2)}, 2f"
             yield "1:"
             yield from self._steps([size] * (step // size), size, loop=True)
             yield "b.ne 1b"
-        yield from self._steps(
-            [size] * (vectors - self._passes * (step // size)) + [1] * single, None, loop=False
-        )
+            if self._passes is None:
+                yield "2:"
+        yield from self._steps([size] * vectors + [1] * single, None, loop=False)
 
     def _steps(self, units: list[int], following: int | None, loop: bool) -> Iterator[str]:
         """The products of left registers with so many words each; ``following`` is the one behind them."""
@@ -239,7 +252,7 @@ class Loop:
     def _load_right(self, first: int, moved: int = 0) -> Iterator[str]:
         """Vectors ``first`` and the next one, if there is one, of the right words."""
         if not self.product.paired:
-            there = min(2, self.words * self.vectors)
+            there = min(2, self._behind * self.vectors)
             yield from (self._load_one(first + i, moved) for i in range(there))
             return
         pair = ", ".join(f"${{{self._right(first + i)}:q}}" for i in range(2))

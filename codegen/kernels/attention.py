@@ -20,7 +20,7 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.evaluate import evaluate_chain
-from tersor.codegen.kernels.inner_product import PIECE, inner_product, multiplies_fp16
+from tersor.codegen.kernels.inner_product import inner_product, multiplies_fp16
 from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
 from tersor.codegen.kernels.reduction import WIDTH, plus, reduce
 from tersor.codegen.kernels.register_tile import RegisterTile
@@ -176,8 +176,9 @@ class _Builder:
         # scores stay sums of products of codes until they are weighed
         self.sums = self.coded and attention.mask is None and attention.softcap is None
         self.exp = avx512.exp_nonpositive if avx512.speaks(target) else math.exp_nonpositive
-        # a vector of fp16 numbers has a lane for each of two vectors of sums
-        self.units = 2 if self.half else 1
+        # loops in assembly read one stream, of two vectors of sums each, where a block is as wide
+        self.streams = self.product.assembly is not None
+        self.units = PANEL_VECTORS if self.streams else 1
         self.lanes = self.product.lanes * self.units
         self.panel = PANEL_VECTORS // self.units
         self.depth = -(-attention.head_dim // self.product.factor)
@@ -242,7 +243,7 @@ class _Builder:
         self.keys = T.alloc_buffer((self.blocks, self.depth, self.lanes), self.word)
         words = _ceil_div(self.kv_len, self.product.factor)
         shape = (words, self.value_vectors * self.lanes)
-        if self.half:  # a stream for each vector of columns, of whole blocks of keys
+        if self.streams:  # one for each vector of columns, of whole blocks of keys
             shape = (self.value_vectors, self.blocks * self.lanes, self.lanes)
         self.values = T.alloc_buffer(shape, self.word)
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
@@ -375,16 +376,18 @@ class _Builder:
         return tirx.bitwise_xor(words, tirx.const(ZERO_POINTS, words.ty.dtype))
 
     def _pack_values(self, batch: Expr, group: Expr) -> None:
-        """values[j] = the rows of v, one to four, that word j of the weights meets; the last row may be repeated."""
+        """values[j] = the rows of v, one to four, that word j of the weights meets; the last row may be repeated.
+
+        Streams have zeros behind the last row, up to the end of its block."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
-        with T.serial(self.blocks * lanes if self.half else _ceil_div(self.kv_len, factor)) as j:
+        with T.serial(_ceil_div(self.kv_len, factor)) as j:
             for i in range(self.value_vectors):
                 left = spec.value_dim - i * lanes
                 where = None if left >= lanes else loops.mask(left, lanes)
                 vectors = []
                 for part in range(factor):
                     row = batch * self.kv_len + (
-                        tirx.min(j * factor + part, self.kv_len - 1) if part or self.half else j * factor
+                        tirx.min(j * factor + part, self.kv_len - 1) if part else j * factor
                     )
                     at = row * self.v.stride + (self.v.column + group * spec.value_dim + i * lanes)
                     vectors.append(loops.load(self.v.buffer, at, lanes, where))
@@ -394,10 +397,17 @@ class _Builder:
                 else:
                     vectors = [self._numbers(vector) for vector in vectors]
                     vector = bf16.pairs(*vectors) if self.narrow else vectors[0]
-                if self.half:
-                    T.buffer_store(self.values, _halves(vector), [i, j, self.ramp])
+                if self.streams:
+                    vector = _halves(vector) if self.half else vector
+                    T.buffer_store(self.values, vector, [i, j, self.ramp])
                 else:
                     T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
+        if not self.streams:
+            return
+        with T.serial(self.blocks * lanes - self.kv_len) as j:
+            zeros = tirx.const(0, f"{self.word}x{lanes}")
+            for i in range(self.value_vectors):
+                T.buffer_store(self.values, zeros, [i, self.kv_len + j, self.ramp])
 
     def _key_bias(self, batch: Expr, head: Expr) -> tirx.Buffer | None:
         """What is added to the scores of every query alike: the mask where it has no query dimension, -inf past the
@@ -412,17 +422,18 @@ class _Builder:
             return None
         bias = T.alloc_buffer((self.blocks * lanes,))
         with T.serial(self.blocks) as block:
-            T.buffer_store(bias, self._mask_vector(batch, head, 0, block), [T.ramp(block * lanes, 1, lanes)])
+            vector = self._mask_vector(batch, head, 0, block * lanes, lanes)
+            T.buffer_store(bias, vector, [T.ramp(block * lanes, 1, lanes)])
         return bias
 
-    def _mask_vector(self, batch: Expr, head: Expr, query: Expr | int, block: Expr) -> Expr:
-        """The mask of one query for one block of keys as a number to add; -inf past the last key."""
-        spec, lanes = self.spec, self.lanes
-        inside = loops.mask(self.kv_len - block * lanes, lanes)
+    def _mask_vector(self, batch: Expr, head: Expr, query: Expr | int, key: Expr, lanes: int) -> Expr:
+        """The mask of one query for some keys from ``key`` on as a number to add; -inf past the last key."""
+        spec = self.spec
+        inside = loops.mask(self.kv_len - key, lanes)
         zero, minus_infinity = (tirx.const(c, f"float32x{lanes}") for c in (0.0, float("-inf")))
         if spec.mask is None:
             return tirx.Select(inside, zero, minus_infinity)
-        position = (batch, head, query, block * lanes)
+        position = (batch, head, query, key)
         extents = (self.batch, spec.heads, self.q_len, self.kv_len)
         along = [size != 1 for size in spec.full_mask]
         start = loops.ravel(position, extents, along)
@@ -489,17 +500,20 @@ class _Builder:
     def _scores(self, batch, head, queries: list[Expr], block: Expr, vectors: int, diagonal: bool) -> None:
         """The scores of the tile's rows for a few blocks of keys, into ``scores``; raises the rows' maxima."""
         spec, lanes = self.spec, self.lanes
-        zero = tirx.const(0.0, f"float32x{lanes}")
+        first = block * lanes
 
-        def mask(r: int, n: int) -> Expr:
+        def mask(r: int, n: int, lanes: int) -> Expr:
+            """Of vector n of so many lanes."""
             if self.bias is not None:
-                return self.bias[T.ramp((block + n) * lanes, 1, lanes)]
-            return zero if spec.mask is None else self._mask_vector(batch, head, queries[r], block + n)
+                return self.bias[T.ramp(first + n * lanes, 1, lanes)]
+            if spec.mask is None:
+                return tirx.const(0.0, f"float32x{lanes}")
+            return self._mask_vector(batch, head, queries[r], first + n * lanes, lanes)
 
         scaled = self.coded and not self.sums or self.narrow and self.factor != 1.0
         # what the mask is added to is not the product itself
         later = scaled or self.half or spec.softcap is not None
-        start = None if later else mask
+        start = None if later else lambda r, n: mask(r, n, self.product.lanes)
         if self.integers:
             start = lambda _, n: self.starts[block + n, self.ramp]  # noqa: E731
         sums = RegisterTile(len(queries), vectors * self.units, self.product, start)
@@ -513,8 +527,8 @@ class _Builder:
                 return self.q.buffer[_run(rows[r] + d, count)]
             return self.queries[r, _run(d, count)]
 
-        if self.half:
-            self._stream(sums, self.queries, 0, self.depth, lambda d: self.keys[block, d, 0])
+        if self.streams:
+            self._stream(sums, query_words, 0, self.depth, lambda d: self.keys[block, d, 0])
         else:
             sums.accumulate(0, self.depth, query_words, lambda n, d: self.keys[block + n, d, self.ramp])
         for r, query in enumerate(queries):
@@ -526,7 +540,7 @@ class _Builder:
                 if spec.softcap is not None:
                     score = math.tanh(score) * spec.softcap
                 if later:
-                    score = score + mask(r, n)
+                    score = score + mask(r, n, lanes)
                 score = math.bind(score)
                 if diagonal:
                     score = math.bind(self._see(score, query, block + n))
@@ -535,28 +549,34 @@ class _Builder:
             T.buffer_store(self.maxima, highest, [r, self.ramp])
 
     def _stream(
-        self, sums: RegisterTile, left: tirx.Buffer, first, count, right: Callable[[Expr], Expr]
+        self,
+        sums: RegisterTile,
+        left: Callable[[int, Expr, int], Expr],
+        first: Expr | int,
+        count: loops.Extent,
+        right: Callable[[Expr], Expr],
     ) -> None:
-        """Adds products of fp16 words ``first`` to ``first + count - 1`` in pieces; ``right(k)`` is the number that
-        word k of the right vectors begins with. A count that is no constant is one of whole vectors."""
+        """Adds products of words ``first`` to ``first + count - 1``, fp16 ones in pieces; ``left`` as `RegisterTile`
+        has it, ``right(k)`` is the number that word k of the right vectors begins with. A count that is no constant is
+        one of whole blocks."""
 
-        def run(start: Expr, words: int) -> None:
-            sums.stream(words, lambda r: T.address_of(left[r, start]), T.address_of(right(start)))
+        def run(start: Expr, words: loops.Extent) -> None:
+            sums.stream(words, lambda r: T.address_of(left(r, start, 1)), T.address_of(right(start)))
 
-        whole, rest = count // PIECE, count % PIECE
-        with T.serial(whole) as piece:
-            run(first + piece * PIECE, PIECE)
-        done = first + whole * PIECE
+        piece = self.product.assembly.piece
+        done, rest = first, count
+        if piece:
+            whole, rest = count // piece, count % piece
+            with T.serial(whole) as i:
+                run(first + i * piece, piece)
+            done = first + whole * piece
         if isinstance(rest, int):
             if rest:
                 run(done, rest)
             return
-        size = PIECE // 2  # a piece of each size there is at most once, instead of many short ones
-        while size >= self.lanes:
-            with T.If(rest % (2 * size) >= size):
-                with T.Then():
-                    run(done + rest // (2 * size) * (2 * size), size)
-            size //= 2
+        with T.If(rest > 0):
+            with T.Then():
+                run(done, rest)
 
     def _result(self, sums: RegisterTile, r: int, n: int) -> Expr:
         """Vector n of row r of the sums, as wide as a block, in f32."""
@@ -634,16 +654,20 @@ class _Builder:
         """Some vectors of columns of the weighted sum."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
         sums = RegisterTile(len(queries), width * self.units, self.product)
-        if self.half:
+
+        def weights(r: int, j: Expr, count: int) -> Expr:
+            return self.weights[r, _run(j, count)]
+
+        if self.streams:
             count = end - begin
             if not isinstance(count, int):
                 count = _ceil_div(count, lanes) * lanes
-            self._stream(sums, self.weights, begin, count, lambda j: self.values[first, j, 0])
+            self._stream(sums, weights, begin, count, lambda j: self.values[first, j, 0])
         else:
             sums.accumulate(
                 begin // factor,
                 _ceil_div(end, factor) - begin // factor,
-                lambda r, j, count: self.weights[r, _run(j, count)],
+                weights,
                 lambda n, j: self.values[j, T.ramp((first + n) * lanes, 1, lanes)],
             )
         size = spec.heads * spec.value_dim

@@ -62,16 +62,21 @@ class RegisterTile:
             with T.serial(rest) as i:
                 self.multiply(first + (whole * group + i), 1, left, right)
 
-    def stream(self, words: int, left: Callable[[int], Expr], right: Expr, ahead: int | None = None) -> None:
+    def stream(
+        self, words: int | Expr, left: Callable[[int], Expr], right: Expr, ahead: int | None = None
+    ) -> None:
         """Add the outer products of so many words >= 1, no more than a piece of ``product.assembly``, by that.
 
+        A number that is not constant is a multiple of ``product.assembly.step``.
         ``left(r)`` is the address of the first one of block r of rows, ``right`` that of the right matrix', of which
         vector follows vector and word follows word. ``ahead``: bytes between the words in use and those prefetched.
         """
-        loop = Loop(self.product.assembly, len(self._rows), self._units, words, ahead)
+        constant = isinstance(words, int)
+        loop = Loop(self.product.assembly, len(self._rows), self._units, words if constant else None, ahead)
+        count = [] if constant else [tirx.Cast("int64", words)]
         sums = [T.address_of(row[0]) for row in self._rows]
         with T.attr(T.int32(0), "pragma_import_llvm", loop.text()):
-            T.evaluate(T.call_extern("void", loop.name, *sums, *map(left, range(loop.height)), right))
+            T.evaluate(T.call_extern("void", loop.name, *sums, *map(left, range(loop.height)), right, *count))
 
     def multiply(
         self,
