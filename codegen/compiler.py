@@ -17,6 +17,7 @@ from tvm import relax
 
 from tersor.codegen import (
     lowering,
+    pipeline,
     rules,  # noqa: F401  registers the lowerings
     tuning,
 )
@@ -212,8 +213,10 @@ def generate_code(module: tvm.IRModule, target: Target, path: Path) -> None:
     """
     llvm = llvm_target(target)
     try:
-        pipeline = tvm.transform.Sequential([make() for make in LOWERING_PASSES])
-        executable = relax.build(module, llvm, relax_pipeline=pipeline, exec_mode="compiled")
+        passes = tvm.transform.Sequential([make() for make in LOWERING_PASSES])
+        executable = relax.build(
+            module, llvm, relax_pipeline=passes, tir_pipeline=pipeline.PACKED, exec_mode="compiled"
+        )
     except Exception as error:  # TVM raises builtin exceptions of every kind
         raise CompileError(
             "TVM could not compile the lowered program",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import tirx
 
+from tersor.codegen import pipeline
 from tersor.targets import Target
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -37,4 +38,4 @@ def _with_vendor(triple: str) -> str:
 def compile_function(function: tirx.PrimFunc, target: Target) -> tvm.runtime.Executable:
     """A module whose only function, "main", is this one; for tests, tuning and benchmarks of single kernels."""
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
-    return tvm.compile(module, target=llvm_target(target))
+    return tvm.compile(module, target=llvm_target(target), tir_pipeline=pipeline.PACKED)

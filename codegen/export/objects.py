@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import tirx
 
+from tersor.codegen import pipeline
 from tersor.codegen.export.functions import PlainKernel
 from tersor.codegen.llvm import llvm_target
 from tersor.errors import CompileError
 from tersor.targets import Target
-
-_PIPELINE = "tersor_plain"
 
 _DEBUG_INFORMATION = re.compile(r"^\s+#dbg_.*\n|^!llvm\.dbg\.cu = .*\n|,? !dbg !\d+", re.MULTILINE)
 """In LLVM's assembly, what describes TIR's variables to debuggers: TVM always makes it, and it would be two thirds of
@@ -46,7 +45,7 @@ def object_code(kernels: Iterable[PlainKernel], target: Target) -> bytes:
 def kernel_module(kernels: Iterable[PlainKernel], target: Target) -> tvm.runtime.Module:
     """The code of the object file as a module of LLVM's; ``inspect_source("asm")`` is its assembly."""
     functions = {f.symbol: f.code for kernel in kernels for f in kernel.functions}
-    module = tirx.build(tvm.IRModule(functions), llvm_target(target), pipeline=_PIPELINE)
+    module = tirx.build(tvm.IRModule(functions), llvm_target(target), pipeline=pipeline.PLAIN)
     with tempfile.TemporaryDirectory(prefix="tersor-") as folder:
         text = Path(folder, "kernels.ll")
         text.write_text(_own(module.inspect_source("ll")), encoding="utf-8")
@@ -56,33 +55,3 @@ def kernel_module(kernels: Iterable[PlainKernel], target: Target) -> tvm.runtime
 def _own(assembly: str) -> str:
     """LLVM's assembly of functions that no debugger is told of, and that a shared library keeps to itself."""
     return _DEBUG_INFORMATION.sub("", assembly).replace("\ndefine dllexport ", "\ndefine hidden ")
-
-
-def _pipeline():
-    """TVM's pipeline for CPUs up to the point where it would pack arguments; then only what LLVM needs.
-
-    Source: tvm/s_tir/pipeline.py of TVM 0.27.
-    """
-    passes = [
-        s_tir.transform.CanonicalizeLoop(),
-        s_tir.transform.StmtSimplify(),
-        tirx.transform.FlattenBuffer(),
-        tirx.transform.BF16ComputeLegalize(),
-        tirx.transform.NarrowDataType(32),
-        s_tir.transform.LoopPartition(),
-        tirx.transform.VectorizeLoop(True),
-        tirx.transform.StorageRewrite(),
-        s_tir.transform.HoistIfThenElse(),
-        tirx.transform.UnrollLoop(),
-        s_tir.transform.RenormalizeSplitPattern(),
-        tirx.transform.StmtSimplify(),
-        tirx.transform.RemoveNoOp(),
-        s_tir.transform.RewriteUnsafeSelect(),
-        tirx.transform.CommonSubexprElim(),
-        tirx.transform.VerifyMemory(),
-        tirx.transform.BF16StorageLegalize(),
-    ]
-    return tvm.ir.transform.Sequential(passes), tirx.transform.LowerIntrin, tvm.transform.Sequential
-
-
-tirx.register_tir_pipeline(_PIPELINE, _pipeline)
