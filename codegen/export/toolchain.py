@@ -34,7 +34,11 @@ _NO_UNWINDING = ("-fno-asynchronous-unwind-tables", "-fno-unwind-tables")
 """Leaves out what exceptions and debuggers unwind stacks by, in the C library too: 12 kB of a static program. It has
 neither exceptions nor names for a debugger."""
 
-_C = ("-std=c99", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic")
+_C = ("-std=c99", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic")
+
+_ANYWHERE = "-fPIC"
+"""Code for libraries. Static programs do without: zig builds its C library, a minute's work, for either kind of code,
+and this way it is the one that a user's plain ``zig cc`` links with."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Toolchain:
 
     def compile(self, source: Path, output: Path, options: Iterable[str] = ()) -> None:
         """One C file to an object file."""
-        self._run([*self.command, *self.options, *_C, *options, "-c", str(source), "-o", str(output)])
+        flags = [*self.options, *_C, _ANYWHERE, *options]
+        self._run([*self.command, *flags, "-c", str(source), "-o", str(output)])
 
     def archive(self, objects: Sequence[Path], output: Path) -> None:
         """Object files to a static library."""
@@ -73,7 +78,11 @@ class Toolchain:
         static: a program that needs nothing, the C library included. Beside a DLL lies what programs are linked
         with to load it: ``libNAME.dll.a``.
         """
-        flags = ["-shared"] * shared + ["-static"] * static + ["-s"] * (self.system != "macos")
+        flags = [
+            "-static" if static else _ANYWHERE,
+            *["-shared"] * shared,
+            *["-s"] * (self.system != "macos"),
+        ]
         if shared and self.system == "windows":
             flags.append(f"-Wl,--out-implib,{output.with_name(f'lib{output.stem}.dll.a')}")
         flags += [PAGES_OF_16_KB] * (self.system == "android" and shared)
