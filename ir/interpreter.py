@@ -48,6 +48,7 @@ def _misfit(name: str, values: Mapping[str, Value], inputs: Mapping[str, torch.T
         f"input {name!r} has shape {given.pop(name)}",
         why=f"the signature says {values[name]}"
         + (f"; the other inputs have shapes {given}" if given else ""),
+        fix="give inputs of these shapes, where dimensions of one name are of one size",
     )
 
 

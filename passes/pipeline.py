@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Self
 
-from tersor.errors import PipelineError
+from tersor.errors import InputError, PipelineError
 from tersor.ir import Program
 from tersor.passes.base import Pass
 from tersor.passes.calibration import Calibration, Dataset
@@ -140,7 +140,13 @@ class Pipeline:
 
         Raises:
             PipelineError: listing every violation, each with what to do.
+            InputError: ``program`` is none.
         """
+        if program is not None and not isinstance(program, Program):
+            raise InputError(
+                f"a pipeline runs on a Program, and not on a {type(program).__name__}",
+                fix="make one of a model by tersor.capture, or give it to tersor.compile(model, ..., recipe=pipeline)",
+            )
         found = violations(self.passes, program, context.records if context else None)
         if found:
             listed = "\n".join(f"  - {violation}" for violation in found)
@@ -188,10 +194,10 @@ class Pipeline:
             BudgetError: a stage failed that asks to stop.
         """
         context = context or Context()
+        self.check_data(calibration is not None or context.calibration is not None)
+        self.check(program, context)
         if calibration is not None:
             context = replace(context, calibration=Dataset.read(Calibration.of(calibration), program.main))
-        self.check_data(context.calibration is not None)
-        self.check(program, context)
         judged = any(isinstance(step, Stage) for step in self.steps)
         if judged and context.evaluate is None and context.calibration is not None:
             context = replace(context, evaluate=Fidelity(program, context.calibration.held_out))
@@ -209,18 +215,20 @@ class Pipeline:
         if given or not needing:
             return
         free = {name: recipes.get(name).passes for name in recipes.names()}
-        stages = {p.stage for p in self.passes}
+        stages = {p.stage for p in self.passes if p.calibrated and p.stage}
+        shared = {
+            name: len(stages & {p.stage for p in passes})
+            for name, passes in free.items()
+            if not _needing_data(passes)
+        }
         near = max(
-            (name for name, passes in free.items() if not _needing_data(passes)),
-            key=lambda name: (
-                len(stages & {p.stage for p in free[name]}),
-                difflib.SequenceMatcher(None, name, self.name).ratio(),
-            ),
+            shared, key=lambda name: (shared[name], difflib.SequenceMatcher(None, name, self.name).ratio())
         )
+        instead = f", or use recipe {near!r}, which needs none" if shared[near] else ""
         raise PipelineError(
             f"recipe {self.name!r} needs calibration data, and there is none",
             why=f"{', '.join(dict.fromkeys(needing))} measure values inside the program",
-            fix=f"give calibration=batches, or use recipe {near!r}, which needs none",
+            fix=f"give calibration=batches{instead}",
         )
 
     # -- configuration

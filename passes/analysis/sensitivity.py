@@ -115,9 +115,9 @@ def analyze(
     step(f"quantizing {len(tried)} sites alone, in {count} ways on {len(held_out)} held-out batches")
     with progress("quantizing sites", count * len(held_out)) as advance:
         padding = Padding(program.main)
-        for index, batch in enumerate(held_out):
+        for name, batch in zip(dataset.held_out.names, held_out, strict=False):
             tokens = padding.of(batch.inputs, batch.mask)
-            with running(index):
+            with running(name):
                 _walk(program.main, tried, variants, batch, tokens, advance)
     notes = [*dataset.notes]
     parts: Mapping[str, float] = {}

@@ -49,10 +49,15 @@ class Calibration:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"held_out = {self.held_out}", fix="give a fraction from 0 on and below 1")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit = {self.limit}", fix="read at least one batch")
+        if not isinstance(self.held_out, int | float) or not 0 <= self.held_out < 1:
+            raise InputError(f"held_out = {self.held_out!r}", fix="give a fraction from 0 on and below 1")
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise InputError(f"limit = {self.limit!r}", fix="give a whole number of batches, at least one")
+        if self.mask is not None and not isinstance(self.mask, str):
+            raise InputError(
+                f"mask is a {type(self.mask).__name__}",
+                fix="give the name of an input, or of an entry of the batches",
+            )
 
     @classmethod
     def of(cls, data: Any) -> Self:
@@ -95,18 +100,19 @@ class Dataset:
             InputError: there is no batch, or one does not fit: form, names, shapes, types, NaN or infinity.
         """
         reader = _Reader(calibration, function)
-        loaders = reader.loaders()
+        found = reader.loaders()
         notes = []
-        if len(loaders) == 1:
-            loaders = _halves(loaders[0], function, calibration.held_out)
-        count = len(loaders)
+        if len(found) == 1:
+            name, load = found[0]
+            found = [(name, part) for part in _halves(load, function, calibration.held_out)]
+        count = len(found)
         kept_back = (
             0 if count < 2 or not calibration.held_out else max(1, round(count * calibration.held_out))
         )
         # evenly spread, so that data in some order is represented
         chosen = {count - 1 - i * count // kept_back for i in range(kept_back)}
-        fit = [load for i, load in enumerate(loaders) if i not in chosen]
-        held_out = [load for i, load in enumerate(loaders) if i in chosen]
+        fit = [batch for i, batch in enumerate(found) if i not in chosen]
+        held_out = [batch for i, batch in enumerate(found) if i in chosen]
         if not held_out:
             notes.append("no calibration data is held out: passes are judged on what they were fitted to")
         digest = hashlib.sha256(f"{reader.digest} {sorted(chosen)} {count}".encode()).hexdigest()
@@ -114,10 +120,11 @@ class Dataset:
 
 
 class Batches(Sequence[Batch]):
-    """Batches that are loaded when they are looked at."""
+    """Batches that are loaded when they are looked at; ``names`` say which of the user's each of them is."""
 
-    def __init__(self, loaders: list[Loader], owner: object):
-        self._loaders = loaders
+    def __init__(self, named: list[tuple[str, Loader]], owner: object):
+        self.names = [name for name, _ in named]
+        self._loaders = [load for _, load in named]
         self._owner = owner  # has the folder that they are read from
 
     def __len__(self) -> int:
@@ -139,24 +146,30 @@ class _Reader:
     def digest(self) -> str:
         return self._sha.hexdigest()
 
-    def loaders(self) -> list[Loader]:
-        found: list[Loader] = []
-        for index, (raw, load) in enumerate(itertools.islice(self._raw(), self.calibration.limit)):
-            batch = self._checked(raw, index)
+    def loaders(self) -> list[tuple[str, Loader]]:
+        """Each batch's name, for errors, and what loads it."""
+        found: list[tuple[str, Loader]] = []
+        for index, (raw, source) in enumerate(itertools.islice(self._raw(), self.calibration.limit)):
+            name = f"calibration batch {index}"
+            if isinstance(source, Path):
+                name += f" ({source})"
+            batch = self._checked(raw, name)
             self._count(batch)
-            if load is None:
-                load = self._spool(batch, index)
-            found.append(load if load is not _HELD else lambda batch=batch: batch)
+            if isinstance(source, Path):
+                load = partial(self._reread, source, name)
+            else:
+                load = self._spool(batch, index) if source is _ONCE else lambda batch=batch: batch
+            found.append((name, load))
         if not found:
             raise InputError("there are no calibration batches", fix=_FORMS)
         return found
 
-    def _raw(self) -> Iterator[tuple[Any, Any]]:
-        """Each batch as given, and how to get at it again (None: it has to be spooled)."""
+    def _raw(self) -> Iterator[tuple[Any, Path | object]]:
+        """Each batch as given, and where it is found again: its file, `_HELD` or `_ONCE`."""
         data = self.calibration.batches
         if isinstance(data, str | Path):
-            for index, path in enumerate(_npz_files(Path(data))):
-                yield _read_npz(path), partial(self._reread, path, index)
+            for path in _npz_files(Path(data)):
+                yield _read_npz(path), path
         elif isinstance(data, Mapping):
             yield data, _HELD
         elif isinstance(data, list | tuple):
@@ -166,17 +179,13 @@ class _Reader:
             raise InputError(f"calibration data is a {type(data).__name__}", fix=_FORMS)
         else:
             for raw in data:
-                yield raw, None
+                yield raw, _ONCE
 
-    def _reread(self, path: Path, index: int) -> Batch:
-        return self._checked(_read_npz(path), index)
+    def _reread(self, path: Path, name: str) -> Batch:
+        return self._checked(_read_npz(path), name)
 
-    def _checked(self, raw: Any, index: int) -> Batch:
-        where, signature, mask_name = (
-            f"calibration batch {index}",
-            self.function.inputs,
-            self.calibration.mask,
-        )
+    def _checked(self, raw: Any, where: str) -> Batch:
+        signature, mask_name = self.function.inputs, self.calibration.mask
         named = self._named(raw, where)
         extra = mask_name is not None and mask_name not in signature
         if unknown := sorted(named.keys() - signature.keys() - ({mask_name} if extra else set())):
@@ -224,6 +233,11 @@ class _Reader:
             raw = (raw,)
         if not isinstance(raw, list | tuple):
             raise InputError(f"{where} is a {type(raw).__name__}", fix=_FORMS)
+        if any(isinstance(entry, Mapping) for entry in raw):
+            raise InputError(
+                f"{where} is a {type(raw).__name__} with a dict in it",
+                fix="give the dict alone: what stands beside it, such as labels, is no input",
+            )
         if len(raw) != len(names):
             raise InputError(
                 f"{where} has {len(raw)} tensors, the program {len(names)} inputs",
@@ -264,8 +278,8 @@ def _load_spooled(path: Path, names: tuple[str, ...]) -> Batch:
     return Batch({name: held[f"input.{name}"] for name in names}, held.get("mask"))
 
 
-_HELD = object()
-"""Stands for a batch that the user keeps in memory anyway."""
+_HELD, _ONCE = object(), object()
+"""Stand for a batch that the user keeps in memory anyway, and for one that can be had only once."""
 
 
 def _npz_files(folder: Path) -> list[Path]:
@@ -293,11 +307,15 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _as_tensor(given: Any, name: str, where: str) -> torch.Tensor:
     try:
-        return torch.as_tensor(given).detach()
+        tensor = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name!r} is no tensor", where=where, why=str(error), fix="give torch tensors or numpy arrays"
         ) from None
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "a meta tensor" if tensor.is_meta else f"of layout {tensor.layout}"
+        raise InputError(f"{name!r} is {kind}", where=where, fix="give dense tensors, with values")
+    return tensor.cpu()
 
 
 def _tensor(given: Any, value: Value, name: str, where: str) -> torch.Tensor:

@@ -79,8 +79,8 @@ class Step:
                 answers[node, request.what] = request.what.fresh()
                 wanted[node].append(answers[node, request.what])
         gather = Gatherer(wanted, self._seed)
-        for index, tokens, observe in self._observed(wanted.keys()):
-            observe(gather.observer(tokens, index))
+        for batch, tokens, observe in self._observed(wanted.keys()):
+            observe(gather.observer(tokens, batch))
         found = {request: answers[node, request.what] for request, node in values.items()}
         return Statistics({request: answer if answer.count else None for request, answer in found.items()})
 
@@ -92,19 +92,19 @@ class Step:
             PipelineError: a value belongs to another block.
         """
         wanted = frozenset(nodes)
-        for index, tokens, observe in self._observed(wanted):
+        for batch, tokens, observe in self._observed(wanted):
             found: dict[fx.Node, torch.Tensor] = {}
 
-            def keep(node: fx.Node, tensor: torch.Tensor, index=index, tokens=tokens, found=found) -> None:
+            def keep(node: fx.Node, tensor: torch.Tensor, batch=batch, tokens=tokens, found=found) -> None:
                 if node in wanted:
                     found[node] = tokens.rows(node, tensor)
-                    check_finite(node, found[node], index)
+                    check_finite(node, found[node], batch)
 
             observe(keep)
             yield found
 
-    def _observed(self, wanted: Set[fx.Node]) -> Iterator[tuple[int, Tokens, Callable[[Observer], None]]]:
-        """For each batch its number, its padding, and what shows the block's values, up to the last one wanted."""
+    def _observed(self, wanted: Set[fx.Node]) -> Iterator[tuple[str, Tokens, Callable[[Observer], None]]]:
+        """For each batch its name, its padding, and what shows the block's values, up to the last one wanted."""
         block, padding = self.block, Padding(self.program.main)
         inside = {*block.nodes, *block.inputs}
         for node in wanted:
@@ -117,15 +117,15 @@ class Step:
         before, rest = left.cut(nodes[:middle])
         after = replace(rest.cut(nodes[middle:end])[0], carried=frozenset())
         reached: list[BlockState] = []
-        for index, (state, batch) in enumerate(zip(states, self._batches, strict=True)):
+        for state, batch, name in zip(states, self._batches, self._batches.names, strict=True):
 
-            def observe(observer: Observer, state=state, index=index) -> None:
+            def observe(observer: Observer, state=state, name=name) -> None:
                 for node in wanted & state.values.keys():
                     observer(node, state.values[node])
-                reached.append(_run(before, state, index, observer))
-                _run(after, reached[-1], index, observer)
+                reached.append(_run(before, state, name, observer))
+                _run(after, reached[-1], name, observer)
 
-            yield index, padding.of(batch.inputs, batch.mask), observe
+            yield name, padding.of(batch.inputs, batch.mask), observe
         done = {*block.operations} - {*rest.operations}
         digests = self.program.main.value_digests()
         self._reached = _Reached(done, reached, {n: digests[n] for n in reached[0].values})
@@ -133,7 +133,7 @@ class Step:
     def finish(self) -> list[BlockState]:
         """The values behind the block as it is now, one per batch."""
         left, states = self._left(self.block)
-        return [_run(left, state, index) for index, state in enumerate(states)]
+        return [_run(left, state, name) for name, state in zip(self._batches.names, states, strict=True)]
 
     def _left(self, block: Block, wanted: Collection[fx.Node] = ()) -> tuple[Block, list[BlockState]]:
         """What is still to be run of the block as it is now, and the values before that for each batch."""
@@ -196,6 +196,6 @@ class _Reached:
     digests: dict[fx.Node, str]
 
 
-def _run(block: Block, state: BlockState, index: int, observe=None) -> BlockState:
-    with running(index):
+def _run(block: Block, state: BlockState, batch: str, observe=None) -> BlockState:
+    with running(batch):
         return block.run(state, observe)

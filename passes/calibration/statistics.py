@@ -86,6 +86,13 @@ class MinMax(Statistic):
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
 
+def no_range(extent: MinMax | None, value: str) -> str | None:
+    """Why data says nothing of the range of a value; None where it does. ``value`` is in words: "its input"."""
+    if extent is None:
+        return "no calibration data reaches it"
+    return None if (extent.high > extent.low).any() else f"{value} is the same for all calibration data"
+
+
 @dataclass(eq=False)
 class Moments(Statistic):
     """Mean, mean magnitude and mean square (energy) of each channel, in float64."""

@@ -103,42 +103,41 @@ def _sweep(
         batch = batches[index]
         tokens = padding.of(batch.inputs, batch.mask)
         for node in function.input_nodes:
-            gather(node, batch.inputs[node.target], tokens, index)
-        with running(index):
-            run(function, batch.inputs, observe=gather.observer(tokens, index))
+            gather(node, batch.inputs[node.target], tokens, batches.names[index])
+        with running(batches.names[index]):
+            run(function, batch.inputs, observe=gather.observer(tokens, batches.names[index]))
         if unfinished is not None:
             unfinished.keep(gather.state, index + 1)
         advance()
 
 
 @contextmanager
-def running(index: int) -> Iterator[None]:
-    """Runs batch ``index``; an InputError says of it what went wrong."""
+def running(name: str) -> Iterator[None]:
+    """Runs the batch of this name; an InputError says of it what went wrong."""
     try:
         with torch.no_grad():
             yield
     except Exception as error:  # whatever torch says to inputs that a model cannot take
         ours = isinstance(error, TersorError)
-        if ours and (not isinstance(error, InputError) or error.where == _batch(index)):
+        if ours and (not isinstance(error, InputError) or error.where == name):
             raise
         raise InputError(
-            f"{_batch(index)} does not run",
-            why=str(error) if ours else f"{type(error).__name__}: {error}",
+            f"{name} does not run",
+            where=error.where if ours else None,
+            why=": ".join(filter(None, (error.what, error.why)))
+            if ours
+            else f"{type(error).__name__}: {error}",
             fix="give inputs that the model itself accepts",
         ) from error
 
 
-def _batch(index: int) -> str:
-    return f"calibration batch {index}"
-
-
-def check_finite(node: fx.Node, rows: torch.Tensor, index: int) -> None:
-    """InputError when a value of batch ``index`` is NaN or infinite."""
+def check_finite(node: fx.Node, rows: torch.Tensor, batch: str) -> None:
+    """InputError when a value of the batch of this name is NaN or infinite."""
     # a sum is finite where all numbers are, but for an overflow, and is found in one pass
     if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
         raise InputError(
             f"{in_words(node)} is NaN or infinite",
-            where=_batch(index),
+            where=batch,
             why="the model overflows on this data, or a row of its masks hides everything",
             fix="leave such samples out of the calibration data",
         )
@@ -168,18 +167,18 @@ class Gatherer:
             own = {name.removeprefix(f"{i}."): t for name, t in state.items() if name.startswith(f"{i}.")}
             statistic.restore(own)
 
-    def observer(self, tokens: Tokens, index: int):
-        """What the interpreter calls with each result of batch ``index``."""
-        return lambda node, tensor: self(node, tensor, tokens, index)
+    def observer(self, tokens: Tokens, batch: str):
+        """What the interpreter calls with each result of the batch of this name."""
+        return lambda node, tensor: self(node, tensor, tokens, batch)
 
-    def __call__(self, node: fx.Node, tensor: torch.Tensor, tokens: Tokens, index: int) -> None:
+    def __call__(self, node: fx.Node, tensor: torch.Tensor, tokens: Tokens, batch: str) -> None:
         statistics = self._wanted.get(node)
         if not statistics:
             return
         rows = tokens.rows(node, tensor)
         if not len(rows):
             return
-        check_finite(node, rows, index)
+        check_finite(node, rows, batch)
         for statistic in statistics:
             statistic.update(rows, self._generators[id(statistic)])
 

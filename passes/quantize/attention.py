@@ -9,7 +9,7 @@ from tersor.ir import Function, Program
 from tersor.ir.matching import is_call
 from tersor.ir.structure import ROLES
 from tersor.passes.base import Lossy, Pass, PassResult
-from tersor.passes.calibration import MinMax, Request, Samples
+from tersor.passes.calibration import MinMax, Request, Samples, no_range
 from tersor.passes.context import Context
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.places import ACTIVATION_ZERO, decoded
@@ -67,8 +67,9 @@ class IntegerAttention(Pass):
                 result.skip(attention, reason)
                 continue
             extents = [context.statistics.get(_extent(operand)) for operand in attention.args[:3]]
-            if None in extents:
-                result.skip(attention, "no calibration data reaches it")
+            reasons = [no_range(e, f"its {role}") for e, role in zip(extents, ROLES, strict=True)]
+            if any(reasons):
+                result.skip(attention, next(filter(None, reasons)))
                 continue
             heads = [attention.kwargs[name] for name in ("heads", "kv_heads", "kv_heads")]
             scales = [_scales(extent, count) for extent, count in zip(extents, heads, strict=True)]

@@ -9,7 +9,7 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.passes.base import Lossy, Pass, PassResult
-from tersor.passes.calibration import Histogram, MinMax, Request, Samples
+from tersor.passes.calibration import Histogram, MinMax, Request, Samples, no_range
 from tersor.passes.context import Context
 from tersor.passes.quantize.grid import Grid
 from tersor.passes.quantize.places import decoded, matrix
@@ -28,8 +28,9 @@ class StaticActivations(Pass):
     After:   %c = quantize(%x, @x.scale, @x.zero_point, dtype='uint8');  %d = dequantize(%c, @x.scale, @x.zero_point)
              %y = linear(%d, %w, @b)
 
-    Legal when the layer's weights are in codes and calibration data reaches its input. Layers of one input share its
-    codes, or leave it together. Ranges are measured on the program as it is then, with its weights rounded.
+    Legal when the layer's weights are in codes and calibration data reaches its input and is not the same there
+    throughout: such data says nothing of the range. Layers of one input share its codes, or leave it together. Ranges
+    are measured on the program as it is then, with its weights rounded.
 
     Source: Jacob et al. 2018; Nagel et al. 2021, section 3.1 (range setting).
 
@@ -66,8 +67,8 @@ class StaticActivations(Pass):
         for function, linear in self.select(program):
             if reason := _reason(linear):
                 result.skip(linear, reason)
-            elif context.statistics.get(Request(linear, MinMax())) is None:
-                result.skip(linear, "no calibration data reaches its input")
+            elif reason := no_range(context.statistics.get(Request(linear, MinMax())), "its input"):
+                result.skip(linear, reason)
             else:
                 inputs[linear.args[0]].append((function, linear))
         for x, layers in inputs.items():

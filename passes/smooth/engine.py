@@ -14,7 +14,7 @@ from torch import fx
 
 from tersor.ir import Function, Program
 from tersor.passes.base import Equivalent, Pass, PassResult
-from tersor.passes.calibration import MinMax, Request, Samples, Statistics
+from tersor.passes.calibration import MinMax, Request, Samples, Statistics, no_range
 from tersor.passes.context import Context
 from tersor.passes.smooth.error import Activations, Observed, Rounding, Trial
 from tersor.passes.smooth.places import Place, hidden_place, norm_place, value_place
@@ -148,10 +148,8 @@ class Smoothing(Pass):
 
     def _observed(self, place: Place, statistics: Statistics) -> Observed | str:
         bounds, fit, held_out = (statistics.get(request) for request in self._requests(place))
-        if bounds is None or held_out is None:
-            return "no calibration data reaches it"
-        if not (bounds.high > bounds.low).any():
-            return "its value is the same for all calibration data"
+        if reason := no_range(bounds if held_out is not None else None, "its value"):
+            return reason
         return Observed(
             -place.largest(-bounds.low.float()),
             place.largest(bounds.high.float()),

@@ -144,6 +144,9 @@ def test_an_endless_stream_is_read_up_to_a_limit():
         ([batches(1)[0] | {"x": torch.zeros(2, 6, WIDTH, dtype=torch.int64)}], "'x' is torch.int64"),
         ([batches(1)[0] | {"x": torch.full((2, 6, WIDTH), torch.nan)}], "'x' holds NaN or infinity"),
         ([batches(1)[0] | {"x": "text"}], "'x' is no tensor"),
+        ([batches(1)[0] | {"x": torch.zeros(2, 6, WIDTH, device="meta")}], "'x' is a meta tensor"),
+        ([batches(1)[0] | {"x": torch.zeros(2, 6, WIDTH).to_sparse()}], "'x' is of layout"),
+        ([(batches(1)[0], torch.zeros(2))], "is a tuple with a dict in it"),
         (batches(1, length=33), "dimension 'length' is 33"),
     ],
 )
@@ -152,13 +155,18 @@ def test_data_that_does_not_fit_is_refused(data, message):
         read(data)
 
 
-@pytest.mark.parametrize("options", [{"held_out": 1.0}, {"held_out": -0.1}, {"limit": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"held_out": 1.0}, {"held_out": -0.1}, {"held_out": "all"}, {"limit": 0}, {"limit": 1.5}, {"mask": 3},
+    ],
+)  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(InputError):
         Calibration(batches(), **options)
 
 
-def test_ids_outside_of_a_table_are_explained():
+def test_ids_outside_of_a_table_are_explained(tmp_path):
     made = Program()
     function = made.add_function("main", {"n": Range(1, 8)})
     ids = function.add_input("ids", Value("int64", (Dim.symbol("n"),)))
@@ -167,9 +175,17 @@ def test_ids_outside_of_a_table_are_explained():
         {"y": build.embedding(ids, build.parameter("table", torch.zeros(3, 4)), site="table")}
     )
     verify(made)
-    data = dataset(made, [{"ids": torch.tensor([0, 7])}], held_out=0)
-    with pytest.raises(InputError, match="batch 0 does not run"):
-        calibrate(made, [Request("table", MinMax(), of="output")], data)
+    given = [{"ids": torch.tensor([0, 2])}, {"ids": torch.tensor([0, 7])}]  # the last is what is held out
+    with pytest.raises(InputError, match="batch 1 does not run") as raised:
+        calibrate(
+            made,
+            [Request("table", MinMax(), of="output", split="held_out")],
+            dataset(made, given, held_out=0.5),
+        )
+    assert "site table" in raised.value.where and "\n" not in raised.value.why
+    np.savez(tmp_path / "a.npz", ids=np.array([0, 7]))
+    with pytest.raises(InputError, match=r"batch 0 \(.*a.npz\) does not run"):
+        calibrate(made, [Request("table", MinMax(), of="output")], dataset(made, tmp_path, held_out=0))
 
 
 # -- the held-out part

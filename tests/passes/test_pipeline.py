@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tersor.errors import PipelineError
-from tersor.passes import Budget, Pipeline, Stage, recipes
+from tersor.errors import InputError, PipelineError
+from tersor.passes import Budget, Pass, PassResult, Pipeline, Stage, recipes
 from tersor.passes.fold.key_bias import FoldKeyBias
 from tersor.passes.fold.norm_beta import FoldNormBeta
 from tersor.passes.fold.norm_gamma import FoldNormGamma
@@ -155,3 +156,23 @@ def test_an_empty_pipeline_does_nothing():
     made = Transformer(layers=1).build()
     after, report = Pipeline([]).run(made)
     assert after is made and not report.steps
+
+
+def test_a_model_is_no_program():
+    with pytest.raises(InputError, match="not on a Linear") as raised:
+        Pipeline([]).run(torch.nn.Linear(2, 2))
+    assert "tersor.capture" in raised.value.fix
+
+
+def test_a_recipe_without_data_is_named_only_where_it_does_the_same_work():
+    class Looks(Pass):
+        """Measures something of its own."""
+
+        calibrated = True
+
+        def run(self, program, context):
+            return PassResult()
+
+    with pytest.raises(PipelineError, match="needs calibration data") as raised:
+        Pipeline([Looks()]).check_data(False)
+    assert raised.value.fix == "give calibration=batches"

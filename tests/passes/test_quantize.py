@@ -219,9 +219,13 @@ def test_zero_is_a_code_of_one_sided_data():
     assert zero == 0 and scale > 0
 
 
-def test_constant_data_has_a_scale():
-    constant = [{"x": torch.zeros(2, 20, WIDTH)} for _ in range(4)]
-    assert static_scale(layer(weights=True), constant) == (1.0, 0)
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_data_gives_no_range_and_the_reason_is_told(value):
+    constant = [{"x": torch.full((2, 20, WIDTH), value)} for _ in range(4)]
+    after, report = Pipeline([StaticActivations()]).run(layer(weights=True), calibration=constant)
+    assert not after.main.calls("quantize")
+    (skip,) = report.step("quantize.static").skips
+    assert skip.reason == "its input is the same for all calibration data"
 
 
 def spiky(rows: int = 20) -> list[dict[str, torch.Tensor]]:

@@ -72,6 +72,8 @@ def test_constant_data_makes_a_program_that_runs(recipe, value):
     assert is_faithful(made, after, data)
     skips = report.step("smooth.smoothquant").skips
     assert skips and all(skip.reason for skip in skips)
+    if not value and recipe != "int8-dynamic":  # zeros say nothing of ranges: none are made up
+        assert is_faithful(made, after)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
