@@ -216,15 +216,17 @@ class Pipeline:
             return
         free = {name: recipes.get(name).passes for name in recipes.names()}
         stages = {p.stage for p in self.passes if p.calibrated and p.stage}
-        shared = {
-            name: len(stages & {p.stage for p in passes})
+        alike = {
+            name: (
+                len(stages & {p.stage for p in passes}),
+                difflib.SequenceMatcher(None, name, self.name).ratio(),
+            )
             for name, passes in free.items()
             if not _needing_data(passes)
         }
-        near = max(
-            shared, key=lambda name: (shared[name], difflib.SequenceMatcher(None, name, self.name).ratio())
-        )
-        instead = f", or use recipe {near!r}, which needs none" if shared[near] else ""
+        near = max(alike, key=alike.get)
+        work, name = alike[near]
+        instead = f", or use recipe {near!r}, which needs none" if work or name > 0.6 else ""
         raise PipelineError(
             f"recipe {self.name!r} needs calibration data, and there is none",
             why=f"{', '.join(dict.fromkeys(needing))} measure values inside the program",

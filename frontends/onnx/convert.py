@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tersor.errors import CaptureError, InputError, TersorError, UnsupportedOpError
+from tersor.errors import CaptureError, InputError, ProgramError, TersorError, UnsupportedOpError
 from tersor.frontends.onnx import (  # noqa: F401  their converters are entered
     contrib,
     elementwise,
@@ -177,7 +177,13 @@ class Conversion:
             place = operator.name or f"{operator.op} that makes {operator.outputs[0]!r}"
             where = " ".join(filter(None, (place, operator.source and f"({operator.source})")))
             kind = InputError if isinstance(error, InputError) else CaptureError
-            raise kind(error.what, where=where, why=error.why, fix=error.fix) from error
+            fix = error.fix
+            if isinstance(error, ProgramError) and self.function.dims:
+                fix = (
+                    f"if the exporter fixed a size that the file says varies ({', '.join(self.function.dims)}), export "
+                    "it again, or fix it here: dynamic={input: {axis: (name, n, n)}}, --dynamic INPUT:AXIS=NAME:n..n"
+                )
+            raise kind(error.what, where=where, why=error.why, fix=fix) from error
 
     def _convert(
         self, converter: Converter, operator: Operator, inputs: list[Any], attributes: dict, scope: _Scope

@@ -160,12 +160,10 @@ def _of_rows(build: Builder, ids: fx.Node, factor: fx.Node, columns: dict[str, s
 
 def _make_unsigned(function: Function, encoding: fx.Node, made_by: str) -> None:
     """int8 codes as uint8 ones, 128 more, where they are made to be decoded and nothing else; values are the same."""
+    if encoding.kwargs["dtype"] != "int8" or not all(is_call(u, "dequantize") for u in encoding.users):
+        return
     zeros = {node: number(function, (*node.args, None)[2]) for node in (encoding, *encoding.users)}
-    if (
-        encoding.kwargs["dtype"] != "int8"
-        or None in zeros.values()
-        or not all(is_call(user, "dequantize") for user in encoding.users)
-    ):
+    if None in zeros.values():
         return
     build = function.builder(before=encoding, made_by=made_by)
     form = {name: value for name, value in encoding.kwargs.items() if name != "dtype"}

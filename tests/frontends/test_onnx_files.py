@@ -186,6 +186,15 @@ def test_axes_that_go_only_at_some_sizes_are_refused():
     assert str(program.main.results[0].meta["value"]) == "float32[batch, 4]"
 
 
+def test_a_size_that_the_exporter_fixed_is_to_be_fixed_by_the_user():
+    nodes, tensors = [node("Reshape", "x shape", "y")], {"shape": np.array([3, 4])}
+    with pytest.raises(CaptureError, match="cannot reshape") as caught:
+        frontends.capture(model(nodes, tensors))
+    assert "(batch)" in caught.value.fix and "dynamic=" in caught.value.fix
+    program = frontends.capture(model(nodes, tensors), dynamic={"x": {0: ("batch", 3, 3)}})
+    assert program(x=torch.ones(3, 4))["y"].shape == (3, 4)
+
+
 def test_constants_that_cannot_be_computed():
     tensors = {"table": np.zeros((2, 2), np.int64), "at": np.array([5, 0])}
     with pytest.raises(InputError, match=r"outside of a tensor\n.*where: /look/Gather"):

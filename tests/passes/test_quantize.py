@@ -284,6 +284,18 @@ def test_what_integers_cannot_do_is_said():
     assert reasons(IntegerProducts(), layer()) == ["it is not quantized"]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_codes_that_are_moved_before_they_are_decoded_stay_as_they_are(dtype):
+    def emit(build, x, mask):
+        step = build.parameter("s", torch.tensor(SCALE))
+        moved = build.permute(build.quantize(x, step, 3, dtype=dtype), dims=(0, 2, 1))
+        return {"y": build.dequantize(moved, step, 3)}
+
+    made = program(emit)
+    after, _ = Pipeline([IntegerProducts()]).run(made)
+    assert after.digest() == made.digest()
+
+
 def test_sums_that_could_overflow_stay_decoded():
     def emit(build, x, mask):
         wide = build.expand(build.slice(x, dim=2, end=1), shape=(*x.meta["value"].shape[:2], 70_000))
