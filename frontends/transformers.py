@@ -254,7 +254,8 @@ def load(folder: str | Path) -> nn.Module:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not a folder", fix="give a local folder with config.json and *.safetensors"
+            f"{folder} is not a folder",
+            fix="give a local folder with config.json and *.safetensors, or an ONNX file (.onnx)",
         )
     path = folder / "config.json"
     try:

@@ -201,5 +201,5 @@ def _unknown(name: str, names: Iterable[str]) -> InputError:
         f"the program has no site {name!r}",
         fix=f"did you mean {' or '.join(map(repr, near))}?"
         if near
-        else "list them with tersor.ir.sites(program)",
+        else "list them with tersor.ir.sites(program), or `tersor inspect MODEL`",
     )

@@ -129,10 +129,11 @@ def compile(
             fix="leave out output, and export C: compiled.export_c(folder), or --export-c FOLDER",
         )
     pipeline.check_data(calibration is not None)
+    given = None if calibration is None else Calibration.of(calibration)
     folder = _scratch_folder() if output is None else check_place(output)
     program = _program(model, example_inputs, dynamic, report_step)
     report_step("running passes")
-    data = None if calibration is None else Dataset.read(Calibration.of(calibration), program.main)
+    data = None if given is None else Dataset.read(given, program.main)
     latency = None if missing_on_host(resolved) else Latency(resolved)
     context = Context(
         target=resolved,

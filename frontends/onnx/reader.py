@@ -233,7 +233,7 @@ def read_model(source: Any) -> Model:
     if isinstance(source, str | Path):
         path = Path(source)
         if not path.is_file():
-            raise InputError(f"there is no file {str(path)!r}")
+            raise InputError(f"there is no file {str(path)!r}", fix="give the path of an ONNX file")
         folder, proto = path.parent, onnx.ModelProto()
         try:
             proto.ParseFromString(path.read_bytes())

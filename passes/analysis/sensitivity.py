@@ -36,6 +36,7 @@ from tersor.passes.calibration import (
 )
 from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.sweep import progress, running
+from tersor.passes.checks import idle_patterns
 from tersor.passes.context import Context
 from tersor.passes.gates import Profile
 from tersor.passes.quantize.bf16 import BFloat16
@@ -86,17 +87,18 @@ def analyze(
     """
     check_options(calibration, schemes, batches)
     step = step or (lambda name: None)
+    step("calibrating")
     dataset = (
         calibration
         if isinstance(calibration, Dataset)
         else Dataset.read(Calibration.of(calibration), program.main)
     )
-    chosen = RoundToNearest(only=None if only is None else tuple(only), skip=tuple(skip))
+    only, skip = (x if x is None or isinstance(x, str) else tuple(x) for x in (only, skip))
+    chosen = RoundToNearest(only=only, skip=skip)
     found = [(f, n) for f, n in chosen.select(program, *_LOOKED_AT)]
     named = names(program)
     sites = [_Site(node, named[node]) for function, node in found if function is program.main]
     skipped = {named[n]: "only main is run on data" for f, n in found if f is not program.main}
-    step("calibrating")
     observed = _observed(program, [n for _, n in found if is_call(n, "linear")], dataset, cache)
     places = {"only": chosen.only, "skip": chosen.skip}
     variants = {
@@ -119,7 +121,7 @@ def analyze(
             tokens = padding.of(batch.inputs, batch.mask)
             with running(name):
                 _walk(program.main, tried, variants, batch, tokens, advance)
-    notes = [*dataset.notes]
+    notes = [*dataset.notes, *(f"{idle.site}: {idle.reason}" for idle in idle_patterns(chosen, program))]
     parts: Mapping[str, float] = {}
     if profile is not None:
         step("timing")
@@ -150,6 +152,8 @@ def check_options(calibration: Any, schemes: Sequence[str], batches: int) -> Non
             why="it measures what rounding does to values inside the program",
             fix="give calibration=batches, inputs as the model will see them",
         )
+    if not isinstance(calibration, Dataset):
+        Calibration.of(calibration)
     if unknown := [scheme for scheme in schemes if scheme not in SCHEMES]:
         raise InputError(f"there is no scheme {', '.join(unknown)}", fix=f"use {', '.join(SCHEMES)}")
     if not schemes or batches < 1:

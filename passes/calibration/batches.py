@@ -49,6 +49,10 @@ class Calibration:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.batches, str | Path):
+            _npz_files(Path(self.batches))
+        elif isinstance(self.batches, torch.Tensor | np.ndarray) or not isinstance(self.batches, Iterable):
+            raise InputError(f"calibration data is a {type(self.batches).__name__}", fix=_FORMS)
         if not isinstance(self.held_out, int | float) or not 0 <= self.held_out < 1:
             raise InputError(f"held_out = {self.held_out!r}", fix="give a fraction from 0 on and below 1")
         if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
@@ -61,7 +65,11 @@ class Calibration:
 
     @classmethod
     def of(cls, data: Any) -> Self:
-        """``data`` itself, or calibration with these batches and the defaults."""
+        """``data`` itself, or calibration with these batches and the defaults.
+
+        Raises:
+            InputError: it is of none of the forms, or a folder without batches.
+        """
         return data if isinstance(data, cls) else cls(data)
 
 
@@ -175,8 +183,6 @@ class _Reader:
         elif isinstance(data, list | tuple):
             for raw in data:
                 yield raw, _HELD
-        elif isinstance(data, torch.Tensor | np.ndarray) or not isinstance(data, Iterable):
-            raise InputError(f"calibration data is a {type(data).__name__}", fix=_FORMS)
         else:
             for raw in data:
                 yield raw, _ONCE

@@ -161,7 +161,7 @@ def check_engines(options: argparse.Namespace) -> None:
         return
     if is_onnx(options.model):
         if not options.model.is_file():
-            raise InputError(f"there is no file {str(options.model)!r}")
+            raise InputError(f"there is no file {str(options.model)!r}", fix="give the path of an ONNX file")
         if unable := [name for name in options.against if name not in ON_FILES]:
             raise InputError(
                 f"{', '.join(unable)} cannot read an ONNX file", fix=f"choose from {', '.join(ON_FILES)}"

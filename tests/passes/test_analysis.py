@@ -213,6 +213,10 @@ def test_other_functions_are_named(made):
 def test_sites_can_be_chosen(made):
     found = analyze(made, batches(), only=["*.ffn.*"], skip=["block.0.*"])
     assert {row.site for row in found.sites} == {"block.1.ffn.up", "block.1.ffn.down"}
+    nothing = analyze(made, batches(), only="block.7.*", schemes=["bf16"])
+    assert (
+        not nothing.sites and "block.7.*: no site of the program fits this pattern of only=" in nothing.notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,6 +224,8 @@ def test_sites_can_be_chosen(made):
     [
         (None, {}, "needs calibration data"),
         ([], {}, "no calibration batches"),
+        (3, {}, "calibration data is a int"),
+        ("missing", {}, "'missing' is no folder"),
         ("good", {"schemes": ["int4"]}, "no scheme int4"),
         ("good", {"schemes": []}, "nothing to measure"),
         ("good", {"batches": 0}, "nothing to measure"),

@@ -137,6 +137,8 @@ def test_an_unknown_target_fails_before_any_work(bert):
         ({"recipe": "fp23"}, PipelineError, "fp32"),
         ({"recipe": None}, PipelineError, "NoneType"),
         ({"recipe": "missing.toml"}, PipelineError, "missing.toml"),
+        ({"recipe": "int8", "calibration": "missing"}, InputError, "'missing' is no folder"),
+        ({"recipe": "int8", "calibration": 3}, InputError, "calibration data is a int"),
         ({"output": "missing/model.tersor"}, ArtifactError, "does not exist"),
         ({"output": __file__}, ArtifactError, "will not overwrite"),
         ({"output": Path(__file__).parent}, ArtifactError, "will not overwrite"),
