@@ -49,6 +49,8 @@ CASES = {
     "bfmmla": Case("armv8.6-i8mm", "bfloat16", "gelu", "bfmmla", MATRIX),
     "attention": Case("armv8.2-dotprod", "float32", "softmax", "fmla", {**WIDE, "cortex-a55": 2}),
     "attention fp16": Case("armv8.2-dotprod", "float16", "softmax", "fmla", {**WIDE, "cortex-a55": 2}),
+    "attention sdot": Case("armv8.2-dotprod", "uint8", "softmax", "[su]dot", {**WIDE, "cortex-a55": 1}),
+    "attention smmla": Case("armv8.6-i8mm", "uint8", "softmax", "[su]mmla", MATRIX),
     "smull": Case("armv8-a", "uint8", "requantize", "smull2?|sadalp", {"cortex-a53": None}),
 }
 
@@ -64,7 +66,7 @@ def main() -> None:
     version = int(re.search(r"version (\d+)", run([mca, "--version"]))[1])
     print(f"{mca}, LLVM {version}; shapes: rows symbolic, k 387, n 1541")
     print(
-        f"{'kernel':>9} {'loop':>6} {'core':>11} {'products':>8} {'a cycle':>7} {'of peak':>7} {'by lane':>7} "
+        f"{'kernel':>15} {'loop':>6} {'core':>11} {'products':>8} {'a cycle':>7} {'of peak':>7} {'by lane':>7} "
         f"{'spills':>6} {'share':>5}"
     )
     for name in options.kernel or CASES:
@@ -80,7 +82,7 @@ def main() -> None:
                 rate = count / cycles(loop, core, mca)
                 of_peak = f"{rate / peak:7.0%}" if peak else f"{'':>7}"
                 print(
-                    f"{name:>9} {kind:>6} {core:>11} {count:8} {rate:7.2f} {of_peak} {lanes:7} {spills:6} "
+                    f"{name:>15} {kind:>6} {core:>11} {count:8} {rate:7.2f} {of_peak} {lanes:7} {spills:6} "
                     f"{count / len(loop):5.0%}"
                 )
             if options.listing:
@@ -112,8 +114,9 @@ def build(case: Case) -> bytes:
     target, sums = resolve(case.target), ChainInput("accumulator", ACCUMULATORS[case.dtype])
     if case.epilogue == "softmax":
         length = Dim.symbol("length")
+        stored = "uint8" if case.dtype == "uint8" else "float32"
         attention = Attention(
-            Dim.symbol("batch"), length, length, 12, 12, 32, 32, 32**-0.5, products=case.dtype
+            Dim.symbol("batch"), length, length, 12, 12, 32, 32, 32**-0.5, dtype=stored, products=case.dtype
         )
         return object_code([plain_kernel("kernel", attention.build(target))], target)
     if case.epilogue == "gelu":

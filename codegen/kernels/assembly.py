@@ -81,7 +81,8 @@ class Loop:
     words: None: the function's last argument, an i64, is their number, a positive multiple of ``product.step``; the
     caller keeps to ``product.piece``.
     ahead: bytes between the right words in use and those prefetched; None prefetches nothing.
-    ValueError when it needs more registers than there are, or when these are more words than a piece has.
+    ValueError when it needs more registers than there are, when these are more words than a piece has, or when right
+    vectors come in pairs and there are not two of them.
     """
 
     product: MultiplyAdd
@@ -93,6 +94,8 @@ class Loop:
     def __post_init__(self) -> None:
         if self.height > self.product.most_rows(self.stored) or self.stored % 2:
             raise ValueError(f"no registers for {self.height} rows of {self.stored} vectors")
+        if self.product.paired and self.vectors != 2:
+            raise ValueError(f"a pair of right vectors is not {self.vectors}")
         if self.product.piece and (self.words or 0) > self.product.piece:
             raise ValueError(f"{self.words} words are more than {self.product.piece}")
 

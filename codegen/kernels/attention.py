@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 from tvm import tirx
@@ -20,10 +21,11 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.evaluate import evaluate_chain
-from tersor.codegen.kernels.inner_product import inner_product, multiplies_fp16
+from tersor.codegen.kernels.inner_product import inner_product, multiplies_bytes, multiplies_fp16
 from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
 from tersor.codegen.kernels.reduction import WIDTH, plus, reduce
 from tersor.codegen.kernels.register_tile import RegisterTile
+from tersor.codegen.packing import OFFSET
 from tersor.codegen.tiles import PANEL_VECTORS, PARALLEL_FLOPS, most_rows
 from tersor.ir.dims import Dim, Shape
 from tersor.targets import Target
@@ -39,6 +41,9 @@ ZERO_POINTS = -0x7F7F7F80
 
 HALF_LIMIT = 65504.0
 """The largest fp16 number."""
+
+CODES = 16
+"""Codes in a register of NEON."""
 
 HALF_ROWS = 12
 """Rows of a tile of fp16 products: a register of sums for each, and one of words."""
@@ -63,8 +68,9 @@ class Attention:
     up to `PIECE` products are fp16. Targets without these compute in f32. "uint8" rounds weights to multiples of
     1/255, before they are added up too; with dtype "uint8" q, k and v are codes with zero point 128, and two further
     inputs behind them hold what makes scores of products of codes [heads] and values of codes of v [kv_heads], both
-    f32 and positive. On x86 the products are then exact sums in int32, where head_dim is a multiple of 4; elsewhere
-    codes are multiplied in f32, as exactly below 2^24.
+    f32 and positive. The products are then exact sums in int32 on x86, where head_dim is a multiple of 4, and on
+    64-bit ARM with dot products (of 4) or matrix products of bytes (of 8); elsewhere codes are multiplied in f32, as
+    exactly below 2^24.
     epilogue: a chain from the f32 result (its accumulator) and further inputs to the outputs, for example codes.
     A query that sees no key gives zeros, as torch's scaled_dot_product_attention does.
 
@@ -165,13 +171,17 @@ class _Builder:
         self.coded = attention.dtype == "uint8"
         self.half = attention.products == "float16" and multiplies_fp16(target)
         self.narrow = attention.products == "bfloat16" and "avx512_bf16" in target.features
-        words = inner_product("uint8", target).words.elements
-        self.integers = self.coded and "neon" not in target.features and attention.head_dim % words == 0
+        self.integers = self.coded and _multiplies_codes(attention.head_dim, target)
         multiplied = (
             "uint8" if self.integers else "bfloat16" if self.narrow else "float16" if self.half else "float32"
         )
-        self.product = inner_product(multiplied, target)
-        self.word = multiplied if multiplied in ("float32", "float16") else "int32"
+        # x86 multiplies unsigned codes by signed ones, ARM what has equal signs
+        self.alike = self.integers and "neon" in target.features
+        self.product = inner_product("int8" if self.alike else multiplied, target)
+        self.weighting = inner_product("uint8", target, "uint8") if self.alike else self.product
+        self.word = (
+            multiplied if multiplied in ("float32", "float16") else f"int{max(8 * self.product.factor, 32)}"
+        )
         self.stored = multiplied == attention.dtype != "float32"  # the operands hold words already
         # scores stay sums of products of codes until they are weighed
         self.sums = self.coded and attention.mask is None and attention.softcap is None
@@ -183,7 +193,9 @@ class _Builder:
         self.panel = PANEL_VECTORS // self.units
         self.depth = -(-attention.head_dim // self.product.factor)
         self.rows = HALF_ROWS if self.half else min(8, most_rows(target))
+        self.together = self.product.block[0]  # rows of a left operand whose words alternate
         self.ramp = T.ramp(0, 1, self.lanes)
+        self._codes = gcd(attention.head_dim, CODES)
         self.value_vectors = -(-attention.value_dim // self.lanes)
         batch = attention.batch if isinstance(attention.batch, int) else 1
         self.parts = _parts(batch * attention.heads, target.cores or 4)
@@ -244,22 +256,21 @@ class _Builder:
         words = _ceil_div(self.kv_len, self.product.factor)
         shape = (words, self.value_vectors * self.lanes)
         if self.streams:  # one for each vector of columns, of whole blocks of keys
-            shape = (self.value_vectors, self.blocks * self.lanes, self.lanes)
+            shape = (self.value_vectors, self.blocks * (self.lanes // self.product.factor), self.lanes)
         self.values = T.alloc_buffer(shape, self.word)
         self.scores = T.alloc_buffer((self.rows, self.blocks * self.lanes))
         self.weights = self.scores
         if self.word != "float32":
-            count = self.blocks * self.lanes // self.product.factor
-            self.weights = T.alloc_buffer((self.rows, count), self.word)
-        if self.integers:
+            self.weights = self._left_operand(self.blocks * self.lanes // self.product.factor)
+        if self.integers and not self.alike:
             self.starts = T.alloc_buffer((self.blocks, self.lanes), "int32")
         self.factor, self.value_scale = self._factors(head, group)
         self.queries = None
         if self.word != "float32" or spec.dtype != "float32":
-            self.queries = T.alloc_buffer(
-                (self.rows, _ceil_div(self.depth, self.lanes) * self.lanes), self.word
-            )
+            self.queries = self._left_operand(_ceil_div(self.depth, self.lanes) * self.lanes)
         self.maxima = T.alloc_buffer((self.rows, self.lanes))
+        if self.alike:
+            self.corrections = T.alloc_buffer((self.rows,), "int32")
         self.inverses = T.alloc_buffer((self.rows,))
         self._pack_keys(batch, group)
         self._pack_values(batch, group)
@@ -279,6 +290,20 @@ class _Builder:
             first, last = part * share, tirx.min((part + 1) * share, count)
         with T.serial(tirx.max(last - first, 0)) as tile:
             self._tile(batch, head, (first + tile) * self.rows, self.rows, clamp=True)
+
+    def _left_operand(self, words: loops.Extent) -> tirx.Buffer:
+        """Room for so many words of each of the tile's rows, as `_store_left` lays them."""
+        return T.alloc_buffer((self.rows // self.together, words * self.together), self.word)
+
+    def _store_left(self, to: tirx.Buffer, row: Expr | int, word: Expr | int, words: Expr) -> None:
+        """Words of a row from ``word`` on; those of the rows that are multiplied together alternate."""
+        together, count = self.together, math.lanes_of(words)
+        if together == 1:
+            T.buffer_store(to, words, [row, _run(word, count)])
+            return
+        for i in range(count):
+            value = tirx.Shuffle([words], [i]) if count > 1 else words
+            T.buffer_store(to, value, [row // together, (word + i) * together + row % together])
 
     def _factors(self, head: Expr, group: Expr) -> tuple[Expr | float, Expr | float]:
         """What makes a score of a product of q and k, before softcap and mask; and results of values."""
@@ -301,9 +326,22 @@ class _Builder:
         elements = loops.load(source.buffer, row * source.stride + (source.column + column), count, where)
         return T.reinterpret(elements, dtype=f"int32x{self.lanes}")
 
+    def _signed_words(self, source: _Rows, row: Expr, column: Expr) -> Expr:
+        """As many codes as fill a register of NEON, or fewer that divide a head, as words of signed bytes."""
+        count = self._codes
+        codes = loops.load(source.buffer, row * source.stride + (source.column + column), count)
+        codes = tirx.bitwise_xor(codes, tirx.const(OFFSET, codes.ty.dtype))
+        words = count // self.product.factor
+        return math.bind(T.reinterpret(codes, dtype=self.word if words == 1 else f"{self.word}x{words}"))
+
     def _copy_row(self, source: _Rows, row: Expr, column: Expr, to: tirx.Buffer, index: Expr | int) -> None:
         """``head_dim`` elements of an operand as words, padded with zeros to whole vectors."""
         size, lanes = self.spec.head_dim, self.lanes
+        if self.alike:
+            for done in range(0, size, self._codes):
+                words = self._signed_words(source, row, column + done)
+                self._store_left(to, index, done // self.product.factor, words)
+            return
         if self.stored:
             for i in range(_ceil_div(self.depth, lanes)):
                 done = i * lanes * self.product.factor
@@ -322,6 +360,9 @@ class _Builder:
     def _pack_keys(self, batch: Expr, group: Expr) -> None:
         """keys[block, d, lane] = word d of key block*lanes + lane, f32 ones scaled; the last key is repeated."""
         spec, lanes = self.spec, self.lanes
+        if self.alike:
+            self._pack_codes(batch, group)
+            return
         whole, rest = divmod(self.depth, lanes)
         rows = None
         if self.narrow and not self.stored:
@@ -364,6 +405,19 @@ class _Builder:
             if self.integers:
                 self._start_sums(block)
 
+    def _pack_codes(self, batch: Expr, group: Expr) -> None:
+        """The keys, signed: squares of words, as many as a register holds."""
+        spec, size = self.spec, self._codes // self.product.factor
+        with T.serial(self.blocks) as block:
+            with T.serial(self.lanes // size) as part, T.serial(self.depth // size) as i:
+                vectors = []
+                for j in range(size):
+                    key = tirx.min(block * self.lanes + part * size + j, self.kv_len - 1)
+                    column = group * spec.head_dim + i * self._codes
+                    vectors.append(self._signed_words(self.k, batch * self.kv_len + key, column))
+                for j, vector in enumerate(_transpose(vectors)):
+                    T.buffer_store(self.keys, vector, [block, i * size + j, _run(part * size, size)])
+
     def _start_sums(self, block: Expr) -> None:
         """What sums of products with unsigned codes start from: -128 times the sum of each key."""
         zero_points = tirx.const(ZERO_POINTS, "int32")
@@ -376,7 +430,7 @@ class _Builder:
         return tirx.bitwise_xor(words, tirx.const(ZERO_POINTS, words.ty.dtype))
 
     def _pack_values(self, batch: Expr, group: Expr) -> None:
-        """values[j] = the rows of v, one to four, that word j of the weights meets; the last row may be repeated.
+        """values[j] = the rows of v, one to eight, that word j of the weights meets; the last row may be repeated.
 
         Streams have zeros behind the last row, up to the end of its block."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
@@ -391,7 +445,9 @@ class _Builder:
                     )
                     at = row * self.v.stride + (self.v.column + group * spec.value_dim + i * lanes)
                     vectors.append(loops.load(self.v.buffer, at, lanes, where))
-                if self.stored:
+                if self.alike:
+                    vector = T.reinterpret(_woven(vectors), dtype=f"{self.word}x{lanes}")
+                elif self.stored:
                     vector = _interleaved([tirx.Cast(f"int32x{lanes}", vector) for vector in vectors])
                     vector = self._signed(vector) if self.integers else vector
                 else:
@@ -404,10 +460,11 @@ class _Builder:
                     T.buffer_store(self.values, vector, [j, T.ramp(i * lanes, 1, lanes)])
         if not self.streams:
             return
-        with T.serial(self.blocks * lanes - self.kv_len) as j:
+        filled = _ceil_div(self.kv_len, factor)
+        with T.serial(self.blocks * (lanes // factor) - filled) as j:
             zeros = tirx.const(0, f"{self.word}x{lanes}")
             for i in range(self.value_vectors):
-                T.buffer_store(self.values, zeros, [i, self.kv_len + j, self.ramp])
+                T.buffer_store(self.values, zeros, [i, filled + j, self.ramp])
 
     def _key_bias(self, batch: Expr, head: Expr) -> tirx.Buffer | None:
         """What is added to the scores of every query alike: the mask where it has no query dimension, -inf past the
@@ -513,9 +570,11 @@ class _Builder:
         scaled = self.coded and not self.sums or self.narrow and self.factor != 1.0
         # what the mask is added to is not the product itself
         later = scaled or self.half or spec.softcap is not None
-        start = None if later else lambda r, n: mask(r, n, self.product.lanes)
-        if self.integers:
+        start = None
+        if self.integers and not self.alike:
             start = lambda _, n: self.starts[block + n, self.ramp]  # noqa: E731
+        elif not later and not self.sums:
+            start = lambda r, n: mask(r, n, self.product.lanes)  # noqa: E731
         sums = RegisterTile(len(queries), vectors * self.units, self.product, start)
         rows = [
             math.bind((batch * self.q_len + q) * self.q.stride + (self.q.column + head * spec.head_dim))
@@ -525,7 +584,7 @@ class _Builder:
         def query_words(r: int, d: Expr, count: int) -> Expr:
             if self.queries is None:
                 return self.q.buffer[_run(rows[r] + d, count)]
-            return self.queries[r, _run(d, count)]
+            return self.queries[r, _run(d * self.together, count)]
 
         if self.streams:
             self._stream(sums, query_words, 0, self.depth, lambda d: self.keys[block, d, 0])
@@ -556,14 +615,16 @@ class _Builder:
         count: loops.Extent,
         right: Callable[[Expr], Expr],
     ) -> None:
-        """Adds products of words ``first`` to ``first + count - 1``, fp16 ones in pieces; ``left`` as `RegisterTile`
-        has it, ``right(k)`` is the number that word k of the right vectors begins with. A count that is no constant is
-        one of whole blocks."""
+        """Adds products of words ``first`` to ``first + count - 1``, fp16 ones in pieces.
+
+        ``left`` as `RegisterTile` has it, ``right(k)`` is the number that word k of the right vectors begins with. A
+        count that is no constant is one of whole blocks."""
 
         def run(start: Expr, words: loops.Extent) -> None:
             sums.stream(words, lambda r: T.address_of(left(r, start, 1)), T.address_of(right(start)))
 
-        piece = self.product.assembly.piece
+        assembly = self.product.assembly
+        piece = assembly.piece
         done, rest = first, count
         if piece:
             whole, rest = count // piece, count % piece
@@ -574,14 +635,25 @@ class _Builder:
             if rest:
                 run(done, rest)
             return
-        with T.If(rest > 0):
+        step, size = assembly.step, assembly.step
+        with T.If(rest >= step):
             with T.Then():
-                run(done, rest)
+                run(done, rest // step * step)
+        while size > self.lanes // self.product.factor:
+            size //= 2
+            with T.If(rest % (2 * size) >= size):
+                with T.Then():
+                    run(done + rest // (2 * size) * (2 * size), size)
 
-    def _result(self, sums: RegisterTile, r: int, n: int) -> Expr:
-        """Vector n of row r of the sums, as wide as a block, in f32."""
+    def _result(self, sums: RegisterTile, r: int, n: int, correction: Expr | None = None) -> Expr:
+        """Vector n of row r of the sums, as wide as a block, in f32; with what all of the row's sums lack."""
         parts = [sums.vector(r, n * self.units + i) for i in range(self.units)]
         vector = tirx.Shuffle(parts, list(range(self.lanes))) if len(parts) > 1 else parts[0]
+        if correction is not None:  # unsigned: the sum alone may pass 2^31
+            wrapped, correction = (
+                T.reinterpret(x, dtype=f"uint32x{self.lanes}") for x in (vector, correction)
+            )
+            vector = T.reinterpret(wrapped + correction, dtype=f"int32x{self.lanes}")
         return math.cast(vector, "float32")
 
     def _see(self, score: Expr, query: Expr, block: Expr) -> Expr:
@@ -615,14 +687,20 @@ class _Builder:
                 value = math.bind(self.exp(score + shift))
                 if self.spec.products == "uint8":
                     value = math.bind(self._weight_code(value))
-                words = bf16.words(value) if self.narrow else _bytes(value) if self.integers else value
+                words = value
+                if self.integers:
+                    words = _bytes(value, self.word)
+                elif self.narrow:
+                    words = bf16.words(value)
                 words = math.cast(words, "float16") if self.half else words
-                factor = self.product.factor
-                T.buffer_store(self.weights, words, [r, T.ramp(at // factor, 1, lanes // factor)])
+                self._store_left(self.weights, r, at // self.product.factor, words)
                 return value
 
             zero = tirx.const(0, "int32" if self.integers else "float32")
-            total = math.bind(math.cast(reduce(end - begin, 0, lanes, weight, plus, zero), "float32"))
+            total = math.bind(reduce(end - begin, 0, lanes, weight, plus, zero))
+            if self.alike:
+                T.buffer_store(self.corrections, total * -OFFSET, [r])
+            total = math.bind(math.cast(total, "float32"))
             inverse = tirx.Select(total > 0.0, self.value_scale / total, tirx.const(0.0, "float32"))
             T.buffer_store(self.inverses, inverse, [r])
 
@@ -653,16 +731,18 @@ class _Builder:
     def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
         """Some vectors of columns of the weighted sum."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
-        sums = RegisterTile(len(queries), width * self.units, self.product)
+        sums = RegisterTile(len(queries), width * self.units, self.weighting)
 
         def weights(r: int, j: Expr, count: int) -> Expr:
-            return self.weights[r, _run(j, count)]
+            return self.weights[r, _run(j * self.together, count)]
 
         if self.streams:
             count = end - begin
-            if not isinstance(count, int):
-                count = _ceil_div(count, lanes) * lanes
-            self._stream(sums, weights, begin, count, lambda j: self.values[first, j, 0])
+            if isinstance(count, int):
+                count = _ceil_div(count, factor)
+            else:
+                count = _ceil_div(count, lanes) * (lanes // factor)
+            self._stream(sums, weights, begin // factor, count, lambda j: self.values[first, j, 0])
         else:
             sums.accumulate(
                 begin // factor,
@@ -672,6 +752,7 @@ class _Builder:
             )
         size = spec.heads * spec.value_dim
         for r, query in enumerate(queries):
+            correction = tirx.Broadcast(self.corrections[r], lanes) if self.alike else None
             inverse, row = tirx.Broadcast(self.inverses[r], lanes), batch * self.q_len + query
             for n in range(width):
                 column = (first + n) * lanes
@@ -679,10 +760,17 @@ class _Builder:
                 where = None if left >= lanes else loops.mask(left, lanes)
                 offset = head * spec.value_dim + column
                 values = operands(spec.epilogue.inputs[1:], self.others, row, size, offset, lanes, where)
-                result = self._result(sums, r, n) * inverse
+                result = self._result(sums, r, n, correction) * inverse
                 results = evaluate_chain(spec.epilogue, [result, *values], self.target)
                 for buffer, result in zip(self.outputs, results, strict=True):
                     loops.store(buffer, row * size + offset, math.cast(result, buffer.dtype), lanes, where)
+
+
+def _multiplies_codes(head_dim: int, target: Target) -> bool:
+    """Whether codes are multiplied as the integers they are: where that is faster than in f32, and heads end with
+    words."""
+    fast = "neon" not in target.features or multiplies_bytes(target)
+    return fast and head_dim % inner_product("uint8", target).factor == 0
 
 
 def _parts(tasks: int, threads: int) -> int:
@@ -699,16 +787,27 @@ def _interleaved(parts: list[Expr]) -> Expr:
     return words
 
 
+def _woven(rows: list[Expr]) -> Expr:
+    """Vectors of unsigned numbers as one of wider numbers, each made of a lane of all, the first in the lowest bits."""
+    while len(rows) > 1:
+        lanes, bits = math.lanes_of(rows[0]), rows[0].ty.dtype.bits
+        order = [i + lanes * part for i in range(lanes) for part in range(2)]
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [T.reinterpret(tirx.Shuffle(list(p), order), dtype=f"uint{2 * bits}x{lanes}") for p in pairs]
+    return rows[0]
+
+
 def _halves(numbers: Expr) -> Expr:
     """f32 numbers in fp16, those beyond its range limited to it."""
     limit = tirx.const(HALF_LIMIT, numbers.ty.dtype)
     return math.cast(tirx.max(tirx.min(numbers, limit), -limit), "float16")
 
 
-def _bytes(codes: Expr) -> Expr:
-    """Numbers from 0 to 255, int32, as words of four neighbours."""
+def _bytes(codes: Expr, word: str) -> Expr:
+    """Numbers from 0 to 255, int32, as words of some neighbours."""
     lanes = math.lanes_of(codes)
-    return T.reinterpret(tirx.Cast(f"uint8x{lanes}", codes), dtype=f"int32x{lanes // 4}")
+    count = 8 * lanes // int(word.removeprefix("int"))
+    return T.reinterpret(tirx.Cast(f"uint8x{lanes}", codes), dtype=word if count == 1 else f"{word}x{count}")
 
 
 def _transpose(vectors: list[Expr]) -> list[Expr]:

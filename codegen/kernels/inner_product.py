@@ -30,10 +30,22 @@ from tersor.targets import Target
 
 Function = Callable[[Expr], Expr]
 
-WEIGHTS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "int8"}
-"""Dtype of the elements of the right matrix by that of the left one; float32 also multiplies float16."""
+WEIGHTS = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "uint8": "int8",
+    "int8": "int8",
+}
+"""Dtype of the elements of the right matrix by that of the left one; float32 also multiplies float16, uint8 uint8."""
 
-ACCUMULATORS = {"float32": "float32", "float16": "float32", "bfloat16": "float32", "uint8": "int32"}
+ACCUMULATORS = {
+    "float32": "float32",
+    "float16": "float32",
+    "bfloat16": "float32",
+    "uint8": "int32",
+    "int8": "int32",
+}
 """Dtype of the sums by that of the left matrix."""
 
 
@@ -134,6 +146,11 @@ def multiplies_fp16(target: Target) -> bool:
     return target.arch == "aarch64" and "fp16" in target.features
 
 
+def multiplies_bytes(target: Target) -> bool:
+    """Whether a target multiplies bytes of equal signs, and adds them up, faster than f32."""
+    return target.arch == "aarch64" and not target.features.isdisjoint(("dotprod", "i8mm"))
+
+
 def inner_product(dtype: str, target: Target, weight: str | None = None) -> InnerProduct:
     """The product for a left matrix of this dtype on a target; ``weight`` is the right one's if not `WEIGHTS`.
 
@@ -144,15 +161,19 @@ def inner_product(dtype: str, target: Target, weight: str | None = None) -> Inne
     * "uint8" times int8, exact sums in int32. x86: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes
       are widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits. NEON:
       usmmla, sdot or widening products; the last two multiply signed bytes, codes less 128 (`Prepare`, `Words.sums`).
+    * "int8" times int8 and "uint8" times uint8, on NEON with dot or matrix products: sdot or smmla, udot or ummla.
 
-    ValueError when the target does not multiply fp16 numbers.
+    ValueError when the target does not multiply fp16 numbers, or bytes of equal signs.
     """
     if dtype == "float16" and not multiplies_fp16(target):
         raise ValueError(
             f"{target.name} has no products of fp16 numbers: multiply float32 by float16 instead"
         )
+    weight = weight or WEIGHTS[dtype]
+    if dtype == weight and dtype in ("int8", "uint8") and not multiplies_bytes(target):
+        raise ValueError(f"{target.name} has no products of {dtype} by {weight}")
     if "neon" in target.features:
-        return _neon(dtype, target, weight or WEIGHTS[dtype])
+        return _neon(dtype, target, weight)
     words, parts, step, body = WORDS[dtype], _WHOLE, _fma, nullcontext
     if weight == "float16":
         parts = _WIDENED
@@ -184,12 +205,16 @@ def _neon(dtype: str, target: Target, weight: str) -> InnerProduct:
         assembly = MultiplyAdd("bfmmla", "<4 x float>", "4s", "8h")
     elif dtype == "bfloat16":
         parts = _BF16_PAIR
-    elif dtype == "uint8" and "i8mm" in known:
-        words, step, group, block, row = Words(8), neon.matrix_step, 1, (2, 2), neon.matrix_row
-        assembly = MultiplyAdd("usmmla", "<4 x i32>", "4s", "16b")
-    elif dtype == "uint8" and "dotprod" in known:
-        words, step = Words(4, sums=True), neon.dot_step
-        assembly = MultiplyAdd("sdot", "<4 x i32>", "4s", "16b", "4b", lanes, "s")
+    elif weight in _DOTS and "i8mm" in known:
+        instruction = _MATRICES[dtype, weight]
+        words, step = Words(8), neon.matrix_step(instruction)
+        group, block, row = 1, (2, 2), neon.matrix_row
+        assembly = MultiplyAdd(instruction, "<4 x i32>", "4s", "16b")
+    elif weight in _DOTS and "dotprod" in known:
+        words, step = Words(4, sums=True), neon.dot_step(_DOTS[weight])
+        # GEMM, which multiplies other kinds of bytes, has better use for the registers than pairs: a higher tile
+        paired = dtype == weight
+        assembly = MultiplyAdd(_DOTS[weight], "<4 x i32>", "4s", "16b", "4b", lanes, "s", paired)
     elif dtype == "uint8":
         words, step, group, block = Words(16, sums=True), neon.widened_step(target.arch), 1, (1, 1)
         row = neon.partial_sums
@@ -198,6 +223,11 @@ def _neon(dtype: str, target: Target, weight: str) -> InnerProduct:
     accumulator = ACCUMULATORS[dtype]
     return InnerProduct(dtype, words, accumulator, lanes, parts, step, body, group, block, row, assembly)
 
+
+_DOTS = {"int8": "sdot", "uint8": "udot"}
+"""By the dtype of the right matrix; codes that meet signed bytes are signed too by then, see `Prepare`."""
+
+_MATRICES = {("uint8", "int8"): "usmmla", ("int8", "int8"): "smmla", ("uint8", "uint8"): "ummla"}
 
 WORDS = {dtype: Words(ELEMENTS[weight]) for dtype, weight in WEIGHTS.items()}
 """Words of 32 bits (of fp16: 16), by dtype of the left matrix."""

@@ -34,18 +34,26 @@ def bf16_matrix_step(sums: Expr, left: Expr, right: Expr) -> Expr:
     return T.call_extern("float32x4", "tersor_bfmmla", sums, left, right)
 
 
-def dot_step(sums: Expr, left: Expr, right: Expr) -> Expr:
-    """4 sums plus the products of 4 signed bytes each (sdot)."""
-    return T.call_llvm_pure_intrin(
-        "int32x4", "llvm.aarch64.neon.sdot", sums, _bytes(right, "int8"), _bytes(left, "int8")
-    )
+def dot_step(instruction: str) -> Callable[[Expr, Expr, Expr], Expr]:
+    """4 sums plus the products of 4 bytes each (sdot, udot)."""
+    element = {"sdot": "int8", "udot": "uint8"}[instruction]
+
+    def step(sums: Expr, left: Expr, right: Expr) -> Expr:
+        name = f"llvm.aarch64.neon.{instruction}"
+        return T.call_llvm_pure_intrin("int32x4", name, sums, _bytes(right, element), _bytes(left, element))
+
+    return step
 
 
-def matrix_step(sums: Expr, left: Expr, right: Expr) -> Expr:
-    """2x2 sums plus 2x8 unsigned bytes times 8x2 signed ones (usmmla)."""
-    return T.call_llvm_pure_intrin(
-        "int32x4", "llvm.aarch64.neon.usmmla", sums, _bytes(left, "uint8"), _bytes(right, "int8")
-    )
+def matrix_step(instruction: str) -> Callable[[Expr, Expr, Expr], Expr]:
+    """2x2 sums plus 2x8 bytes times 8x2 bytes (smmla, ummla; usmmla: unsigned times signed ones)."""
+    signs = {"smmla": ("int8", "int8"), "ummla": ("uint8", "uint8"), "usmmla": ("uint8", "int8")}[instruction]
+
+    def step(sums: Expr, left: Expr, right: Expr) -> Expr:
+        operands = map(_bytes, (left, right), signs)
+        return T.call_llvm_pure_intrin("int32x4", f"llvm.aarch64.neon.{instruction}", sums, *operands)
+
+    return step
 
 
 def matrix_row(vectors: Sequence[Expr], i: int) -> Expr:

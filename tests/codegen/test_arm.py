@@ -271,6 +271,7 @@ def function(op: str) -> Elementwise:
 
 
 CODES = (Step("round", (0,)), Step("add", (1, Const(11.0))), Step("saturate", (2,), "uint8"))
+CODED = {"dtype": "uint8", "products": "uint8"}
 SUMS = [
     Softmax((N, 77)),
     Softmax((3, N), log=True),
@@ -279,8 +280,8 @@ SUMS = [
     Reduce("mean", (3, N, 77), (0, 2)),
     Attention(2, N, N, 2, 2, 20, 17, 0.2, mask=(2, 1, 1, N)),
     Attention(1, N, N, 2, 2, 16, 16, 0.2, causal=True, window=21),
-    Attention(2, N, N, 4, 2, 32, 20, 1e-4, dtype="uint8", products="uint8"),
-    Attention(2, N, N, 2, 2, 16, 16, 1e-4, mask=(2, 1, 1, N), dtype="uint8", products="uint8"),
+    Attention(2, N, N, 4, 2, 32, 20, 1e-4, **CODED),
+    Attention(2, N, N, 2, 2, 16, 16, 1e-4, mask=(2, 1, 1, N), **CODED),
 ]
 """Kernels whose results depend on the order in which they sum."""
 
@@ -322,6 +323,23 @@ def test_families_are_those_of_x86(kernel):
         arrays = arrays_for(kernel, n)
         found = run_plain(kernel, arrays, resolve("armv8-a"), cpu="cortex-a53")
         check_same(found, run_kernel(kernel, arrays, REFERENCE))
+
+
+INTEGERS = [
+    (Attention(2, N, N, 4, 2, 32, 20, 1e-4, **CODED), (7, 23, 101)),
+    (Attention(1, N, N, 2, 1, 40, 16, 1e-4, mask=(1, 2, N, N), causal=True, window=21, **CODED), (7, 101)),
+    (Attention(1, 3, N, 1, 1, 8, 8, 1e-4, **CODED), (40000,)),  # sums of unsigned products pass 2^31
+]
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED[3:])
+@pytest.mark.parametrize(("kernel", "lengths"), INTEGERS, ids=lambda value: getattr(value, "name", str)())
+def test_attention_in_integers_is_that_of_x86(kernel, lengths, name, cpu):
+    for n in lengths:
+        arrays = arrays_for(kernel, n)
+        if n > 2**31 // 255**2:
+            arrays[1:3] = [np.full_like(codes, 255) for codes in arrays[1:3]]
+        check_same(run_plain(kernel, arrays, resolve(name), cpu=cpu), run_kernel(kernel, arrays, REFERENCE))
 
 
 TABLES = [
