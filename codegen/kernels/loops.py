@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -15,6 +16,13 @@ PARALLEL_ELEMENTS = 1 << 16
 """Elements of simple work (5 to 10 us on one core) below which waking other threads costs more than it saves."""
 
 Extent = int | Expr
+
+ROLLED = """
+define void @tersor_stay_rolled() alwaysinline {
+  call void asm sideeffect "", ""() noduplicate
+  ret void
+}
+"""
 
 
 def flat(buffer: tirx.Buffer) -> tirx.Buffer:
@@ -64,6 +72,15 @@ def unravel(index: Extent, extents: Sequence[Extent]) -> list[Extent]:
         position.insert(0, tirx.floormod(index, extent))
         index = tirx.floordiv(index, extent)
     return [index, *position] if extents else []
+
+
+@contextmanager
+def rolled(extent: Extent) -> Iterator[Expr]:
+    """A loop that LLVM leaves as it is: it unrolls short ones, and then moves all it can out of loops around them."""
+    with T.serial(extent) as i:
+        with T.attr(T.int32(0), "pragma_import_llvm", ROLLED):
+            T.evaluate(T.call_extern("void", "tersor_stay_rolled"))
+        yield i
 
 
 def rows(

@@ -8,9 +8,12 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
-from tersor.codegen.kernels import math
+from tersor.codegen.kernels import loops, math
 from tersor.codegen.kernels.assembly import Loop
 from tersor.codegen.kernels.inner_product import InnerProduct
+
+REGISTERS = 32
+"""The most vector registers that any target has."""
 
 
 class RegisterTile:
@@ -55,7 +58,9 @@ class RegisterTile:
         group = self.product.group
         whole = count // group
         if not isinstance(whole, int) or whole:
-            with T.serial(whole) as i:
+            # unrolled, a loop like this would have all its left words, and some sums, moved to the stack
+            many = isinstance(whole, int) and whole * group * self.height > REGISTERS
+            with (loops.rolled if many else T.serial)(whole) as i:
                 self.multiply(first + i * group, group, left, right)
         rest = count % group if group > 1 else 0
         if not isinstance(rest, int) or rest:
