@@ -39,10 +39,14 @@ _HOME = {
     "TersorError": "tersor.errors",
 }
 
+_ROOMS = ("codegen", "frontends", "ir", "passes", "targets")
+
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"tersor.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'tersor' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -61,16 +61,8 @@ def export_c(
         CompileError: there is no C compiler, or it fails.
         ArtifactError: the folder cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII):
-        raise InputError(f"{name!r} cannot be the name of a C export", fix="use letters, digits and _")
-    path = check_place(path, marker=SIGNATURE, kind="an exported model")
-    target, system = compilation.target, compilation.target.os or "linux"
-    try:
-        tools = toolchain(target, compiler)
-    except CompileError:
-        if compiler is not None or system not in ("android", "ios"):
-            raise
-        tools = None
+    target = compilation.target
+    path, tools = check_export(target, path, name, compiler)
     progress("planning memory")
     plans, kernels = plan(compilation.lowered.module, compilation.signatures, f"{name}_k_")
     functions = source.interfaces(plans)
@@ -104,7 +96,7 @@ def export_c(
             }
             (folder / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
             app = App(signature, target.arch, numbers["WEIGHTS_BYTES"], numbers["HEADER_CRC"])
-            for file, text in app_files(app, system).items():
+            for file, text in app_files(app, target.os or "linux").items():
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -114,6 +106,27 @@ def export_c(
             fix="choose a folder on a disk that has room and that you may write to",
         ) from error
     return path
+
+
+def check_export(
+    target: Target, path: str | os.PathLike[str], name: str, compiler: str | None
+) -> tuple[Path, Toolchain | None]:
+    """What can be wrong with the arguments of `export_c`, whatever the model: the folder to write, and the compiler.
+
+    Raises as `export_c` does.
+    """
+    if not re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII):
+        raise InputError(
+            f"{name!r} cannot be the name of a C export",
+            fix="begin with a letter, and use letters, digits and _, 64 at most",
+        )
+    path = check_place(path, marker=SIGNATURE, kind="an exported model")
+    try:
+        return path, toolchain(target, compiler)
+    except CompileError:
+        if compiler is not None or target.os not in ("android", "ios"):
+            raise
+        return path, None
 
 
 def _write_weights(path: Path, arrays: dict[str, np.ndarray]) -> tuple[dict[str, int], dict[str, int]]:

@@ -59,6 +59,10 @@ def execute(options: argparse.Namespace) -> int:
 
     if options.output is None and options.export_c is None:
         raise InputError("nothing to write", fix="give -o FOLDER, --export-c FOLDER, or both")
+    if options.export_c is not None:
+        from tersor.codegen.export.writer import check_export
+
+        check_export(tersor.targets.resolve(options.target), options.export_c, options.name, options.cc)
     example = shared.read_npz(options.input) if options.input else None
     dynamic = shared.dynamic_of(options, options.model, example)
     with Steps() as steps:

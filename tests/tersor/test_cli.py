@@ -165,6 +165,24 @@ def test_compile_of_a_missing_folder_leaves_nothing(tmp_path: Path, capsys: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--name", "1bad"], "begin with a letter"),
+        (["--cc", "no-such-compiler"], "no C compiler 'no-such-compiler'"),
+        (["--export-c", "taken"], "not an exported model"),
+    ],
+)
+def test_what_is_wrong_with_an_export_is_said_before_any_work(
+    options: list[str], says: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert main(["compile", "none", "--target", "x86-64-v3", "--export-c", "out", *options]) == FAILED
+    assert says in capsys.readouterr().err  # and not that there is no such model
+
+
 # -- listings
 
 
