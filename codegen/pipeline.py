@@ -2,7 +2,8 @@
 
 TVM's own list is for scheduled programs and GPUs too. Kernels here are loops over buffers, so there are no blocks to
 lower and no threads to bind; above all there is nothing for CompactBufferAllocation to make smaller, which would look
-at every access of unrolled code for most of the time. The instructions come out the same.
+at every access of unrolled code for most of the time. The code comes out the same, but for larger frames where a
+length of one or two would have let it shrink a buffer.
 
 Source: tvm/s_tir/pipeline.py of TVM 0.27.
 """

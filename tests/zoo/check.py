@@ -26,7 +26,7 @@ from tersor.ir.matching import COMMUTATIVE, is_call, is_number
 from tersor.ir.program import Function
 from tests.zoo.model import KINDS, Inputs, ZooModel
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 ROUTES = ("torch", "onnx")
 
 

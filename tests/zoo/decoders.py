@@ -7,13 +7,13 @@ from typing import Any
 import transformers
 from torch import nn
 
-from tests.zoo.model import SMALL, VOCABULARY, ZooModel, text_model
+from tests.zoo.model import DEEPER, SMALL, VOCABULARY, ZooModel, text_model
 
 LONGEST = 64
 """Positions that the models have; their texts are shorter."""
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-_SHAPE = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": LONGEST}
+_SHAPE = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": LONGEST}
 _GROUPED = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": LONGEST}
 _HEADED = {k: v for k, v in SMALL.items() if k != "intermediate_size"}
 
@@ -45,14 +45,14 @@ MODELS = (
     _decoder("Falcon", "FalconForCausalLM", "FalconConfig", **_HEADED),
     _decoder("Falcon, grouped", "FalconForCausalLM", "FalconConfig", **_HEADED, num_kv_heads=2,
              new_decoder_architecture=True),
-    _like_llama("Llama", "Llama"),
+    _like_llama("Llama", "Llama", **DEEPER),
     _like_llama("Mistral", "Mistral", sliding_window=8),
     _like_llama("Qwen2", "Qwen2"),
     _like_llama("Qwen3", "Qwen3", head_dim=16),
     _like_llama("Phi", "Phi", partial_rotary_factor=0.5),
     _like_llama("Phi-3", "Phi3"),
     _like_llama("Gemma", "Gemma", num_key_value_heads=1, head_dim=16),
-    _like_llama("Gemma 2", "Gemma2", head_dim=16, sliding_window=8, query_pre_attn_scalar=24),
+    _like_llama("Gemma 2", "Gemma2", **DEEPER, head_dim=16, sliding_window=8, query_pre_attn_scalar=24),
     _like_llama("StableLM", "StableLm", partial_rotary_factor=0.25, use_qkv_bias=True),
     _like_llama("OLMo 2", "Olmo2"),
     _like_llama("Cohere", "Cohere", use_qk_norm=True),

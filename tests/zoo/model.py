@@ -11,7 +11,10 @@ from torch import nn
 
 Inputs = dict[str, torch.Tensor]
 Dynamic = dict[str, dict[int, tuple[str, int, int]]]
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+"""One layer: equal ones would only be traced again."""
+DEEPER = {**SMALL, "num_hidden_layers": 2}
+"""For models whose layers differ or share something, and for the first of its kind."""
 VOCABULARY = 60
 BATCH, LENGTH = ("batch", 1, 4), ("length", 1, 24)
 

@@ -17,7 +17,7 @@ HEAD = """# The zoo
 Small models with random weights, one per architecture. Each is captured from torch and from the file that
 `torch.onnx.export` writes of it, with dynamic sizes; both programs are compiled in float32 and run at several sizes.
 The columns "torch" and "ONNX" are the largest difference to torch over all outputs, relative to each output's scale;
-the bar is 1e-4. "Same" compares the canonical programs of the two routes. "Left decomposed" counts attentions, norms
+the bar is 1e-5. "Same" compares the canonical programs of the two routes. "Left decomposed" counts attentions, norms
 and GELUs that are still several operations.
 
 Written by `python -m tests.zoo --write`; the tests prove each row.

@@ -5,14 +5,25 @@ from __future__ import annotations
 import torch
 import transformers
 
-from tests.zoo.model import BATCH, LENGTH, SMALL, VOCABULARY, Inputs, ZooModel, seeded, text, text_model
+from tests.zoo.model import (
+    BATCH,
+    DEEPER,
+    LENGTH,
+    SMALL,
+    VOCABULARY,
+    Inputs,
+    ZooModel,
+    seeded,
+    text,
+    text_model,
+)
 
 POSITIONS = {"vocab_size": VOCABULARY, "max_position_embeddings": 40}
 TARGET = ("target_length", 1, 24)
 
 
 def _bert():
-    return transformers.BertModel(transformers.BertConfig(**SMALL, **POSITIONS))
+    return transformers.BertModel(transformers.BertConfig(**DEEPER, **POSITIONS))
 
 
 def _roberta():
@@ -20,12 +31,12 @@ def _roberta():
 
 
 def _distilbert():
-    config = transformers.DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96, **POSITIONS)
+    config = transformers.DistilBertConfig(dim=64, n_layers=1, n_heads=4, hidden_dim=96, **POSITIONS)
     return transformers.DistilBertModel(config)
 
 
 def _albert():
-    return transformers.AlbertModel(transformers.AlbertConfig(embedding_size=32, **SMALL, **POSITIONS))
+    return transformers.AlbertModel(transformers.AlbertConfig(embedding_size=32, **DEEPER, **POSITIONS))
 
 
 def _electra():
@@ -33,14 +44,14 @@ def _electra():
 
 
 def _mpnet():
-    return transformers.MPNetModel(transformers.MPNetConfig(**SMALL, **POSITIONS))
+    return transformers.MPNetModel(transformers.MPNetConfig(**DEEPER, **POSITIONS))
 
 
 def _deberta_v2():
     # The options of the published checkpoints (microsoft/deberta-v3-base).
     config = transformers.DebertaV2Config(
         relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, **SMALL, **POSITIONS,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, **DEEPER, **POSITIONS,
     )  # fmt: skip
     return transformers.DebertaV2Model(config)
 
@@ -59,7 +70,7 @@ def _t5_decoder():
 
 def _bart():
     config = transformers.BartConfig(
-        d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=96, decoder_ffn_dim=96, **POSITIONS,
     )  # fmt: skip
     return transformers.BartModel(config)

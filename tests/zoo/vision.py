@@ -53,9 +53,9 @@ def _deit() -> nn.Module:
 
 
 def _swin() -> nn.Module:
-    """Windows of 4 x 4 patches, shifted in every second layer."""
+    """Windows of 4 x 4 patches, shifted in every second layer; patches are merged between the stages."""
     config = transformers.SwinConfig(
-        image_size=32, patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4, **EAGER
+        image_size=32, patch_size=2, embed_dim=32, depths=[2, 1], num_heads=[2, 4], window_size=4, **EAGER
     )
     return transformers.SwinModel(config)
 
@@ -68,7 +68,7 @@ def _beit() -> nn.Module:
 def _dinov2() -> nn.Module:
     """Trained with images of 56 pixels, used with 32: the position embedding is interpolated."""
     config = transformers.Dinov2Config(
-        image_size=56, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+        image_size=56, patch_size=8, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
     )
     return transformers.Dinov2Model(config)
 
@@ -90,14 +90,13 @@ def _siglip_vision() -> nn.Module:
 
 
 def _detr() -> nn.Module:
-    """On a small ResNet, with two layers of either kind."""
+    """On a small ResNet; the first layer of the decoder reads zeros, the second what it made of them."""
     backbone = transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], layer_type="bottleneck",
-        out_features=["stage4"],
+        embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="bottleneck", out_features=["stage2"],
     )  # fmt: skip
     config = transformers.DetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=64,
-        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
+        encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
         decoder_ffn_dim=96, num_queries=7, num_labels=5,
     )  # fmt: skip
     return transformers.DetrForObjectDetection(config)
@@ -115,7 +114,10 @@ def _mobilevit() -> nn.Module:
     config = transformers.MobileViTConfig(
         image_size=64, hidden_sizes=[16, 20, 24], neck_hidden_sizes=[8, 12, 16, 20, 24, 28, 64], num_labels=5
     )
-    return transformers.MobileViTForImageClassification(config)
+    model = transformers.MobileViTForImageClassification(config)
+    for stage in model.mobilevit.encoder.layer[2:]:
+        del stage.transformer.layer[1:]  # 2, 4 and 3 equal layers; the configuration has no say in it
+    return model
 
 
 def _poolformer() -> nn.Module:
