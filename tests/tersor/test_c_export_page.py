@@ -22,7 +22,7 @@ PAGE = "docs/c-export.md"
 @pytest.mark.skipif(not (shutil.which("cc") and shutil.which("cmake")), reason="needs cc and cmake")
 def test_the_page(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     model = transformers.BertModel(
         transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=64)
     )

@@ -29,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 REPOSITORY = Path(__file__).parents[2]
 BATCH, LENGTH = ("batch", 1, 4), ("length", 1, 32)
 TEXT = {"input_ids": {0: BATCH, 1: LENGTH}, "attention_mask": {0: BATCH, 1: LENGTH}}
-SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, vocab_size=100)
+SIZES = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=100)
 
 
 def text(batch: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
@@ -226,19 +226,19 @@ def plant_zeros(model: torch.nn.Module, heads: int, group: int = 1) -> None:
         down.weight.data[:, : 7 * index] = 0
 
 
-def llama():
-    config = transformers.LlamaConfig(**SIZES | {"num_attention_heads": 8}, num_key_value_heads=4)
-    return transformers.LlamaForCausalLM(config), 8, 2
+def llama(layers: int):
+    sizes = SIZES | {"num_attention_heads": 8, "num_hidden_layers": layers}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=4)), 8, 2
 
 
-def encoder():
-    return transformers.BertModel(transformers.BertConfig(**SIZES)), 4, 1
+def encoder(layers: int):
+    return transformers.BertModel(transformers.BertConfig(**SIZES | {"num_hidden_layers": layers})), 4, 1
 
 
 @pytest.mark.parametrize("make", [encoder, llama], ids=lambda f: f.__name__)
 def test_planted_zeros_are_removed(make, tmp_path):
     torch.manual_seed(0)
-    model, heads, group = make()
+    model, heads, group = make(3)
     plant_zeros(model.eval(), heads, group)
     given = text()
     program = tersor.capture(model, given)
@@ -261,7 +261,7 @@ def test_planted_zeros_are_removed(make, tmp_path):
 @pytest.mark.parametrize("make", [encoder, llama], ids=lambda f: f.__name__)
 def test_eight_bits_with_scales_found_at_run_time(make, tmp_path):
     torch.manual_seed(0)
-    model = make()[0].eval()
+    model = make(1)[0].eval()
     given = text()
     compiled = tersor.compile(
         model, given, dynamic=TEXT, recipe="int8-dynamic", output=tmp_path / "a.tersor", threads=1

@@ -53,7 +53,7 @@ OTHER_CODES, COSINE = 0.001, 0.9999
 """Of the others: share of the codes that may be the next one, and how alike results in int8 must be."""
 
 SIZES = dict(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=100
+    hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, vocab_size=100
 )
 AXES = {0: ("batch", 1, 2), 1: ("length", 1, 255)}
 
