@@ -55,11 +55,25 @@ int main(int argc, char **argv) {
 """
 
 
+def _folder() -> Path:
+    """A new one, which lasts as long as the process."""
+    folder = Path(tempfile.mkdtemp(prefix="tersor-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def threads(target: Target) -> Path:
+    """The object file of what all programs for a target share."""
+    made = _folder() / "threads.o"
+    toolchain(target, static=True).compile(SOURCES / "threads.c", made)
+    return made
+
+
 @cache
 def program(kernel: Kernel, target: Target) -> tuple[Path, PlainKernel]:
     """The program for a kernel; on Linux for another CPU it is linked statically, so that qemu needs nothing else."""
-    folder = Path(tempfile.mkdtemp(prefix="tersor-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _folder()
     plain = plain_kernel("kernel", kernel.build(target))
     (folder / "kernel.o").write_bytes(object_code([plain], target))
     buffers = sum(p.is_buffer for p in plain.main.parameters)
@@ -74,10 +88,9 @@ def program(kernel: Kernel, target: Target) -> tuple[Path, PlainKernel]:
         "arguments": ", ".join(arguments),
     }
     (folder / "main.c").write_text(_MAIN % values)
-    for name in ("threads.c", "threads.h"):
-        shutil.copy(SOURCES / name, folder)
-    inputs = [folder / name for name in ("main.c", "threads.c", "kernel.o")]
-    toolchain(target, static=True).link(inputs, folder / "kernel", static=True)
+    inputs = [folder / "main.c", folder / "kernel.o", threads(target)]
+    options = [f"-I{SOURCES}"]
+    toolchain(target, static=True).link(inputs, folder / "kernel", static=True, options=options)
     return folder / "kernel", plain
 
 
