@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, log
 from typing import Literal
 
 from tvm import tirx
@@ -21,7 +21,7 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain
 from tersor.codegen.kernels.evaluate import evaluate_chain
-from tersor.codegen.kernels.inner_product import inner_product, multiplies_bytes, multiplies_fp16
+from tersor.codegen.kernels.inner_product import PIECE, inner_product, multiplies_bytes, multiplies_fp16
 from tersor.codegen.kernels.quantize import operand_specs, operands, row_specs
 from tersor.codegen.kernels.reduction import WIDTH, plus, reduce
 from tersor.codegen.kernels.register_tile import RegisterTile
@@ -41,6 +41,9 @@ ZERO_POINTS = -0x7F7F7F80
 
 HALF_LIMIT = 65504.0
 """The largest fp16 number."""
+
+HALF_UNIT = 16.0
+"""What 1 stands for in scores that are summed in fp16: sums of q k^T * scale may come to 16 * 65504."""
 
 CODES = 16
 """Codes in a register of NEON."""
@@ -65,12 +68,12 @@ class Attention:
     softcap: scores before the mask become ``softcap * tanh(score / softcap)``, or None.
     dtype: of q, k and v. products: "bfloat16" allows the two matrix products to round their operands (q, k, v and the
     weights) to bf16, "float16" to fp16: q, with the scale in it, k and v are limited to its range (65504), and sums of
-    up to `PIECE` products are fp16. Targets without these compute in f32. "uint8" rounds weights to multiples of
-    1/255, before they are added up too; with dtype "uint8" q, k and v are codes with zero point 128, and two further
-    inputs behind them hold what makes scores of products of codes [heads] and values of codes of v [kv_heads], both
-    f32 and positive. The products are then exact sums in int32 on x86, where head_dim is a multiple of 4, and on
-    64-bit ARM with dot products (of 4) or matrix products of bytes (of 8); elsewhere codes are multiplied in f32, as
-    exactly below 2^24.
+    up to `PIECE` products are fp16, which hold scores up to 16 * 65504 and any sums of values. Targets without these
+    compute in f32. "uint8" rounds weights to multiples of 1/255, before they are added up too; with dtype "uint8" q, k
+    and v are codes with zero point 128, and two further inputs behind them hold what makes scores of products of codes
+    [heads] and values of codes of v [kv_heads], both f32 and positive. The products are then exact sums in int32 on
+    x86, where head_dim is a multiple of 4, and on 64-bit ARM with dot products (of 4) or matrix products of bytes (of
+    8); elsewhere codes are multiplied in f32, as exactly below 2^24.
     epilogue: a chain from the f32 result (its accumulator) and further inputs to the outputs, for example codes.
     A query that sees no key gives zeros, as torch's scaled_dot_product_attention does.
 
@@ -354,7 +357,8 @@ class _Builder:
             vector = self._numbers(loops.load(source.buffer, at, lanes, where))
             count = lanes // self.product.factor
             vector = bf16.words(vector) if self.narrow else vector
-            vector = _halves(vector * self.factor) if self.half else vector
+            if self.half:
+                vector = _halves(vector * (self.factor / HALF_UNIT), HALF_LIMIT / HALF_UNIT)
             T.buffer_store(to, vector, [index, T.ramp(i * count, 1, count)])
 
     def _pack_keys(self, batch: Expr, group: Expr) -> None:
@@ -567,7 +571,8 @@ class _Builder:
                 return tirx.const(0.0, f"float32x{lanes}")
             return self._mask_vector(batch, head, queries[r], first + n * lanes, lanes)
 
-        scaled = self.coded and not self.sums or self.narrow and self.factor != 1.0
+        unit = HALF_UNIT if self.half else self.factor
+        scaled = self.half or self.coded and not self.sums or self.narrow and self.factor != 1.0
         # what the mask is added to is not the product itself
         later = scaled or self.half or spec.softcap is not None
         start = None
@@ -595,7 +600,7 @@ class _Builder:
             for n in range(vectors):
                 score = self._result(sums, r, n)
                 if scaled:
-                    score = score * self.factor
+                    score = score * unit
                 if spec.softcap is not None:
                     score = math.tanh(score) * spec.softcap
                 if later:
@@ -678,7 +683,10 @@ class _Builder:
                 self._hide_repeated(r)
             highest = math.horizontal(tirx.max, self.maxima[r, self.ramp])
             # added, as an addition to a product is fused with it on every instruction set, and a subtraction is not
-            shift = math.bind(math.broadcast(highest * (self.factor * -1.0 if self.sums else -1.0), lanes))
+            shift = highest * (self.factor * -1.0 if self.sums else -1.0)
+            if self.half:  # weights come to at most half of 1 / PIECE: the sum of a piece cannot overflow
+                shift = shift - log(2 * PIECE)
+            shift = math.bind(math.broadcast(shift, lanes))
 
             def weight(offset: loops.Extent, where: None) -> Expr:
                 at = begin * lanes + offset
@@ -797,9 +805,9 @@ def _woven(rows: list[Expr]) -> Expr:
     return rows[0]
 
 
-def _halves(numbers: Expr) -> Expr:
-    """f32 numbers in fp16, those beyond its range limited to it."""
-    limit = tirx.const(HALF_LIMIT, numbers.ty.dtype)
+def _halves(numbers: Expr, most: float = HALF_LIMIT) -> Expr:
+    """f32 numbers in fp16, those beyond ``most`` limited to it."""
+    limit = tirx.const(most, numbers.ty.dtype)
     return math.cast(tirx.max(tirx.min(numbers, limit), -limit), "float16")
 
 
