@@ -351,7 +351,10 @@ class Program:
         if len(self.functions) == 1:
             return next(iter(self.functions.values()))
         raise ProgramError(
-            "the program has no function called 'main'", why=f"it has {', '.join(self.functions)}"
+            "the program has no function called 'main'",
+            why=f"it has {', '.join(self.functions)}",
+            fix=f"take one by name: program.functions[{next(iter(self.functions), 'name')!r}]; data for calibration or "
+            "analysis is run through main: capture the function that it is for with name='main'",
         )
 
     def add_function(self, name: str, dims: Mapping[str, Range] | None = None) -> Function:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tersor.errors import InputError
@@ -120,7 +121,7 @@ class StepCache:
             (temporary / _ENTRY).write_text(json.dumps(entry), encoding="utf-8")
             save_file({name: tensor.clone() for name, tensor in new.items()}, temporary / _TENSORS)
             temporary.rename(self.folder / key)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             step.notes.append(f"its result was not cached: {error}")
         finally:
             if temporary is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from tersor.folders import save_json
 from tersor.ir import Program
 from tersor.ir.costs import cost
 from tersor.passes.base import Finding, Pass
@@ -163,8 +163,8 @@ class Report:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Writes the report as JSON; InputError when it cannot."""
+        save_json(path, self.to_dict())
 
     def __rich__(self) -> Group:
         parts: list[Any] = [self._table()]

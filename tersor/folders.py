@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from tersor.errors import InputError
 
 
 def may_replace(path: Path, marker: str) -> bool:
@@ -56,6 +60,21 @@ def new_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
         _sync(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Writes plain data as a file of JSON, which appears complete or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        with new_files(Path(path)) as (file,):
+            file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(path)!r}", why=str(error), fix="check the place and the free space"
+        ) from error
 
 
 def _replace(temporary: Path, path: Path) -> None:

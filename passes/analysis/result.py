@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tersor.errors import InputError
+from tersor.folders import save_json
 from tersor.ir.text import human_bytes
 from tersor.passes.report import plain_figures
 
@@ -133,8 +134,8 @@ class Analysis:
             raise InputError("this is no saved analysis", why=str(error), fix="save one again") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the analysis as JSON."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Writes the analysis as JSON; InputError when it cannot."""
+        save_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

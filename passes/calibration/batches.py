@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tersor.errors import InputError
@@ -268,7 +269,7 @@ class _Reader:
             tensors["mask"] = batch.mask.contiguous().clone()
         try:
             save_file(tensors, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(
                 "calibration data cannot be kept on disk",
                 where=self._folder.name,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tersor.passes.base import Pass
@@ -56,17 +56,18 @@ class _Files:
 
     def store(self, key: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
         """The file appears complete or not at all. A full disk costs the entry, not the run."""
-        path = self._path(key)
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".new.")
-        os.close(handle)
+        path, temporary = self._path(key), None
         try:
+            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".new.")
+            os.close(handle)
             save_file(
                 {name: t.contiguous() for name, t in tensors.items()}, temporary, {"note": json.dumps(note)}
             )
             os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        except (OSError, SafetensorError):
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
 
     def drop(self, key: str) -> None:
         """Takes out what was kept under the key."""

@@ -57,8 +57,9 @@ def test_main_is_the_only_or_the_one_called_main():
     first = program.add_function("encode")
     assert program.main is first
     program.add_function("decode")
-    with pytest.raises(ProgramError, match="encode, decode"):
+    with pytest.raises(ProgramError, match="encode, decode") as caught:
         program.main  # noqa: B018
+    assert "name='main'" in caught.value.fix
     main = program.add_function("main")
     assert program.main is main
     with pytest.raises(ProgramError, match="already"):

@@ -252,6 +252,8 @@ def test_json_holds_everything(made, tmp_path):
     found = analyze(made, batches())
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert Analysis.from_json(plain) == found
+    with pytest.raises(InputError, match="cannot write"):
+        found.save(tmp_path / "missing" / "analysis.json")
     found.save(tmp_path / "analysis.json")
     assert Analysis.load(tmp_path / "analysis.json") == found
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tersor.errors import InputError, PipelineError
-from tersor.passes import Context, Equivalent, Lossy, Pass, PassResult, Pipeline, facts
+from tersor.passes import Context, Equivalent, Lossy, Pass, PassResult, Pipeline, cache, facts
 from tersor.passes.cache import StepCache, source_digest
+from tersor.passes.calibration import batches, store
 from tests.passes.programs import Transformer
 
 PASSES = ["fold.norm_beta", "fold.key_bias", "fold.zero_heads", "fold.norm_gamma", "cleanup.dead_code"]
@@ -124,6 +126,21 @@ def test_a_pass_without_source_is_not_cached(made, tmp_path):
     assert source_digest(scope["Typed"]) is None
     run(made, tmp_path, [scope["Typed"]()])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_costs_what_is_kept_and_not_the_run(made, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for module in (cache, store, batches):
+        monkeypatch.setattr(module, "save_file", full)
+    data = {"x": torch.randn(2, 8, 16), "mask": torch.ones(2, 1, 1, 8, dtype=torch.bool)}
+    steps = ["fold.key_bias", "quantize.rtn", "quantize.static"]
+    after, report = Pipeline(steps).run(made, Context(cache=tmp_path), calibration=[data])
+    assert after.main.calls("quantize") and "was not cached" in report.steps[0].notes[0]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    with pytest.raises(InputError, match="cannot be kept on disk"):
+        Pipeline(steps).run(made, calibration=iter([data]))
 
 
 def test_a_cache_folder_that_cannot_be_made_is_one_error(tmp_path):
