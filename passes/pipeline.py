@@ -230,7 +230,7 @@ class Pipeline:
         raise PipelineError(
             f"recipe {self.name!r} needs calibration data, and there is none",
             why=f"{', '.join(dict.fromkeys(needing))} measure values inside the program",
-            fix=f"give calibration=batches{instead}",
+            fix=f"give calibration=batches (--calibration FOLDER){instead}",
         )
 
     # -- configuration

@@ -38,15 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", type=Path, metavar="X.npz", help="example inputs by name; made if not given"
     )
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FOLDER",
-        help="data for recipes that need some: a folder of .npz files, one batch of inputs by name in each",
-    )
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep results of passes here, so that a killed run goes on"
-    )
+    shared.add_calibration(parser)
     parser.add_argument(
         "--tune-minutes", type=float, default=0, metavar="M", help="search for better kernels for so long"
     )

@@ -1,7 +1,7 @@
 """Write a model as an ONNX file for other engines, after the passes of a recipe.
 
 tersor export ./all-MiniLM-L6-v2 -o minilm.onnx
-tersor export model.onnx -o smaller.onnx --recipe fp32
+tersor export model.onnx -o smaller.onnx --recipe int8 --calibration batches/
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="OUT.onnx", help="the file to write"
     )
     shared.add_recipe(parser)
+    shared.add_calibration(parser)
     shared.add_dynamic(parser)
     parser.add_argument(
         "--input", type=Path, metavar="X.npz", help="example inputs by name; made if not given"
@@ -32,15 +33,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     import tersor
     from tersor.frontends.onnx.export.table import DEFAULT_OPSET
+    from tersor.passes import Calibration, Context
     from tersor.passes.recipes import get
 
     pipeline = get(options.recipe)
+    pipeline.check_data(options.calibration is not None)
+    data = None if options.calibration is None else Calibration(options.calibration)
     example = shared.read_npz(options.input) if options.input else None
     with Steps() as steps:
         steps("capturing")
         program = tersor.capture(options.model, example, shared.dynamic_of(options, options.model, example))
         steps("running passes")
-        program, _ = pipeline.run(program)
+        program, _ = pipeline.run(program, Context(cache=options.cache), calibration=data)
         steps("writing")
         tersor.to_onnx(
             program,

@@ -37,6 +37,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FOLDER",
+        help="data for recipes that need some: a folder of .npz files, one batch of inputs by name in each",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep results of passes here, so that a killed run goes on"
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",

@@ -175,4 +175,4 @@ def test_a_recipe_without_data_is_named_only_where_it_does_the_same_work():
 
     with pytest.raises(PipelineError, match="needs calibration data") as raised:
         Pipeline([Looks()]).check_data(False)
-    assert raised.value.fix == "give calibration=batches"
+    assert raised.value.fix == "give calibration=batches (--calibration FOLDER)"

@@ -134,7 +134,9 @@ def test_a_function_that_data_does_not_reach_has_no_fixed_scales(recipe):
 def test_without_data_the_error_says_what_to_do(recipe):
     with pytest.raises(PipelineError, match=f"recipe '{recipe}' needs calibration data") as raised:
         of_recipe(recipe, model(), None)
-    assert raised.value.fix.startswith("give calibration=batches, or use recipe 'int8-dynamic'")
+    assert raised.value.fix.startswith(
+        "give calibration=batches (--calibration FOLDER), or use recipe 'int8-dynamic'"
+    )
 
 
 # -- models

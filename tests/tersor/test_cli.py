@@ -428,6 +428,19 @@ def test_static_sizes_of_an_onnx_file_come_from_the_inputs(
     assert "input_ids: int64[2, 7]" in capsys.readouterr().out
 
 
+def test_a_recipe_that_needs_data_gets_it_for_an_export(
+    onnx_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, ones = tmp_path / "int8.onnx", np.ones((2, 7), dtype=np.int64)
+    np.savez(tmp_path / "x.npz", input_ids=ones, attention_mask=ones)
+    command = ["export", str(onnx_file), "-o", str(path), "--recipe", "int8"]
+    assert main(command) == FAILED
+    shown = capsys.readouterr().err
+    assert "--calibration FOLDER" in shown and "capturing" not in shown
+    assert main([*command, "--calibration", str(tmp_path)]) == 0
+    assert b"MatMulInteger" in path.read_bytes()
+
+
 def test_bench_beside_an_engine_on_the_onnx_file(
     onnx_file: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
