@@ -39,6 +39,7 @@ class MultiplyAdd:
     as six cycles pass between such a load and the next one of any kind: see ``Loop._order``.
     piece: how many words may be added up before the sums, which are fp16 then and start from zero, are added to those
     in memory, which are f32. None: the sums in memory are of ``type`` and simply go on.
+    long: a pass of the loop is twice as long: more code, in which less is spent on counting.
     """
 
     mnemonic: str
@@ -50,6 +51,7 @@ class MultiplyAdd:
     word: str = "q"
     paired: bool = False
     piece: int | None = None
+    long: bool = False
 
     @property
     def right_registers(self) -> int:
@@ -58,7 +60,7 @@ class MultiplyAdd:
     @property
     def step(self) -> int:
         """Words that a pass of the loop uses up."""
-        return max(self.words, 4) * (2 if self.paired else 1)
+        return max(self.words, 4) * (2 if self.paired or self.long else 1)
 
     @property
     def stored(self) -> str:
@@ -128,11 +130,14 @@ class Loop:
         constraints = ["=&w"] * self._sums + [left] * self.height
         constraints += ["=&w"] * self.product.right_registers + ["=&r"] * 3
         constraints += [str(i) for i in range(self._sums)] + [str(self._scalar(i)) for i in range(3)]
-        constraints += ["r"] * self.height + ["~{cc}", "~{memory}"]
+        constraints += ["r"] * (self.height * self._apart) + ["~{cc}", "~{memory}"]
         starts = ["zeroinitializer" if self.product.piece else f"%s{i}" for i in range(self._sums)]
         arguments = [f"{vector} {start}" for start in starts]
         passes = "%passes" if self.words is None else self._passes
         arguments += ["ptr %right", "i64 0", f"i64 {passes}", *(f"ptr %left{r}" for r in rows)]
+        if self._apart > 1:
+            lines += [f"%next{r} = getelementptr i8, ptr %left{r}, i64 {VECTOR}" for r in rows]
+            arguments += [f"ptr %next{r}" for r in rows]
         code = "\\0A".join(self._code())
         # LLVM takes it for short, and would unroll loops round it
         lines.append(
@@ -179,14 +184,15 @@ class Loop:
 
     def _steps(self, units: list[int], following: int | None, loop: bool) -> Iterator[str]:
         """The products of left registers with so many words each; ``following`` is the one behind them."""
-        total, step = sum(units), 0
+        total, step, apart = sum(units), 0, self._apart
         late = self.height * 3 // 4
         pointer, _, passes = (f"${self._scalar(i)}" for i in range(3))
         for unit, then in zip(units, [*units[1:], following], strict=True):
             for lane in range(unit):
                 last, moved = step == total - 1, 0
-                if then and unit == 1:
-                    yield self._advance(unit)
+                following_vector = (step + 1) % apart  # which of those that one index serves
+                if then and unit == 1 and not following_vector:
+                    yield self._advance(unit * apart)
                 for place, (row, v) in enumerate(self._order()):
                     yield self._multiply(row, step * self.vectors + v, lane)
                     if v == 0 and row == max(late - 1, 0):
@@ -203,7 +209,7 @@ class Loop:
                         yield from self._load_right((step + 1) * self.vectors, moved)
                     used = place - self.height * (self.vectors - 1)
                     if then and lane == unit - 1 and used >= 0:
-                        yield self._load_left(used, then)
+                        yield self._load_left(used, then, following_vector)
                     after = step * self.vectors + v + self.product.right_registers
                     freed = not self.product.paired and row == self.height - 1
                     if freed and (loop or after < total * self.vectors):
@@ -219,6 +225,12 @@ class Loop:
         if self.product.paired:
             return itertools.product(range(self.height), range(self.vectors))
         return ((row, v) for v in range(self.vectors) for row in range(self.height))
+
+    @property
+    def _apart(self) -> int:
+        """Vectors of a left row that one index serves, by as many pointers: sums of addresses take what cores multiply
+        by, too, and words of a whole vector need one for each."""
+        return 2 if self.product.words == 1 else 1
 
     @property
     def _sums(self) -> int:
@@ -243,9 +255,10 @@ class Loop:
             return f"{p.mnemonic} {sums}, {left}.{p.operands}, {right}"
         return f"{p.mnemonic} {sums}, {right}, {left}.{p.lane}[{lane}]"
 
-    def _load_left(self, row: int, words: int) -> str:
+    def _load_left(self, row: int, words: int, vector: int = 0) -> str:
         width = "q" if words == self.product.words else self.product.word
-        pointer = self._scalar(3) + self._sums + 3 + row  # behind the sums and scalars as inputs
+        # behind the sums and scalars as inputs
+        pointer = self._scalar(3) + self._sums + 3 + vector * self.height + row
         return f"ldr ${{{self._left(row)}:{width}}}, [${pointer}, ${self._scalar(1)}]"
 
     def _advance(self, words: int) -> str:

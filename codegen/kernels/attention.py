@@ -732,11 +732,21 @@ class _Builder:
 
     def _weighted_sum(self, batch, head, queries: list[Expr], begin, end) -> None:
         """out = weights @ values * inverse sum."""
+        if self.streams:
+            whole, rest = divmod(self.spec.value_dim, self.lanes)
+            if whole:
+                with T.serial(whole) as i:  # the assembly stands there once
+                    self._weighted_vectors(batch, head, queries, begin, end, i, 1)
+            if rest:
+                self._weighted_vectors(batch, head, queries, begin, end, whole, 1)
+            return
         for first in range(0, self.value_vectors, self.panel):
             width = min(self.panel, self.value_vectors - first)
             self._weighted_vectors(batch, head, queries, begin, end, first, width)
 
-    def _weighted_vectors(self, batch, head, queries: list[Expr], begin, end, first: int, width: int) -> None:
+    def _weighted_vectors(
+        self, batch, head, queries: list[Expr], begin, end, first: Expr | int, width: int
+    ) -> None:
         """Some vectors of columns of the weighted sum."""
         spec, lanes, factor = self.spec, self.lanes, self.product.factor
         sums = RegisterTile(len(queries), width * self.units, self.weighting)
@@ -764,7 +774,7 @@ class _Builder:
             inverse, row = tirx.Broadcast(self.inverses[r], lanes), batch * self.q_len + query
             for n in range(width):
                 column = (first + n) * lanes
-                left = spec.value_dim - column
+                left = spec.value_dim - column if isinstance(first, int) else lanes
                 where = None if left >= lanes else loops.mask(left, lanes)
                 offset = head * spec.value_dim + column
                 values = operands(spec.epilogue.inputs[1:], self.others, row, size, offset, lanes, where)

@@ -209,7 +209,8 @@ def _neon(dtype: str, target: Target, weight: str) -> InnerProduct:
         instruction = _MATRICES[dtype, weight]
         words, step = Words(8), neon.matrix_step(instruction)
         group, block, row = 1, (2, 2), neon.matrix_row
-        assembly = MultiplyAdd(instruction, "<4 x i32>", "4s", "16b")
+        # the tiles of attention, which multiplies bytes of equal signs, are low: counting would take its share
+        assembly = MultiplyAdd(instruction, "<4 x i32>", "4s", "16b", long=dtype == weight)
     elif weight in _DOTS and "dotprod" in known:
         words, step = Words(4, sums=True), neon.dot_step(_DOTS[weight])
         # GEMM, which multiplies other kinds of bytes, has better use for the registers than pairs: a higher tile
