@@ -116,8 +116,10 @@ def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
     return node in made
 
 
-SUPPORTED_DTYPES = {"float32", "bfloat16", "int64", "int32", "int8", "uint8", "bool"}
-ONLY_STORED = {"float16": ("cast", "embedding", "reshape", "permute", "slice", "concat", "expand")}
+SUPPORTED_DTYPES = {"float32", "int64", "int32", "int8", "uint8", "bool"}
+ONLY_STORED = dict.fromkeys(
+    ("float16", "bfloat16"), ("cast", "embedding", "reshape", "permute", "slice", "concat", "expand")
+)
 """Dtypes that no kernel computes in, and the operations that may make such values, or move them."""
 
 
@@ -140,7 +142,7 @@ def check_supported(program: Program) -> None:
         lines = [f"  - {what}: {len(nodes)}x, first at {nodes[0]}" for what, nodes in problems.items()]
         fixes = [
             "give each operation a decomposition (ir.register_op) or a lowering (codegen.register_lowering)",
-            "compile the model in float32: model.float(), with float32 inputs",
+            "compile the model in float32: model.float(), with float32 inputs; recipe='bf16' or 'fp16' halves it then",
         ]
         raise CompileError(
             "the program cannot be lowered:\n" + "\n".join(lines),

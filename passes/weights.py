@@ -110,12 +110,16 @@ def parameter(function: Function, node: fx.Node, index: int) -> torch.Tensor | N
 
 
 def is_plain_linear(function: Function, node: object) -> bool:
-    """Whether a value comes from a linear layer whose weight is a parameter and whose bias is one or is absent."""
+    """Whether a value comes from a linear layer whose weight is a parameter and whose bias is one or is absent.
+
+    Not one of half precision: a change of its weights is rounded, and not equivalent.
+    """
     return (
         isinstance(node, fx.Node)
         and node.op == "call_function"
         and node.target.name == "linear"
-        and parameter(function, node, 1) is not None
+        and (weight := parameter(function, node, 1)) is not None
+        and weight.dtype not in (torch.float16, torch.bfloat16)
         and (operand(node, 2) is None or parameter(function, node, 2) is not None)
     )
 

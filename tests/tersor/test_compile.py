@@ -108,9 +108,16 @@ def test_a_nan_in_a_weight_is_named():
         tersor.compile(model, (torch.randn(2, 4),))
 
 
-def test_a_model_in_half_precision_is_told_what_to_do():
-    with pytest.raises(CompileError, match="float16 is not supported(.*\n)*.*model.float()"):
-        tersor.compile(torch.nn.Linear(4, 4).half(), (torch.randn(2, 4).half(),))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_a_model_in_half_precision_is_told_what_to_do(dtype, recipe):
+    model = torch.nn.Sequential(
+        torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
+    )
+    data = [(torch.randn(2, 8).to(dtype),) for _ in range(4)]
+    given = {"calibration": data} if recipe == "int8" else {}
+    with pytest.raises(CompileError, match=r"float16 is not supported(.*\n)*.*model.float\(\)"):
+        tersor.compile(model.to(dtype), data[0], recipe=recipe, **given)
 
 
 def test_a_model_in_training_mode_is_compiled_as_it_evaluates_and_left_as_it_is():
