@@ -187,8 +187,8 @@ def by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if len(example_inputs) > len(named):
         raise InputError(
             f"{len(example_inputs)} example inputs for a model of {len(named)} arguments",
-            why=f"forward takes {', '.join(named)}",
-            fix="give them by name",
+            why=f"forward takes {', '.join(named) or 'no argument that has a name'}",
+            fix="leave out what it does not take; a forward(*args) needs a module around it whose forward names them",
         )
     return {name: _as_tensor(value) for name, value in zip(named, example_inputs, strict=False)}
 
@@ -258,7 +258,9 @@ def _bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, torch
             )
     if not tensors:
         raise InputError(
-            "there is no tensor among the example inputs", fix=f"forward takes {', '.join(named)}"
+            "there is no tensor among the example inputs",
+            why=f"forward takes {', '.join(named) or 'no argument'}",
+            fix="give at least one: what never changes is a constant of the model, and needs no compiling",
         )
     return tensors, constants
 
