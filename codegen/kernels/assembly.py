@@ -109,7 +109,8 @@ class Loop:
     @property
     def name(self) -> str:
         p = self.product
-        parts = ["tersor", p.mnemonic, p.sums, *(["paired"] if p.paired else [])]
+        forms = [form for form in ("paired", "long") if getattr(p, form)]
+        parts = ["tersor", p.mnemonic, p.sums, *forms]
         parts += [f"{self.height}x{self.vectors}x{self.words or 'n'}"]
         return "_".join(parts + ([f"ahead{self.ahead}"] if self.ahead is not None else []))
 
