@@ -107,8 +107,9 @@ def execute(options: argparse.Namespace) -> None:
         for engine in found:
             ours = vectors(engine, tokenizer, sentences)
             expected = ours if expected is None else expected
-            correlation, cosine = spearman(similarities(ours), scores), (ours * expected).sum(1).mean()
-            low, high = difference(similarities(ours), similarities(expected), scores)
+            alike = similarities(ours)
+            correlation, cosine = spearman(alike, scores), (ours * expected).sum(1).mean()
+            low, high = difference(alike, similarities(expected), scores)
             record.add(
                 name,
                 engine.name,

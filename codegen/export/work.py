@@ -24,9 +24,10 @@ def described(function: Function) -> list[dict[str, Any]]:
             }
             dtype = _dtype(sources)
             if is_call(node, "attention", "integer_attention"):
-                # on the cores that estimates are for, bf16 is multiplied in f32
-                dtype = "float16" if node.kwargs.get("products") == "float16" else "float32"
-                dtype = "int8" if node.target.name == "integer_attention" else dtype
+                if node.target.name == "integer_attention":
+                    dtype = "int8"
+                else:  # on the cores that estimates are for, bf16 is multiplied in f32
+                    dtype = "float16" if node.kwargs.get("products") == "float16" else "float32"
             rows[dtype, products, sum(weights.values())] += 1
     keys = ("dtype", "products", "weights")
     return [{"count": count, **dict(zip(keys, row, strict=True))} for row, count in rows.items()]

@@ -19,6 +19,7 @@ VECTOR = 16
 """Bytes of a register."""
 
 REGISTERS = 32
+"""Vector registers; no other target has more."""
 
 LINE = 64
 """Bytes that one prefetch brings."""

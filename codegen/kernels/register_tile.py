@@ -9,11 +9,8 @@ from tvm.ir import Expr
 from tvm.tirx.script.builder import ir as T
 
 from tersor.codegen.kernels import loops, math
-from tersor.codegen.kernels.assembly import Loop
+from tersor.codegen.kernels.assembly import REGISTERS, Loop
 from tersor.codegen.kernels.inner_product import InnerProduct
-
-REGISTERS = 32
-"""The most vector registers that any target has."""
 
 
 class RegisterTile:
