@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, InputKind, Step
+from tersor.codegen.packing import GROUP
 from tersor.ir.dims import Shape
 from tersor.ir.matching import is_call
 from tersor.ir.opset.rules import promote
@@ -21,6 +22,8 @@ from tersor.ir.program import Function
 
 COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 LOGICAL = {"logical_and", "logical_or", "logical_not"}
+
+PRODUCTS = ("linear", "integer_linear", "grouped_integer_linear")
 
 ATTENTIONS = ("attention", "integer_attention")
 
@@ -83,7 +86,7 @@ class Tail:
 
     Attributes:
         group: element-wise work that becomes its epilogue; of a scale per token: what is scaled.
-        scale: a scale per token of the norm's value (`dynamic_scale`).
+        scale: a scale per token of the norm's value (`dynamic_scale`), or several.
         codes: the codes with that scale, equal nodes.
         kept: the norm's or attention's own value is read by others too.
     """
@@ -127,7 +130,17 @@ def is_elementwise(node: fx.Node) -> bool:
 
 def is_anchor(node: fx.Node) -> bool:
     """A linear layer whose weight is a stored parameter, so that it can be packed ahead of time."""
-    return is_call(node, "linear", "integer_linear") and stored_weight(node).op == "get_attr"
+    return is_call(node, *PRODUCTS) and stored_weight(node).op == "get_attr"
+
+
+def scales_of(product: fx.Node) -> fx.Node | None:
+    """The scales of groups that a product applies to its sums."""
+    return product.args[2] if is_call(product, "grouped_integer_linear") else None
+
+
+def bias_of(product: fx.Node) -> fx.Node | None:
+    """What is added to a product's sums."""
+    return None if scales_of(product) else (*product.args, None)[2]
 
 
 def left_matrix(linear: fx.Node, narrow: Set[str] = BF16) -> fx.Node:
@@ -211,6 +224,7 @@ def _joins(node: fx.Node, anchors: list[fx.Node], narrow: Set[str]) -> bool:
         len(anchors) == 1
         and anchors[0].target is node.target
         and left_matrix(anchors[0], narrow) is left_matrix(node, narrow)
+        and scales_of(anchors[0]) is scales_of(node)
         and stored_weight(anchors[0]).meta["value"] == stored_weight(node).meta["value"]
     )
 
@@ -226,7 +240,8 @@ def _join_projections(function: Function, result: Plan) -> None:
             continue
         anchors = tuple(g.anchors[0] for g in groups)
         read = {
-            (a.target, left_matrix(a, result.narrow), stored_weight(a).meta["value"].dtype) for a in anchors
+            (a.target, left_matrix(a, result.narrow), scales_of(a), stored_weight(a).meta["value"].dtype)
+            for a in anchors
         }
         if len(read) > 1:
             continue
@@ -269,6 +284,8 @@ def is_token_codes(node: fx.Node) -> bool:
     return (
         is_call(scale, "dynamic_scale")
         and scale.args[0] is x
+        and scale.kwargs.get("group") == (group := node.kwargs.get("group"))
+        and not (group and group % GROUP)
         and zero == 128
         and node.kwargs["dtype"] == "uint8"
     )
@@ -352,7 +369,7 @@ def _is_epilogue_of(head: fx.Node, group: Group, order: dict[fx.Node, int]) -> b
 def _joined(anchors: tuple[fx.Node, ...], groups: list[Group]) -> Joined | None:
     """The groups as one; None when their epilogues are not the same work on operands that lie side by side."""
     if not any(g.members for g in groups):
-        biases = tuple(a.args[2] if len(a.args) > 2 else None for a in anchors)
+        biases = tuple(map(bias_of, anchors))
         accumulator = ChainInput("accumulator", anchors[0].meta["value"].dtype)
         if not any(biases):
             return Joined(anchors, (), Chain((accumulator,), (), (0,)), ())
@@ -388,7 +405,7 @@ def build_chain(group: Group, start: fx.Node | None = None) -> tuple[Chain, list
     inside = {*starts, *group.members}
     feeds: list[fx.Node] = []
     for node in [*anchors, *group.members]:
-        for operand in node.args[2:3] if node in anchors else node.args:
+        for operand in (bias_of(node),) if node in anchors else node.args:
             if isinstance(operand, fx.Node) and operand not in inside and operand not in feeds:
                 feeds.append(operand)
     inputs = [ChainInput("accumulator", a.meta["value"].dtype) for a in starts]
@@ -408,8 +425,8 @@ def build_chain(group: Group, start: fx.Node | None = None) -> tuple[Chain, list
         return value if dtype in (None, x.meta["value"].dtype) else push(Step("cast", (value,), dtype))
 
     for anchor in anchors:
-        if len(anchor.args) > 2 and anchor.args[2] is not None:
-            index[anchor] = push(Step("add", (index[anchor], index[anchor.args[2]])))
+        if (bias := bias_of(anchor)) is not None:
+            index[anchor] = push(Step("add", (index[anchor], index[bias])))
     for node in group.members:
         name = node.target.elementwise
         if name in ("cast", "saturate"):

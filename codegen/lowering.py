@@ -20,6 +20,7 @@ from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.gemm import Gemm
 from tersor.codegen.kernels.inner_product import multiplies_fp16, stored_words
 from tersor.codegen.kernels.prepare import Prepare, prepared
+from tersor.codegen.packing import Words
 from tersor.codegen.state import StateMemory
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
@@ -156,6 +157,12 @@ def _is_only_stored(node: fx.Node) -> bool:
     return moves is not None and (node.op != "call_function" or node.target.name in moves)
 
 
+def _groups(anchor: fx.Node) -> int | None:
+    """How many scales a linear layer's kernel applies to each of its rows (`Gemm.groups`)."""
+    scales = fusion.scales_of(anchor)
+    return None if scales is None else scales.meta["value"].shape[-1]
+
+
 class Lowering:
     """The state while one function is lowered; lowering rules emit kernel calls through it.
 
@@ -217,8 +224,10 @@ class Lowering:
         gemm = self.gemm(group.anchors[0], n, chain, len(weights))
         join = "beside" if len(weights) > 1 else "stacked"
         packed = self.weight(Weight(tuple(w.target for w in weights), gemm.panel, join, gemm.words))
-        extra = [self.view(feed, spec.shape) for feed, spec in zip(feeds, gemm.inputs()[2:], strict=True)]
-        return self.call(gemm, [self.left(group.anchors[0], gemm), packed, *extra], [shape], of=group.anchors)
+        args = self.operands(group.anchors[0], gemm, packed)
+        specs = gemm.inputs()[len(args) :]
+        args += [self.view(feed, spec.shape) for feed, spec in zip(feeds, specs, strict=True)]
+        return self.call(gemm, args, [shape], of=group.anchors)
 
     def _distinct(self, results: list[relax.Expr]) -> list[relax.Expr]:
         """Results the caller may keep: an input, a weight, a state or a value returned twice is copied."""
@@ -290,14 +299,24 @@ class Lowering:
             x.meta["value"] for x in (self.plan.left_matrix(anchor), fusion.stored_weight(anchor))
         )
         *lead, k = value.shape
-        panel, words = tiles.panel_width(self.target), stored_words(value.dtype, self.target)
         stored = weight.dtype if (value.dtype, weight.dtype) == ("float32", "float16") else None
-        return Gemm(opaque(tuple(lead)), k, n, chain, panel, weights, value.dtype, words, stored)
+        return Gemm(
+            opaque(tuple(lead)), k, n, chain, tiles.panel_width(self.target), weights, value.dtype,
+            self.words(anchor), stored, _groups(anchor),
+        )  # fmt: skip
 
-    def left(self, anchor: fx.Node, gemm: Gemm) -> relax.Expr:
-        """The input of a linear layer as its kernel reads it."""
+    def words(self, anchor: fx.Node) -> Words | None:
+        """How the weights of a linear layer are packed (`Gemm.words`)."""
+        return stored_words(self.plan.left_matrix(anchor).meta["value"].dtype, self.target, _groups(anchor))
+
+    def operands(self, anchor: fx.Node, gemm: Gemm, weight: relax.Expr) -> list[relax.Expr]:
+        """A linear layer's input as its kernel reads it, the packed weight, and scales where the kernel has them."""
+        scales = fusion.scales_of(anchor)
+        return [self._left(anchor, gemm), weight, *([self.value(scales)] if scales else [])]
+
+    def _left(self, anchor: fx.Node, gemm: Gemm) -> relax.Expr:
         x = self.plan.left_matrix(anchor)
-        if gemm.words is None:
+        if not gemm.prepares:
             return self.value(x)
         *lead, k = x.meta["value"].shape
         made = prepared(tuple(lead), k, gemm.words, gemm.dtype)

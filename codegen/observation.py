@@ -39,11 +39,14 @@ def _free(name: str, taken: Container[str]) -> str:
     return name
 
 
+READERS = ("integer_linear", "grouped_integer_linear", "integer_attention")
+
+
 def rounded(function: Function) -> list[fx.Node]:
     """The codes that integer products read, and computed zero points: what rounds, and lies in memory for others."""
     return [
         node
         for node in function.calls("quantize", "round")
-        if any(is_call(user, "integer_linear", "integer_attention") for user in node.users)
+        if any(is_call(user, *READERS) for user in node.users)
         or (node.target.name == "round" and node.meta["value"].rank == 0)
     ]

@@ -21,6 +21,9 @@ STORED = {"float32": "float32", "float16": "float16", "bfloat16": "int32", "int8
 """Dtype of the words that such elements make."""
 
 
+GROUP = 16
+"""Elements along K of which parts with a scale of their own consist: as many as the largest words hold."""
+
 OFFSET = 128
 """What is taken from unsigned codes to multiply them as signed ones."""
 
@@ -30,12 +33,14 @@ class Words:
     """How the elements of a row are gathered.
 
     elements: neighbours along K that lie side by side.
-    sums: each panel ends with one more row of words, the int32 sums of its columns times `OFFSET`: what a kernel adds
-    that multiplies codes less `OFFSET`.
+    signed: they are multiplied by codes less `OFFSET`.
+    sums: of so many equal parts of K each panel has a row of words at its end, the int32 sums of its columns times
+    `OFFSET`: by these, products of codes and of codes less `OFFSET` differ.
     """
 
     elements: int
-    sums: bool = False
+    signed: bool = False
+    sums: int = 0
 
 
 def packed(
@@ -67,20 +72,15 @@ def pack(weights: Sequence[np.ndarray], panel: int, words: Words | None = None) 
     columns = panel // len(weights)
     shape, word = packed(n, k, dtype, panel, len(weights), words)
     result = np.empty(shape, word)
-    steps, full = shape[1] - words.sums, n // columns
+    steps = shape[1] - words.sums
     for index, weight in enumerate(weights):
         width = shape[2] // len(weights)
         part = result[:, :, index * width : (index + 1) * width]
         _place(part[:, :steps], _words(weight, words.elements, word), columns)
         if words.sums:
-            sums = OFFSET * weight.sum(axis=1, dtype=np.int32)
-            part = result[:, steps, index * columns : (index + 1) * columns]
-            part[:full] = sums[: full * columns].reshape(full, columns)
-            if full < len(result):
-                part[full] = 0
-                part[full, : n - full * columns] = sums[full * columns :]
-    if words.sums:
-        result[:, steps, panel:] = 0
+            sums = OFFSET * weight.reshape(n, words.sums, -1).sum(axis=2, dtype=np.int32)
+            _place(result[:, steps:, index * columns : (index + 1) * columns], sums[..., None], columns)
+    result[:, steps:, panel:] = 0
     return result
 
 

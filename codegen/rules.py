@@ -18,7 +18,6 @@ from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.elementwise import Elementwise
 from tersor.codegen.kernels.embedding import Decoding, Embedding
 from tersor.codegen.kernels.gemm import Gemm
-from tersor.codegen.kernels.inner_product import stored_words
 from tersor.codegen.kernels.norm import PLAIN, LayerNorm, Reduce, RMSNorm
 from tersor.codegen.kernels.quantize import DynamicQuantize
 from tersor.codegen.kernels.scan import ArgMax, ArgSort, CumSum, Scatter
@@ -64,11 +63,11 @@ def _norm(lowering: Lowering, node: fx.Node, kernel: type[LayerNorm] | type[RMSN
     chain, feeds = _epilogue(node, tail)
     if tail.scale:
         chain = replace(chain, outputs=(0, 0) if tail.kept else (0,))
+    rows = [tail.scale.meta["value"].shape] if tail.scale else []
     norm = kernel(opaque(shape[:-1]), shape[-1], node.kwargs.get("eps", node.target.attributes["eps"]),
-                  weight is not None, bias is not None, epilogue=chain, quantized=tail.scale is not None)  # fmt: skip
+                  weight is not None, bias is not None, epilogue=chain, scales=rows[0][-1] if rows else 0)  # fmt: skip
     args = [lowering.value(a) for a in (x, weight, bias) if a is not None]
     args += [lowering.view(f, s.shape) for f, s in zip(feeds, norm.inputs()[len(args) :], strict=True)]
-    rows = [(*shape[:-1], 1)] if tail.scale else []
     results = lowering.call(norm, args, [shape, *rows, *[shape] * (len(chain.outputs) - 1)])
     if not tail.nodes:
         return results
@@ -98,14 +97,18 @@ def _define_codes(
 
 @register_lowering("dynamic_scale", when=fusion.is_token_scale)
 def _dynamic_scale(lowering: Lowering, node: fx.Node) -> relax.Expr:
-    """The scale of every row and its codes, which one kernel makes."""
-    tail, shape = lowering.plan.tails[node], node.args[0].meta["value"].shape
-    kernel, feeds = DynamicQuantize(opaque(shape[:-1]), shape[-1]), [node.args[0]]
+    """The scales of every row and its codes, which one kernel makes."""
+    tail, shape, scales = (
+        lowering.plan.tails[node],
+        node.args[0].meta["value"].shape,
+        node.meta["value"].shape,
+    )
+    kernel, feeds = DynamicQuantize(opaque(shape[:-1]), shape[-1], scales=scales[-1]), [node.args[0]]
     if tail.group:
         chain, feeds = fusion.build_chain(tail.group)
         kernel = replace(kernel, chain=chain)
     args = [lowering.view(f, s.shape) for f, s in zip(feeds, kernel.inputs(), strict=True)]
-    codes, scale = lowering.call(kernel, args, [shape, (*shape[:-1], 1)])
+    codes, scale = lowering.call(kernel, args, [shape, scales])
     _define_codes(lowering, node, tail.codes, codes, scale)
     return scale
 
@@ -125,7 +128,7 @@ def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
         return _selection(lowering, node, layout.IndexSelect, table, ids, 0)
     panel = 0
     if table.op == "get_attr":
-        panel = _packed_panel(lowering, table, "linear")
+        panel = _packed_panel(lowering, _packed_for(lowering, table, "linear"))
         stored = lowering.weight(Weight((table.target,), panel or None))
     else:
         stored = lowering.value(table)
@@ -142,18 +145,23 @@ def _decoded_rows(lowering: Lowering, node: fx.Node) -> relax.Expr:
     (ids, table), scale, zero = node.args[0].args, *(*node.args, None)[1:3]
     (count, size), per_row = table.meta["value"].shape, is_call(scale, "index_select")
     codes = Decoding(table.meta["value"].dtype, per_row, float(zero or 0))
-    panel = _packed_panel(lowering, table, "integer_linear")
-    words = stored_words("uint8", lowering.target) if panel else None
+    layer = _packed_for(lowering, table, "integer_linear", "grouped_integer_linear")
+    panel, words = _packed_panel(lowering, layer), lowering.words(layer) if layer else None
     kernel = Embedding(opaque(ids.meta["value"].shape), count, size, panel, codes=codes, words=words)
     stored = lowering.weight(Weight((table.target,), panel or None, words=words))
     args = [lowering.value(ids), stored, lowering.value(scale.args[0] if per_row else scale)]
     return lowering.call(kernel, args, [node.meta["value"].shape], of=node.args[:1])
 
 
-def _packed_panel(lowering: Lowering, table: fx.Node, op: str) -> int:
-    """The panel that a tied output projection has packed a table into, so that its copy is read; 0 where none has."""
-    tied = any(layer.args[1].target == table.target for layer in lowering.function.calls(op))
-    return tiles.panel_width(lowering.target) if tied else 0
+def _packed_for(lowering: Lowering, table: fx.Node, *operations: str) -> fx.Node | None:
+    """A tied output projection, for which a table is packed, so that its copy is read."""
+    layers = lowering.function.calls(*operations)
+    return next((layer for layer in layers if layer.args[1].target == table.target), None)
+
+
+def _packed_panel(lowering: Lowering, layer: fx.Node | None) -> int:
+    """The panel that the table is packed into; 0 where no layer wants it."""
+    return tiles.panel_width(lowering.target) if layer else 0
 
 
 @register_lowering("rotary_embedding")
@@ -231,9 +239,9 @@ def _joined(lowering: Lowering, joined: fusion.Joined) -> relax.Expr:
     gemm = lowering.gemm(joined.anchors[0], n, joined.chain)
     sources = tuple(fusion.stored_weight(a).target for a in joined.anchors)
     weight = lowering.weight(Weight(sources, gemm.panel, words=gemm.words))
-    args = [lowering.left(joined.anchors[0], gemm), weight]
+    args = lowering.operands(joined.anchors[0], gemm, weight)
     for kind, operands, spec in zip(
-        (i.kind for i in joined.chain.inputs[1:]), joined.feeds, gemm.inputs()[2:], strict=True
+        (i.kind for i in joined.chain.inputs[1:]), joined.feeds, gemm.inputs()[len(args) :], strict=True
     ):
         if kind == "column":
             parts = zip(sizes, operands, strict=True)
@@ -259,6 +267,7 @@ def _matmul(lowering: Lowering, node: fx.Node) -> relax.Expr:
     return lowering.call(kernel, args, [node.meta["value"].shape])
 
 
+@register_lowering("grouped_integer_linear", when=fusion.is_anchor)
 @register_lowering("integer_linear")
 @register_lowering("linear")
 def _linear(lowering: Lowering, node: fx.Node) -> relax.Expr:

@@ -36,6 +36,7 @@ class Weight:
         if self.panel is None:
             return names
         gathered = f"x{self.words.elements}" if self.words else ""
+        gathered += f"sums{self.words.sums}" if self.words and self.words.sums else ""
         return f"{names}|packed{self.panel}{gathered}"
 
     def spec(self, store: ParameterStore) -> TensorSpec:

@@ -248,7 +248,7 @@ def static(program: Program) -> bool:
     return not any(function.dims for function in program.functions.values())
 
 
-_WEIGHTED = ("linear", "integer_linear", "conv1d", "conv2d", "embedding")
+_WEIGHTED = ("linear", "integer_linear", "grouped_integer_linear", "conv1d", "conv2d", "embedding")
 
 
 @fact("quantized", operations=_WEIGHTED)
@@ -261,7 +261,7 @@ def quantized(function: Function, node: fx.Node) -> bool:
     )
 
 
-@fact("masked", operations=("linear", "integer_linear"))
+@fact("masked", operations=("linear", "integer_linear", "grouped_integer_linear"))
 def masked(function: Function, node: fx.Node) -> bool:
     """At most two of every four consecutive input channels of the weights are used (2:4 sparsity)."""
     weight = node.args[1]

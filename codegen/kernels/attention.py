@@ -149,9 +149,7 @@ class Attention:
         return (*read, *mask, *more)
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return row_specs(
-            self.epilogue, (self.batch, self.q_len), self.heads * self.value_dim, quantized=False
-        )
+        return row_specs(self.epilogue, (self.batch, self.q_len), self.heads * self.value_dim)
 
     def build(self, target: Target) -> tirx.PrimFunc:
         return _Builder(self, target).function()

@@ -33,9 +33,9 @@ from tersor.codegen.kernels.inner_product import (
     stored_words,
 )
 from tersor.codegen.kernels.math import cast
-from tersor.codegen.kernels.prepare import prepared
-from tersor.codegen.kernels.register_tile import RegisterTile
-from tersor.codegen.packing import Words, packed
+from tersor.codegen.kernels.prepare import is_prepared, prepared
+from tersor.codegen.kernels.register_tile import RegisterTile, ScaledSums
+from tersor.codegen.packing import GROUP, Words, packed
 from tersor.codegen.tiles import (
     BLOCK_ROWS,
     CACHE_LINE,
@@ -67,17 +67,20 @@ class Gemm:
     "float16" (times fp16, accumulators f32 of sums of `PIECE` products in fp16) or "uint8" (times int8, accumulators
     int32, exact modulo 2**32). The outputs have the dtypes of the chain's.
     stored: "float16" for float32 times fp16 weights, products and sums in f32; None for the weights named above.
+    groups: codes (uint8) have a scale for every such equal part of k, of whole `GROUP`s, and stand for the scale times
+    the code less 128. Accumulators are the f32 sums over the parts, each summed in int32 and then scaled.
 
     ``panel`` is the width of a packed panel: ``tiles.panel_width(target)``. ``weights`` matrices of equal shape are
     packed together (``packing.pack``), and each has an accumulator: the chain's first ``weights`` inputs. So
     ``silu(a @ gate.T) * (a @ up.T)`` is one kernel. The chain may have several outputs, all [*lead, n].
 
-    Arguments: a, packed weights, the chain's other inputs in order ("full" [*lead, n], "column" [n],
-    "row" [*lead, 1], "scalar" ()); then the outputs, which must not overlap any input.
+    Arguments: a, packed weights, the scales [*lead, groups] where there are groups, the chain's other inputs in order
+    ("full" [*lead, n], "column" [n], "row" [*lead, 1], "scalar" ()); then the outputs, which must not overlap any
+    input.
 
-    ``words`` is how the weights' elements are gathered: ``inner_product.stored_words(dtype, target)``. Where it is not
-    None, a is what `Prepare` makes of it.
-    ValueError when dtype, chain, panel and weights do not fit together.
+    ``words`` is how the weights' elements are gathered: ``inner_product.stored_words(dtype, target, groups)``. Where
+    ``prepares`` says so, a is what `Prepare` makes of it.
+    ValueError when dtype, chain, panel, weights and groups do not fit together.
     """
 
     lead: Shape
@@ -89,6 +92,7 @@ class Gemm:
     dtype: Literal["float32", "bfloat16", "float16", "uint8"] = "float32"
     words: Words | None = None
     stored: Literal["float16"] | None = None
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         kinds = [value.kind for value in self.chain.inputs]
@@ -96,8 +100,11 @@ class Gemm:
             raise ValueError(
                 f"the chain of a GEMM with {self.weights} weights starts with as many accumulators: {kinds}"
             )
-        if any(value.dtype != ACCUMULATORS[self.dtype] for value in self.chain.inputs[: self.weights]):
-            raise ValueError(f"the accumulators of a {self.dtype} GEMM are {ACCUMULATORS[self.dtype]}")
+        accumulator = "float32" if self.groups else ACCUMULATORS[self.dtype]
+        if any(value.dtype != accumulator for value in self.chain.inputs[: self.weights]):
+            raise ValueError(f"the accumulators of a {self.dtype} GEMM are {accumulator}")
+        if self.groups and (self.dtype != "uint8" or self.k % (self.groups * GROUP)):
+            raise ValueError(f"{self.k} numbers of {self.dtype} are not {self.groups} groups of codes")
         if self.stored and self.dtype != "float32":
             raise ValueError(f"{self.dtype} is not multiplied by {self.stored}, float32 is")
         if self.panel % self.weights:
@@ -119,9 +126,14 @@ class Gemm:
         return product(self.lead)
 
     @property
+    def prepares(self) -> bool:
+        """Whether a is what `Prepare` makes of it."""
+        return is_prepared(self.words, self.dtype)
+
+    @property
     def left(self) -> TensorSpec:
         """What a is."""
-        if self.words is not None:
+        if self.prepares:
             return prepared(self.lead, self.k, self.words, self.dtype)
         return TensorSpec((*self.lead, self.k), self.dtype)
 
@@ -130,6 +142,7 @@ class Gemm:
         parts += ([f"by_{self.stored}"] if self.stored else []) + [f"{self.k}x{self.n}"]
         parts += [str(self.rows)] if isinstance(self.rows, int) else []
         parts += [f"w{self.weights}"] if self.weights > 1 else []
+        parts += [f"g{self.groups}"] if self.groups else []
         return "_".join(parts + ([self.chain.label()] if self.chain.steps else []))
 
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -138,6 +151,7 @@ class Gemm:
         return (
             self.left,
             TensorSpec(*packed(self.n, self.k, weight, self.panel, self.weights, self.words)),
+            *([TensorSpec((*self.lead, self.groups))] if self.groups else []),
             *(TensorSpec(shapes[v.kind], v.dtype) for v in self.chain.inputs[self.weights :]),
         )
 
@@ -149,7 +163,7 @@ class Gemm:
         product = inner_product(self.dtype, target, self.stored)
         if self.columns % product.lanes:
             raise ValueError(f"{self.columns} columns a panel are not whole vectors of {product.lanes}")
-        if self.words != stored_words(self.dtype, target):
+        if self.words != stored_words(self.dtype, target, self.groups):
             raise ValueError(f"weights for {target.name} are packed as {product.words}, not {self.words}")
         tile = tile or recorded_tile(self, target) or choose(target, self.panels, product)
         return _Builder(self, product, tile, target).function()
@@ -174,8 +188,11 @@ class _Builder:
         self.starts, self.chain = ((), gemm.chain) if gemm.n % gemm.columns else split_starts(gemm.chain)
         self.words = gemm.k // product.factor  # complete ones
         self.tail = gemm.k % product.factor > 0
-        if gemm.words is not None:  # rows are filled up with zeros
+        if gemm.prepares:  # rows are filled up with zeros
             self.words, self.tail = self.words + self.tail, False
+        # of k, each summed by itself before anything is done to the sums, and the complete words of one
+        self.parts = gemm.groups or 1
+        self.part = self.words // self.parts
         weights = gemm.inputs()[1]
         self.width = weights.shape[2]
         self.bytes = np.dtype(weights.dtype).itemsize  # of a number of the packed weights
@@ -185,12 +202,14 @@ class _Builder:
         gemm = self.gemm
         names = [f"{value.kind}_{i}" for i, value in enumerate(gemm.chain.inputs[gemm.weights :])]
         with function(gemm.name()) as (builder, arguments):
+            names = ["a", "w", *(["scales"] if gemm.groups else []), *names]
             a, self.w, *others = (
-                arguments.declare(name, spec)
-                for name, spec in zip(["a", "w", *names], gemm.inputs(), strict=True)
+                arguments.declare(name, spec) for name, spec in zip(names, gemm.inputs(), strict=True)
             )
             outputs = [arguments.declare(f"out_{i}", spec) for i, spec in enumerate(gemm.outputs())]
             self.a = self.product.matrix(arguments.flatten(a))
+            if gemm.groups:
+                self.scales = arguments.flatten(others.pop(0))
             self.others = [
                 (value, arguments.flatten(buffer) if value.kind in ("full", "row") else buffer)
                 for value, buffer in zip(gemm.chain.inputs[gemm.weights :], others, strict=True)
@@ -276,40 +295,47 @@ class _Builder:
 
     def _stream(self, panel: Expr, rows: _Rows) -> None:
         """The only tile of a panel."""
-        sums = self._sums(panel, rows)
-        if self.product.assembly:
-            self._loop(sums, panel, rows, 0, self.words, self.tile.ahead)
-            self._epilogue(sums, panel, rows)
-            return
         ahead = self.tile.ahead // (self.bytes * self.width)
-        group = self.product.group
-        with T.serial(self.words // group) as i:
-            for number in range(max(group * self.width // self.line, 1)):
-                word, column = self._line(number)
-                self._prefetch(panel, i * group + (ahead + word), column)
-            sums.multiply(i * group, group, *self._operands(panel, rows))
-        self._rest(sums, panel, rows, self.words // group * group)
-        self._epilogue(sums, panel, rows)
+        together = self.product.group
+
+        def run(sums: RegisterTile, group: Expr | int) -> None:
+            first = group * self.part
+            if self.product.assembly:
+                self._loop(sums, panel, rows, first, self.part, self.tile.ahead)
+                return
+            with T.serial(self.part // together) as i:
+                for number in range(max(together * self.width // self.line, 1)):
+                    word, column = self._line(number)
+                    self._prefetch(panel, first + i * together + (ahead + word), column)
+                sums.multiply(first + i * together, together, *self._operands(panel, rows))
+            self._rest(sums, panel, rows, first, self.part // together * together)
+
+        self._epilogue(self._products(panel, rows, run), panel, rows)
 
     def _shared(self, panel: Expr, rows: _Rows, tile: Expr, count: Expr | int) -> None:
         """One of the ``count`` tiles that read the panel; it prefetches as large a part of the next one."""
-        sums = self._sums(panel, rows)
         size = self._chunk()
-        chunks = self.words // size
+        chunks = self.part // size
         lines = size * self.width // self.line
         share = -(-lines // count) if isinstance(count, int) else T.ceildiv(lines, count)
-        with T.serial(chunks) as chunk:
-            with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
-                self._prefetch(panel + 1, *self._line((tile * chunks + chunk) * share + line))
+
+        def run(sums: RegisterTile, group: Expr | int) -> None:
+            first = group * self.part
+            with T.serial(chunks) as chunk:
+                number = (tile * self.parts + group) * chunks + chunk
+                with (T.unroll if isinstance(count, int) else T.serial)(share) as line:
+                    self._prefetch(panel + 1, *self._line(number * share + line))
+                if self.product.assembly:
+                    self._loop(sums, panel, rows, first + chunk * size, size)
+                else:
+                    sums.accumulate(first + chunk * size, size, *self._operands(panel, rows))
+            done = chunks * size
             if self.product.assembly:
-                self._loop(sums, panel, rows, chunk * size, size)
+                self._loop(sums, panel, rows, first + done, self.part - done)
             else:
-                sums.accumulate(chunk * size, size, *self._operands(panel, rows))
-        if self.product.assembly:
-            self._loop(sums, panel, rows, chunks * size, self.words - chunks * size)
-        else:
-            self._rest(sums, panel, rows, chunks * size)
-        self._epilogue(sums, panel, rows)
+                self._rest(sums, panel, rows, first, done)
+
+        self._epilogue(self._products(panel, rows, run), panel, rows)
 
     def _chunk(self) -> int:
         """Words between two groups of prefetches."""
@@ -318,7 +344,22 @@ class _Builder:
         if self.product.assembly.piece:
             return min(self.product.assembly.piece, self.words)
         group = self.product.group  # equal parts leave no rest, where whole vectors allow it
-        return max(self.words // group // max(self.words // LONG_CHUNK, 1), 1) * group
+        return max(self.part // group // max(self.part // LONG_CHUNK, 1), 1) * group
+
+    def _products(
+        self, panel: Expr, rows: _Rows, run: Callable[[RegisterTile, Expr | int], None]
+    ) -> RegisterTile | ScaledSums:
+        """The accumulators of a tile; ``run(sums, group)`` adds the products of one part of k to sums."""
+        if not self.gemm.groups:
+            sums = self._sums(panel, rows)
+            run(sums, 0)
+            return sums
+        totals = ScaledSums(rows.height, self.vectors, self.lanes)
+        with T.serial(self.parts) as group:
+            sums = self._sums(panel, rows, group)
+            run(sums, group)
+            totals.add(sums, lambda r: self.scales[rows.at(r), group])
+        return totals
 
     def _loop(
         self,
@@ -344,13 +385,17 @@ class _Builder:
         if words:
             run(first, words)
 
-    def _sums(self, panel: Expr, rows: _Rows) -> RegisterTile:
-        """The accumulators of a tile, with what is owed to signed codes and what the chain adds to them first."""
+    def _sums(self, panel: Expr, rows: _Rows, group: Expr | int = 0) -> RegisterTile:
+        """The sums of a tile, or of one of its groups, with what is owed to codes that are not as they should be signed
+        or unsigned, and what the chain adds to them first."""
         each = self.vectors // self.gemm.weights
-        owed = self.product.words.sums
+        owed = self.gemm.words is not None and self.gemm.words.sums > 0
 
         def start(r: int, v: int) -> Expr:
-            parts = [self.w[panel, self.words + self.tail, self._vector(v)]] if owed else []
+            parts = []
+            if owed:
+                sums = self.w[panel, self.words + self.tail + group, self._vector(v)]
+                parts = [tirx.const(0, f"int32x{self.lanes}") - sums if self.gemm.groups else sums]
             if self.starts:
                 _, column = self.others[self.starts[v // each] - self.gemm.weights]
                 parts.append(column[self._vector(v % each, panel * self.gemm.columns)])
@@ -358,10 +403,10 @@ class _Builder:
 
         return RegisterTile(rows.height, self.vectors, self.product, start if owed or self.starts else None)
 
-    def _rest(self, sums: RegisterTile, panel: Expr, rows: _Rows, first: int) -> None:
-        """The words from ``first`` on, and the elements of k behind them that do not fill one."""
+    def _rest(self, sums: RegisterTile, panel: Expr, rows: _Rows, first: Expr | int, done: int) -> None:
+        """The words of a part that are not ``done``, and the elements of k behind them that do not fill one."""
         left, right = self._operands(panel, rows)
-        sums.accumulate(first, self.words - first, left, right)
+        sums.accumulate(first + done, self.part - done, left, right)
         if self.tail:  # the weights' words are padded with zeros
             k = self.gemm.k
             sums.multiply(self.words, 1, lambda r, *_: self.product.last_word(self.a, rows.at(r), k), right)
@@ -391,7 +436,7 @@ class _Builder:
     def _prefetch(self, panel: Expr, k: Expr, column: Expr | int) -> None:
         loops.prefetch(self.w, panel, k, column)
 
-    def _epilogue(self, sums: RegisterTile, panel: Expr, rows: _Rows) -> None:
+    def _epilogue(self, sums: RegisterTile | ScaledSums, panel: Expr, rows: _Rows) -> None:
         """Apply the chain and store; the last panel may be narrower than the others."""
         full, tail = divmod(self.gemm.n, self.gemm.columns)
         if not tail:
@@ -405,7 +450,7 @@ class _Builder:
                 with T.Else():
                     self._store(sums, panel, rows, tail)
 
-    def _store(self, sums: RegisterTile, panel: Expr, rows: _Rows, width: int) -> None:
+    def _store(self, sums: RegisterTile | ScaledSums, panel: Expr, rows: _Rows, width: int) -> None:
         """``width`` columns of a panel, the last vector masked where they are not whole vectors."""
         # Short chains stay in registers; a loop keeps the code of long ones small, at no cost in time.
         loop = T.unroll if len(self.chain.steps) <= SHORT_CHAIN else T.serial

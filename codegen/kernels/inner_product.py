@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -160,7 +160,7 @@ def inner_product(dtype: str, target: Target, weight: str | None = None) -> Inne
     * "bfloat16" times bf16, sums in f32: vdpbf16ps or bfmmla, which take denormals for zeros, or two f32 products.
     * "uint8" times int8, exact sums in int32. x86: vpdpbusd of AVX-512 VNNI or AVX-VNNI. Without them pairs of bytes
       are widened to 16 bits for vpmaddwd, as vpmaddubsw saturates: 2 * 255 * 128 does not fit its 16 bits. NEON:
-      usmmla, sdot or widening products; the last two multiply signed bytes, codes less 128 (`Prepare`, `Words.sums`).
+      usmmla, sdot or widening products; the last two multiply signed bytes, codes less 128 (`Prepare`, `Words.signed`).
     * "int8" times int8 and "uint8" times uint8, on NEON with dot or matrix products: sdot or smmla, udot or ummla.
 
     ValueError when the target does not multiply fp16 numbers, or bytes of equal signs.
@@ -212,12 +212,12 @@ def _neon(dtype: str, target: Target, weight: str) -> InnerProduct:
         # the tiles of attention, which multiplies bytes of equal signs, are low: counting would take its share
         assembly = MultiplyAdd(instruction, "<4 x i32>", "4s", "16b", long=dtype == weight)
     elif weight in _DOTS and "dotprod" in known:
-        words, step = Words(4, sums=True), neon.dot_step(_DOTS[weight])
+        words, step = Words(4, signed=True, sums=1), neon.dot_step(_DOTS[weight])
         # GEMM, which multiplies other kinds of bytes, has better use for the registers than pairs: a higher tile
         paired = dtype == weight
         assembly = MultiplyAdd(_DOTS[weight], "<4 x i32>", "4s", "16b", "4b", lanes, "s", paired)
     elif dtype == "uint8":
-        words, step, group, block = Words(16, sums=True), neon.widened_step(target.arch), 1, (1, 1)
+        words, step, group, block = Words(16, signed=True, sums=1), neon.widened_step(target.arch), 1, (1, 1)
         row = neon.partial_sums
     elif target.arch == "aarch64" and dtype == "float32":
         assembly = MultiplyAdd("fmla", "<4 x float>", "4s", "4s", "s", lanes, "s", paired=True)
@@ -237,9 +237,14 @@ PIECE = 64
 """Products that are summed in fp16: the error of the sum grows with them, and so does the speed."""
 
 
-def stored_words(dtype: str, target: Target) -> Words | None:
-    """How weights for a left matrix of this dtype are packed for a target; None for `WORDS`."""
+def stored_words(dtype: str, target: Target, groups: int | None = None) -> Words | None:
+    """How weights for a left matrix of this dtype are packed for a target; None for `WORDS`.
+
+    ``groups``: what is multiplied is codes less 128, in so many parts (`Gemm.groups`).
+    """
     words = inner_product(dtype, target).words
+    if groups:
+        words = replace(words, sums=0 if words.signed else groups)
     return None if words == WORDS[dtype] else words
 
 

@@ -16,7 +16,7 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput
 from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
-from tersor.codegen.kernels.quantize import RowResults, operand_specs, operands, row_specs
+from tersor.codegen.kernels.quantize import RowResults, check_scales, operand_specs, operands, row_specs
 from tersor.codegen.kernels.reduction import Lanes, plus, reduce
 from tersor.codegen.tiles import CACHE_LINE
 from tersor.ir.dims import Shape, product
@@ -46,7 +46,7 @@ class _Norm(ABC):
     chain: Chain = IDENTITY
     keep_input: bool = False
     epilogue: Chain = PLAIN
-    quantized: bool = False
+    scales: int = 0
 
     label: ClassVar[str]
 
@@ -56,12 +56,12 @@ class _Norm(ABC):
         kinds = [value.kind for value in self.epilogue.inputs]
         if kinds[:1] != ["accumulator"] or kinds.count("accumulator") > 1:
             raise ValueError(f"the epilogue of a norm starts from one accumulator: {kinds}")
-        if self.quantized and output_dtypes(self.epilogue)[:1] != ("float32",):
-            raise ValueError("what is quantized row by row is f32")
+        if self.scales:
+            check_scales(self.epilogue, self.size, self.scales)
 
     def name(self) -> str:
         parts = [self.label, str(self.size), self.chain.label(), "keep" if self.keep_input else ""]
-        parts += [self.epilogue.label(), "quantized" if self.quantized else ""]
+        parts += [self.epilogue.label(), f"scales_{self.scales}" if self.scales else ""]
         return "_".join(part for part in parts if part)
 
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -74,7 +74,7 @@ class _Norm(ABC):
         )
 
     def outputs(self) -> tuple[TensorSpec, ...]:
-        results = row_specs(self.epilogue, self.lead, self.size, self.quantized)
+        results = row_specs(self.epilogue, self.lead, self.size, self.scales)
         return (*results, *((TensorSpec((*self.lead, self.size)),) if self.keep_input else ()))
 
     def build(self, target: Target) -> tirx.PrimFunc:
@@ -141,7 +141,7 @@ class _Norm(ABC):
             x, row = kept(r), first + r
             middle = None if center is None else math.bind(math.broadcast(center[r], lanes))
             factor = math.bind(math.broadcast(scale[r], lanes))
-            results = RowResults(size, lanes, written, row, self.quantized)
+            results = RowResults(size, lanes, written, row, self.scales)
 
             def finish(offset: loops.Extent, where: Expr | None) -> None:
                 if ahead:
@@ -175,13 +175,13 @@ class LayerNorm(_Norm):
     """``y = (x - mean) / sqrt(variance + eps) * weight + bias`` over the last dimension, in f32; x = chain(*inputs).
 
     ``lead`` are the other dimensions, ``size`` the last one. ``epilogue`` is a chain from y (its accumulator) and
-    further inputs to the outputs, for example codes. ``quantized``: the first of these, f32, is quantized with a scale
-    for every row as `DynamicQuantize` does, and its codes and scales are written instead of it.
+    further inputs to the outputs, for example codes. ``scales``: the first of these, f32, is quantized with so
+    many scales for every row as `DynamicQuantize` does, and its codes and scales are written instead of it.
 
     Arguments: the chain's inputs in order ("full" [*lead, size], "column" [size], "row" [*lead, 1], "scalar" ()),
     weight [size] and bias [size] where present, the epilogue's other inputs; then the epilogue's outputs [*lead, size]
-    (codes uint8 [*lead, size] and scale [*lead, 1] for the first, if quantized), and x itself where ``keep_input`` asks
-    for it (a residual stream needs both).
+    (codes uint8 [*lead, size] and scales [*lead, scales] for the first, if there are scales), and x itself where
+    ``keep_input`` asks for it (a residual stream needs both).
     The variance is computed from the centred values, so a large mean costs no digits.
     ValueError when chain and epilogue are not of these forms.
     """

@@ -126,3 +126,34 @@ class RegisterTile:
 
     def _place(self, v: int) -> Expr:
         return T.ramp(v * self.lanes, 1, self.lanes)
+
+
+class ScaledSums:
+    """``height`` rows by ``vectors`` vectors of f32 sums of a `RegisterTile`'s results, from zero on."""
+
+    def __init__(self, height: int, vectors: int, lanes: int):
+        self._vectors, self._lanes = vectors, lanes
+        self._rows = [T.alloc_buffer((vectors * lanes,), scope="global") for _ in range(height)]
+        zero = tirx.const(0.0, f"float32x{lanes}")
+        for row in self._rows:
+            for v in range(vectors):
+                T.buffer_store(row, zero, [self._place(v)])
+
+    def add(self, tile: RegisterTile, scale: Callable[[int], Expr]) -> None:
+        """Add a tile's results, whole numbers, those of row r times ``scale(r)``."""
+        for r, row in enumerate(self._rows):
+            factor = math.bind(math.broadcast(scale(r), self._lanes))
+            for v in range(self._vectors):
+                at = self._place(v)
+                result = tirx.Cast(f"float32x{self._lanes}", tile.vector(r, v))
+                T.buffer_store(row, row[at] + result * factor, [at])
+
+    def column(self, v: int) -> tirx.Buffer:
+        """As that of `RegisterTile`."""
+        copy = T.alloc_buffer((len(self._rows), self._lanes), scope="global")
+        for r, row in enumerate(self._rows):
+            T.buffer_store(copy, row[self._place(v)], [r, T.ramp(0, 1, self._lanes)])
+        return copy
+
+    def _place(self, v: int) -> Expr:
+        return T.ramp(v * self._lanes, 1, self._lanes)

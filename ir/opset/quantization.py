@@ -1,8 +1,9 @@
 """Quantization: codes and what they stand for, and products of codes.
 
 Between passes a quantized program is in QDQ form: ``linear(dequantize(codes of x), dequantize(codes of w), bias)``, so
-every pass still sees a linear layer. The last pass, ``quantize.integers``, turns these into `integer_linear`. Likewise
-``embedding(ids, dequantize(codes of the table))``, of which it has the rows looked up in codes and decoded then.
+every pass still sees a linear layer. The last pass, ``quantize.integers``, turns these into `integer_linear` or
+`grouped_integer_linear`. Likewise ``embedding(ids, dequantize(codes of the table))``, of which it has the rows looked
+up in codes and decoded then.
 
 A value is ``(code - zero_point) * scale``. A scale is one number (shape ()), one per row (``[..., 1]``: per token),
 one per index of ``axis`` ([N]), or one per ``group`` consecutive elements along the last dimension ([..., K / group]).
@@ -48,13 +49,14 @@ def dequantize(codes, scale, zero_point=None, *, axis: int | None = None, group:
     return values * spread(scale, codes.shape, axis, group)
 
 
-def dynamic_scale(x):
+def dynamic_scale(x, *, group: int | None = None):
     """max |x| / 127 over the last dimension, kept with size 1: the scale of symmetric 8-bit codes for every row.
 
-    x f32 [..., K] -> [..., 1]; a row of zeros has the scale 1. With `quantize` this is per-token dynamic quantization
-    (Yao et al. 2022, ZeroQuant).
+    x f32 [..., K] -> [..., 1], or one for every ``group`` neighbours, [..., K / group]; zeros have the scale 1. With
+    `quantize` this is per-token dynamic quantization (Yao et al. 2022, ZeroQuant).
     """
-    scale = x.abs().amax(-1, keepdim=True) * (1 / 127)
+    parts = x if group is None else x.unflatten(-1, (-1, group))
+    scale = parts.abs().amax(-1, keepdim=group is None) * (1 / 127)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
@@ -68,6 +70,17 @@ def integer_linear(codes, weight, bias=None):
         codes.double(), weight.double(), None if bias is None else bias.double()
     )
     return sums.to(torch.int32)
+
+
+def grouped_integer_linear(codes, weight, scale):
+    """((codes - 128) * scale) @ weight.T, summed in int32 as far as a scale reaches, and then in f32.
+
+    codes uint8 [..., K], weight int8 [N, K], scale f32 [..., K / group] (one for every ``group`` neighbours) -> f32
+    [..., N].
+    """
+    parts = codes.unflatten(-1, (scale.shape[-1], -1)).double() - 128
+    sums = torch.einsum("...gk,ngk->...gn", parts, weight.unflatten(1, (scale.shape[-1], -1)).double())
+    return (sums.float() * scale.unsqueeze(-1)).sum(-2)
 
 
 def spread(
@@ -130,11 +143,15 @@ def _infer_dequantize(
     return Value("float32", codes.shape)
 
 
-def _infer_dynamic_scale(x: Value) -> Value:
+def _infer_dynamic_scale(x: Value, *, group: int | None = None) -> Value:
     require_dtype("float32", x=x)
     if not x.rank:
         raise ProgramError("dynamic_scale: a single number has no rows")
-    return Value("float32", (*x.shape[:-1], 1))
+    if group is None:
+        return Value("float32", (*x.shape[:-1], 1))
+    if not isinstance(x.shape[-1], int) or group < 1 or x.shape[-1] % group:
+        raise ProgramError(f"dynamic_scale: rows of {x} do not consist of groups of {group}")
+    return Value("float32", (*x.shape[:-1], x.shape[-1] // group))
 
 
 def _infer_integer_linear(codes: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -149,6 +166,24 @@ def _infer_integer_linear(codes: Value, weight: Value, bias: Value | None = None
     require_dtype("int8", weight=weight)
     require_dtype("int32", bias=bias)
     return Value("int32", (*codes.shape[:-1], weight.shape[0]))
+
+
+def _infer_grouped_integer_linear(codes: Value, weight: Value, scale: Value) -> Value:
+    groups = scale.shape[-1] if scale.rank else 0
+    fits = weight.rank == 2 and codes.rank and codes.shape[-1] == weight.shape[1]
+    fits = fits and isinstance(groups, int) and groups > 0 and weight.shape[1] % groups == 0
+    if not fits or scale.shape != (*codes.shape[:-1], groups):
+        raise ProgramError(
+            f"grouped_integer_linear: codes {codes}, weight {weight}, scale {scale} do not fit"
+        )
+    require_dtype("uint8", codes=codes)
+    require_dtype("int8", weight=weight)
+    require_dtype("float32", scale=scale)
+    return Value("float32", (*codes.shape[:-1], weight.shape[0]))
+
+
+def _grouped_integer_linear_macs(result: Value, codes: Value, weight: Value, scale: Value) -> int | Dim:
+    return result.elements * weight.shape[1]
 
 
 def _integer_linear_macs(result: Value, codes: Value, weight: Value, bias: Value | None = None) -> int | Dim:
@@ -206,12 +241,29 @@ def _last(build: Any, factor: Any) -> Any:
     return build.reshape(factor, shape=(*factor.meta["value"].shape, 1))
 
 
-def _decompose_dynamic_scale(build: Any, x: Any) -> Any:
-    scale = build.mul(build.amax(build.abs(x), dims=(-1,), keepdim=True), 1 / 127)
+def _decompose_grouped_integer_linear(build: Any, codes: Any, weight: Any, scale: Any) -> Any:
+    """In f32: of values, no longer of codes."""
+    group = weight.meta["value"].shape[1] // scale.meta["value"].shape[-1]
+    values = _decompose_dequantize(build, codes, scale, 128, group=group)
+    return build.linear(values, build.cast(weight, dtype="float32"))
+
+
+def _decompose_dynamic_scale(build: Any, x: Any, *, group: int | None = None) -> Any:
+    parts = x if group is None else _grouped(build, x, group)
+    scale = build.mul(build.amax(build.abs(parts), dims=(-1,), keepdim=group is None), 1 / 127)
     return build.where(build.eq(scale, 0.0), 1.0, scale)
 
 
 ops.register(Op("quantize", quantize, _infer_quantize, decompose=_decompose_quantize))
 ops.register(Op("dequantize", dequantize, _infer_dequantize, decompose=_decompose_dequantize))
 ops.register(Op("dynamic_scale", dynamic_scale, _infer_dynamic_scale, decompose=_decompose_dynamic_scale))
+ops.register(
+    Op(
+        "grouped_integer_linear",
+        grouped_integer_linear,
+        _infer_grouped_integer_linear,
+        macs=_grouped_integer_linear_macs,
+        decompose=_decompose_grouped_integer_linear,
+    )
+)
 ops.register(Op("integer_linear", integer_linear, _infer_integer_linear, macs=_integer_linear_macs))

@@ -53,7 +53,8 @@ SCHEMES: Mapping[str, tuple[type[Pass], ...]] = {
 }
 """Ways to quantize a site: the passes that do it, which leave the site's node where it is."""
 
-_LOOKED_AT = ("linear", "attention", "integer_linear", "embedding")
+_INTEGER = ("integer_linear", "grouped_integer_linear")
+_LOOKED_AT = ("linear", "attention", *_INTEGER, "embedding")
 
 
 def analyze(
@@ -205,7 +206,7 @@ class _Variant:
 
     def refusal(self, node: fx.Node) -> str | None:
         """Why the passes left a site as it is; None when they did not, or never look at its operation."""
-        if is_call(node, "integer_linear"):
+        if is_call(node, *_INTEGER):
             return "it is quantized already"
         site = site_of(self._copied[node])
         return None if site in self._changed.get(node.target.name, ()) else self._reasons.get(site)

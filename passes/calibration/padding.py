@@ -19,7 +19,7 @@ from tersor.ir.interpreter import bind, execute, resolve
 from tersor.ir.structure import attention_layers
 
 _MASK = 3
-_CODES = frozenset({"quantize", "integer_linear", "saturate"})
+_CODES = frozenset({"quantize", "integer_linear", "grouped_integer_linear", "saturate"})
 _HEAVY = frozenset({"linear", "matmul", "attention", "conv1d", "conv2d"})
 
 

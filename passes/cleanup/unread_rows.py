@@ -120,6 +120,11 @@ def _rowwise(node: fx.Node, dim: int, cut: fx.Node) -> Operands | None:
     return {0: dim} if dim < node.meta["value"].rank - 1 else None
 
 
+def _grouped(node: fx.Node, dim: int, cut: fx.Node) -> Operands | None:
+    """Codes and scales of the same rows."""
+    return {0: dim, 2: dim} if dim < node.meta["value"].rank - 1 else None
+
+
 def _softmax(node: fx.Node, dim: int, cut: fx.Node) -> Operands | None:
     return {0: dim} if dim != node.kwargs["dim"] % node.meta["value"].rank else None
 
@@ -142,6 +147,7 @@ def _attention(node: fx.Node, dim: int, cut: fx.Node) -> Operands | None:
 _RULES: dict[str, Callable[[fx.Node, int, fx.Node], Operands | None]] = {
     "linear": _rowwise,
     "integer_linear": _rowwise,
+    "grouped_integer_linear": _grouped,
     "layer_norm": _rowwise,
     "rms_norm": _rowwise,
     "dynamic_scale": _rowwise,

@@ -40,6 +40,9 @@ class IntegerProducts(Pass):
     With a scale per token the sums are multiplied by both scales, and the bias is added in float32:
              %y = add(mul(mul(cast(%i), @w.scale), %s), @b)
 
+    With scales of groups in every token, each group's sum is multiplied by its scale before they are added up:
+             %y = add(mul(grouped_integer_linear(%a, @w.codes, %s), @w.scale), @b)
+
     int8 activations become uint8 first, 128 more, with a zero point 128 more: exactly the same values.
 
     Factors of columns in front of codes that only such products read become part of the scale, where they are positive:
@@ -52,8 +55,9 @@ class IntegerProducts(Pass):
     Before:  %t = dequantize(@t.codes, @t.scale, axis=0);  %y = embedding(%ids, %t)
     After:   %y = dequantize(embedding(%ids, @t.codes), index_select(@t.scales, %ids, dim=0))
 
-    Legal when the activations are in codes with a scale and a zero point, or one of each per token, the weights int8
-    with a scale and a whole zero point per row, or one for all, and no sum can leave int32.
+    Legal when the activations are in codes with a scale and a zero point, or one of each per token, or symmetric ones
+    with scales of groups, the weights int8 with a scale and a whole zero point per row (of groups: zero), or one for
+    all, and no sum can leave int32.
 
     Attention whose products are in uint8 reads the codes, and the scales of its heads:
              %a = attention(dequantize(%q, @sq, 128, axis=2), ...)  ->  %a = integer_attention(%q, %k, %v, @sq sk, @sv)
@@ -84,7 +88,8 @@ class IntegerProducts(Pass):
                 result.skip(linear, reason)
                 continue
             result.change(linear, "sums in int32")
-            function.replace(linear, products[function].integer(linear, x, weight))
+            make = products[function].integer if x.group is None else products[function].grouped
+            function.replace(linear, make(linear, x, weight))
         for function, attention in self.select(program, "attention"):
             if attention.kwargs.get("products") != "uint8":
                 continue  # its operands are no codes
@@ -215,9 +220,14 @@ def _unfit(function: Function, linear: fx.Node, x: Decoded | None, weight: Decod
         return "its weights' zero point is not a stored whole number, or one per row"
     if x.codes.meta["value"].dtype != "uint8":
         return f"its input's codes are {x.codes.meta['value'].dtype}, not uint8"
-    if x.axis is not None or x.group is not None:
+    if x.axis is not None:
         return "its input has a scale per channel"
-    if _is_computed(function, x.zero):
+    if x.group is not None:
+        if _is_computed(function, x.zero) or number(function, x.zero) != ACTIVATION_ZERO:
+            return f"its input has groups of codes with another zero point than {ACTIVATION_ZERO}"
+        if points.any():
+            return "its input has scales of groups, and its weights zero points"
+    elif _is_computed(function, x.zero):
         if x.zero.meta["value"].shape not in ((), (*x.codes.meta["value"].shape[:-1], 1)):
             return "its input has zero points that are neither one nor one per token"
     elif (zero := number(function, x.zero)) is None or zero != round(zero):
@@ -326,13 +336,25 @@ class _Products:
         if static:
             y = build.mul(sums, build.parameter(f"{name}.multiplier", multiplier))
         else:
-            scales = (
-                weight.scale
-                if scale.ndim
-                else build.parameter(f"{name}.scales", scale.expand(codes.shape[0]))
-            )
-            y = build.mul(build.mul(sums, scales), x.scale)
+            y = build.mul(build.mul(sums, self._scales(build, weight)), x.scale)
         return y if bias is None else build.add(y, bias)
+
+    def grouped(self, linear: fx.Node, x: Decoded, weight: Decoded) -> fx.Node:
+        """The layer for an input with scales of groups, in front of the linear one."""
+        build = self.function.builder(before=linear, made_by=self.made_by)
+        site = linear.meta.pop("site", None)
+        sums = build.emit("grouped_integer_linear", x.codes, weight.codes, x.scale, site=site)
+        y = build.mul(sums, self._scales(build, weight))
+        return y if (bias := bias_of(linear)) is None else build.add(y, bias)
+
+    def _scales(self, build: Builder, weight: Decoded) -> fx.Node:
+        """The scale of every row of a layer's weights [rows]."""
+        scale = self.function.parameter(weight.scale)
+        if scale.ndim:
+            return weight.scale
+        name = weight.codes.target.removesuffix(".codes")
+        rows = weight.codes.meta["value"].shape[0]
+        return build.parameter(f"{name}.scales", scale.expand(rows))
 
     def _sums(
         self, build: Builder, linear: fx.Node, x: Decoded, weight: Decoded, start: torch.Tensor | None

@@ -16,6 +16,7 @@ from tersor.ir import Function, Program
 from tersor.passes.base import Equivalent, Pass, PassResult
 from tersor.passes.calibration import MinMax, Request, Samples, Statistics, no_range
 from tersor.passes.context import Context
+from tersor.passes.quantize.grid import GROUP, group_problem
 from tersor.passes.smooth.error import Activations, Observed, Rounding, Trial
 from tersor.passes.smooth.places import Place, hidden_place, norm_place, value_place
 from tersor.passes.weights import WeightChange, apply_changes, is_plain_linear
@@ -60,6 +61,7 @@ class Smoothing(Pass):
     Options:
         bits: of the codes that weights and activations are going to be rounded to.
         activations: "tensor" for static grids, "token" for dynamic ones.
+        group: most channels that share a dynamic grid (None: all do), as in quantize.dynamic.
         largest_error: a place where even then the outputs of a token would lose a larger part of their power, in the
             mean, is smoothed for grids per token; give quantize.static the same, and quantize.dynamic the rest.
         kinds: kinds of places to look at (`tersor.passes.smooth.places`).
@@ -69,6 +71,7 @@ class Smoothing(Pass):
 
     bits: int = 8
     activations: Activations = "tensor"
+    group: int | None = GROUP
     largest_error: float | None = None
     kinds: tuple[str, ...] = KINDS
     samples: int = 256
@@ -88,6 +91,8 @@ class Smoothing(Pass):
             return f"bits = {self.bits} should be 2 to 8"
         if self.largest_error is not None and self.largest_error <= 0:
             return f"largest_error = {self.largest_error} should be positive"
+        if problem := group_problem(self.group):
+            return problem
         return None if self.samples > 0 else f"samples = {self.samples} should be positive"
 
     @abstractmethod
@@ -178,7 +183,7 @@ class Smoothing(Pass):
         return change
 
     def _best(self, candidates: list[Candidate], observed: Observed, activations: Activations) -> _Choice:
-        rounding = Rounding(self.bits, activations)
+        rounding = Rounding(self.bits, activations, self.group)
         fit, held_out = (Trial(observed, rows, rounding) for rows in (observed.fit, observed.held_out))
         fitted = [fit.error(c.s, c.z) for c in candidates]
         best = candidates[fitted.index(min(fitted))]

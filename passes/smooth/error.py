@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tersor.passes.quantize.grid import Grid
+from tersor.passes.quantize.grid import Grid, group_size
 
 Activations = Literal["tensor", "token"]
 
@@ -20,11 +20,14 @@ class Rounding:
     Attributes:
         bits: of weights and activations.
         activations: "tensor": one grid of any zero point for the value, fixed by its range; "token": a symmetric one
-            for every row, found while the model runs. Weights have a symmetric grid per row.
+            for every row, or for every group of channels in it, found while the model runs. Weights have a symmetric
+            grid per row.
+        group: most channels of such a group (`group_size`); None: all share a grid.
     """
 
     bits: int = 8
     activations: Activations = "tensor"
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,5 +95,6 @@ class Trial:
         if self._rounding.activations == "tensor":
             grid = Grid(self._rounding.bits, symmetric=False)
             return grid.round_trip(x, *grid.fit(low.min(), high.max()))
-        grid = Grid(self._rounding.bits)
-        return grid.round_trip(x, grid.fit_rows(x)[0].unsqueeze(1))
+        grid, group = Grid(self._rounding.bits), group_size(x.shape[1], self._rounding.group) or x.shape[1]
+        steps, _ = grid.fit_rows(x, group)
+        return grid.round_trip(x.unflatten(1, (-1, group)), steps.unsqueeze(2)).flatten(1)

@@ -80,14 +80,17 @@ def linker() -> None:
 
 
 def multiply(
-    a: np.ndarray, w: list[np.ndarray], target: Target, cpu: str, dtype: str, chain: Chain, *more, stored=None
-):
+    a: np.ndarray, w: list[np.ndarray], target: Target, cpu: str, dtype: str, chain: Chain, *more, stored=None,
+    groups=None,
+):  # fmt: skip
     """A GEMM with symbolic rows on prepared inputs."""
-    (m, k), n, words = a.shape, len(w[0]), stored_words(dtype, target)
-    kernel = Gemm((N,), k, n, chain, panel_width(target), len(w), dtype, words, stored)
-    if words is not None:
+    (m, k), n, words = a.shape, len(w[0]), stored_words(dtype, target, groups)
+    kernel = Gemm((N,), k, n, chain, panel_width(target), len(w), dtype, words, stored, groups)
+    if kernel.prepares:
         size = -(-k // words.elements) * words.elements
-        (a,) = run_plain(Prepare((N,), k, words, dtype), [a], target, [(m + (not words.sums), size)], cpu=cpu)
+        (a,) = run_plain(
+            Prepare((N,), k, words, dtype), [a], target, [(m + (not words.signed), size)], cpu=cpu
+        )
     packed = pack(w, kernel.panel, words)
     return run_plain(kernel, [a, packed, *more], target, [(m, n)] * len(kernel.outputs()), cpu=cpu)
 
@@ -124,6 +127,24 @@ def test_the_largest_products(name, cpu, code):
     """Two of these products do not fit 16 bits, and more than 2**16 of them not 31."""
     w = np.full((24, 48), -128, np.int8)
     check_codes(np.full((3, 48), code, np.uint8), w, resolve(name), cpu)
+
+
+@pytest.mark.parametrize(("name", "cpu"), EMULATED)
+def test_a_scale_for_every_group(name, cpu):
+    """Of sizes so different that only sums that are exact within the groups come out right."""
+    generator = np.random.default_rng(0)
+    k, n, groups = 160, 24, 5
+    w = generator.integers(-127, 128, (n, k), dtype=np.int8)
+    w[:, : k // groups : 2] = -w[:, 1 : k // groups : 2]  # of equal codes the first group's sum is zero
+    for m in LENGTHS:
+        a = generator.integers(0, 256, (m, k), dtype=np.uint8)
+        a[:, : k // groups] = a[:, :1]
+        scales = generator.uniform(0.5, 2, (m, groups)).astype(np.float32)
+        scales[:, 0] = 1e9
+        (got,) = multiply(a, [w], resolve(name), cpu, "uint8", PLAIN, scales, groups=groups)
+        parts = (a.astype(np.float64) - 128).reshape(m, groups, -1) * scales[..., None]
+        expected = parts.reshape(m, -1) @ w.astype(np.float64).T
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1)
 
 
 @pytest.mark.parametrize(("name", "cpu"), EMULATED[:2] + EMULATED[-1:])
@@ -292,6 +313,7 @@ FAMILIES = [
     Elementwise(Chain((FULL, FULL), (Step("gt", (0, 1)),), (2,)), ((N, 13), (1, 13)), (N, 13)),
     Elementwise(Chain((FULL,), (Step("cast", (0,), "int64"),), (1,)), ((N, 13),), (N, 13)),
     DynamicQuantize((N,), 70),
+    DynamicQuantize((N,), 96, scales=3),
     BatchedGemm((2, N, 33), (2, N, 33), transposed=True),
     Attention(1, N, N, 4, 2, 24, 24, 0.2, causal=True),
     *SUMS,

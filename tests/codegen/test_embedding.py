@@ -84,7 +84,7 @@ def test_rows_of_16_bits_are_widened(stored, size, target):
         np.testing.assert_array_equal(got.reshape(-1, size)[1:], values[ids.ravel()[1:]])
 
 
-@pytest.mark.parametrize("words", [None, Words(8), Words(4, sums=True)])
+@pytest.mark.parametrize("words", [None, Words(8), Words(4, signed=True, sums=1)])
 @pytest.mark.parametrize("size", [3, 16, 50])
 def test_rows_of_codes_that_are_packed_for_a_projection(size, words, target):
     table = RNG.integers(-128, 128, (45, size)).astype(np.int8)

@@ -8,8 +8,9 @@ import torch
 import tvm
 from kernel_harness import compile_kernel, run_kernel
 
-from tersor.codegen.kernels.chain import Chain, ChainInput, Const, Step
+from tersor.codegen.kernels.chain import PLAIN, Chain, ChainInput, Const, Step
 from tersor.codegen.kernels.gemm import Gemm
+from tersor.codegen.kernels.inner_product import stored_words
 from tersor.codegen.packing import pack
 from tersor.codegen.tiles import panel_width
 from tersor.ir.dims import Dim
@@ -264,3 +265,73 @@ def test_description_that_does_not_fit_together():
         Gemm((3,), 8, 9, dtype="uint8")
     with pytest.raises(ValueError, match="saturate"):
         Step("saturate", (0,), "int32")
+
+
+def grouped(a, w, scales):
+    """The f32 sums of codes less 128, each group's times its scale, and how far rounding may take them."""
+    groups = scales.shape[-1]
+    parts = np.einsum(
+        "mgk,ngk->mgn",
+        a.astype(np.float64).reshape(len(a), groups, -1) - 128,
+        w.astype(np.float64).reshape(len(w), groups, -1),
+    )
+    scaled = parts * scales[..., None]
+    return scaled.sum(1), 1e-6 * np.abs(scaled).sum(1)
+
+
+def check_groups(target, m, k, n, groups, symbolic=False):
+    """Scales of very different size: only exact sums within the groups come out right."""
+    a, w = codes(m, k), weights(n, k)
+    scales = (10.0 ** RNG.uniform(-3, 1, (m, groups))).astype(np.float32)
+    words = stored_words("uint8", target, groups)
+    lead = (Dim.symbol("m") if symbolic else m,)
+    kernel = Gemm(lead, k, n, PLAIN, panel_width(target), dtype="uint8", words=words, groups=groups)
+    (got,) = run_kernel(kernel, [a, pack([w], kernel.panel, words), scales], target)
+    expected, tolerance = grouped(a, w, scales)
+    assert (np.abs(got - expected) <= tolerance + 1e-5).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 9, 30])
+@pytest.mark.parametrize(("k", "groups"), [(96, 1), (96, 2), (192, 2), (576, 6)])
+def test_a_scale_for_every_group(m, k, groups, integer_target):
+    check_groups(integer_target, m, k, 40, groups)
+
+
+def test_groups_of_symbolic_rows(integer_target):
+    for m in (1, 3, 7, 8, 12, 13, 40):
+        check_groups(integer_target, m, 160, 33, 5, symbolic=True)
+
+
+def test_groups_of_extreme_codes(integer_target):
+    target, groups = integer_target, 2
+    words = stored_words("uint8", target, groups)
+    kernel = Gemm((3,), 64, 32, PLAIN, panel_width(target), dtype="uint8", words=words, groups=groups)
+    scales = np.array([[1, 2]] * 3, np.float32)
+    for code, weight in [(0, -128), (255, -128), (0, 127), (255, 127), (128, -128)]:
+        a, w = np.full((3, 64), code, np.uint8), np.full((32, 64), weight, np.int8)
+        (got,) = run_kernel(kernel, [a, pack([w], kernel.panel, words), scales], target)
+        np.testing.assert_array_equal(got, np.full((3, 32), 3 * 32 * (code - 128) * weight, np.float32))
+
+
+def test_gated_groups_with_a_bias(integer_target):
+    """Two layers of one input, their scales and bias behind the sums."""
+    target, (m, k, n, groups) = integer_target, (10, 128, 48, 4)
+    inputs = (ChainInput("accumulator"),) * 2 + (COLUMN, COLUMN)
+    chain = Chain(inputs, (Step("mul", (0, 2)), Step("mul", (1, 3)), Step("mul", (4, 5))), (6,))
+    words = stored_words("uint8", target, groups)
+    kernel = Gemm(
+        (m,), k, n, chain, panel_width(target), weights=2, dtype="uint8", words=words, groups=groups
+    )
+    a, first, second = codes(m, k), weights(n, k), weights(n, k)
+    scales = RNG.uniform(1e-3, 1e-2, (m, groups)).astype(np.float32)
+    columns = [RNG.random(n, np.float32) for _ in range(2)]
+    packed = pack([first, second], kernel.panel, words)
+    (got,) = run_kernel(kernel, [a, packed, scales, *columns], target)
+    left, right = (grouped(a, w, scales)[0] * c for w, c in zip((first, second), columns, strict=True))
+    np.testing.assert_allclose(got, left * right, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(100, "uint8"), (64, "float32")])
+def test_groups_that_are_none(k, dtype):
+    with pytest.raises(ValueError, match="groups of codes"):
+        Gemm((3,), k, 32, PLAIN, dtype=dtype, groups=2)

@@ -63,19 +63,23 @@ def test_matrices_that_do_not_fit_together():
         pack([matrix(3, 2).astype(np.int64)], 32)
 
 
-@pytest.mark.parametrize("words", [Words(8), Words(4, sums=True), Words(16, sums=True)], ids=str)
+@pytest.mark.parametrize(
+    "words", [Words(8), Words(4, True, 1), Words(16, True, 1), Words(4, sums=2), Words(4, True)], ids=str
+)
 @pytest.mark.parametrize("count", [1, 2])
 def test_wide_words_and_sums(words, count):
     generator = np.random.default_rng(1)
-    weights = [generator.integers(-128, 128, (21, 19), dtype=np.int8) for _ in range(count)]
+    k = 32 if words.sums > 1 else 19
+    weights = [generator.integers(-128, 128, (21, k), dtype=np.int8) for _ in range(count)]
     result = pack(weights, 8, words)
-    assert (result.shape, str(result.dtype)) == packed(21, 19, "int8", 8, count, words)
-    for back, weight in zip(unpack(result, 21, 19, "int8", count, words), weights, strict=True):
+    assert (result.shape, str(result.dtype)) == packed(21, k, "int8", 8, count, words)
+    for back, weight in zip(unpack(result, 21, k, "int8", count, words), weights, strict=True):
         np.testing.assert_array_equal(back, weight)
     # one panel, its first word: the first elements of each column side by side
     first = result[0, 0].view(np.int8)[: words.elements]
     np.testing.assert_array_equal(first, np.pad(weights[0][0], (0, 32))[: words.elements])
     if words.sums:
         columns = 8 // count
-        np.testing.assert_array_equal(result[1, -1, :columns], 128 * weights[0][columns : 2 * columns].sum(1))
-        assert not result[:, -1, 8:].any()
+        parts = weights[0][columns : 2 * columns].reshape(columns, words.sums, -1)
+        np.testing.assert_array_equal(result[1, -words.sums :, :columns], 128 * parts.sum(2).T)
+        assert not result[:, -words.sums :, 8:].any()

@@ -29,15 +29,16 @@ def array(*shape):
     return RNG.standard_normal(shape, dtype=np.float32)
 
 
-def reference(x):
+def reference(x, group):
     """Codes and scales of every row."""
     x = torch.from_numpy(x)
-    scale = dynamic_scale(x)
-    return quantize(x, scale, torch.tensor(128.0), dtype="uint8").numpy(), scale.numpy()
+    scale = dynamic_scale(x, group=group)
+    return quantize(x, scale, 128.0, dtype="uint8", group=group).numpy(), scale.numpy()
 
 
 def check_rows(codes, scale, x):
-    expected, expected_scale = reference(x)
+    scales = scale.shape[-1]
+    expected, expected_scale = reference(x, x.shape[-1] // scales if scales > 1 else None)
     np.testing.assert_array_equal(scale, expected_scale)
     np.testing.assert_array_equal(codes, expected)
 
@@ -54,6 +55,18 @@ def test_symbolic_rows_of_every_magnitude(target):
         x = array(*shape, 50) * np.float32(10.0) ** RNG.integers(-20, 20, (*shape, 1))
         x = x.astype(np.float32)
         check_rows(*run_kernel(kernel, [x], target), x)
+
+
+@pytest.mark.parametrize(("size", "scales"), [(96, 2), (160, 5), (32, 2)])
+def test_a_scale_for_every_group(size, scales, target):
+    x = array(3, 4, size) * np.float32(10.0) ** RNG.integers(-3, 3, (3, 4, size))
+    x = x.astype(np.float32)
+    x[0, 0, : size // scales] = 0
+    codes, scale = run_kernel(DynamicQuantize((BATCH, LENGTH), size, scales=scales), [x], target)
+    check_rows(codes, scale, x)
+    normal = run_kernel(LayerNorm((3, 4), size, weight=False, bias=False), [x], target)[0]
+    kernel = LayerNorm((3, 4), size, weight=False, bias=False, scales=scales)
+    check_rows(*run_kernel(kernel, [x], target), normal)
 
 
 def test_zeros_constants_and_ties(target):
@@ -113,14 +126,14 @@ def test_norm_with_codes_of_static_scale(kind, size, target):
 @pytest.mark.parametrize("size", [17, 64, 100])
 def test_norm_with_codes_of_dynamic_scale(kind, size, target):
     epilogue = Chain((ACCUMULATOR,), (), (0, 0))
-    kernel = kind((BATCH, LENGTH), size, keep_input=True, epilogue=epilogue, quantized=True)
+    kernel = kind((BATCH, LENGTH), size, keep_input=True, epilogue=epilogue, scales=1)
     assert [spec.dtype for spec in kernel.outputs()] == ["uint8", "float32", "float32", "float32"]
     x, w, b = array(3, 4, size), array(size), array(size)
     codes, scale, normal, kept = run_kernel(kernel, [x, w, b], target)
     np.testing.assert_array_equal(kept, x)
     np.testing.assert_array_equal(normal, run_kernel(kind((BATCH, LENGTH), size), [x, w, b], target)[0])
     check_rows(codes, scale, normal)
-    only = kind((BATCH, LENGTH), size, quantized=True)
+    only = kind((BATCH, LENGTH), size, scales=1)
     for got, expected in zip(run_kernel(only, [x, w, b], target), (codes, scale), strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -168,8 +181,12 @@ def test_element_by_element(size, target):
 def test_descriptions_that_cannot_be():
     codes = Chain((ACCUMULATOR,), STATIC, (4,))
     with pytest.raises(ValueError, match="row by row is f32"):
-        LayerNorm((3,), 8, epilogue=codes, quantized=True)
+        LayerNorm((3,), 8, epilogue=codes, scales=1)
     with pytest.raises(ValueError, match="one accumulator"):
         LayerNorm((3,), 8, epilogue=Chain((FULL,), (), (0,)))
     with pytest.raises(ValueError, match="row by row is f32"):
         DynamicQuantize((3,), 8, Chain((ChainInput("full", "int32"),), (), (0,)))
+    with pytest.raises(ValueError, match="groups of 16"):
+        DynamicQuantize((3,), 40, scales=2)
+    with pytest.raises(ValueError, match="groups of 16"):
+        RMSNorm((3,), 40, scales=2)

@@ -209,5 +209,5 @@ def test_report_is_json_and_text():
 def test_every_operation_is_counted_or_free():
     # an operation that multiplies matrices and counts nothing would go unnoticed
     counted = {op.name for op in builtin_ops() if op.macs is not None}
-    products = {"linear", "integer_linear", "matmul", "attention", "integer_attention", "conv1d", "conv2d"}
-    assert counted == products | {"resample"}
+    products = {"linear", "integer_linear", "grouped_integer_linear", "matmul", "conv1d", "conv2d"}
+    assert counted == products | {"attention", "integer_attention", "resample"}

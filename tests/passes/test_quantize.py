@@ -14,7 +14,7 @@ from tersor.passes.numerics import outputs, relative_error, small_inputs
 from tersor.passes.quantize.bf16 import BFloat16
 from tersor.passes.quantize.dynamic import DynamicActivations
 from tersor.passes.quantize.fp16 import Float16
-from tersor.passes.quantize.grid import Grid
+from tersor.passes.quantize.grid import Grid, group_size
 from tersor.passes.quantize.integers import IntegerProducts
 from tersor.passes.quantize.ranges import choose_range, rounding_error
 from tersor.passes.quantize.rtn import RoundToNearest
@@ -159,6 +159,47 @@ def test_layers_of_one_input_share_its_codes():
     assert len(made.main.calls("linear")) == 6 and len(made.main.calls("quantize")) == 4
 
 
+@pytest.mark.parametrize(
+    ("channels", "most", "size"),
+    [
+        (576, 128, 96), (1536, 128, 128), (768, 256, 256), (144, 100, 48), (80, 20, 16),
+        (128, 128, None), (100, 64, None), (576, None, None),
+    ],
+)  # fmt: skip
+def test_groups_divide_the_channels(channels, most, size):
+    assert group_size(channels, most) == size
+
+
+@pytest.mark.parametrize("group", [15, 0, -128])
+def test_groups_that_are_too_small_are_refused(group):
+    with pytest.raises(PipelineError, match="at least 16"):
+        DynamicActivations(group=group)
+
+
+def wide_layer(channels: int) -> Program:
+    def emit(build, x, mask):
+        weight, bias = Weights(build).tensor(24, channels), Weights(build, 1).tensor(24)
+        return {"y": build.linear(x, build.parameter("w", weight), build.parameter("b", bias), site="layer")}
+
+    return program(emit, width=channels)
+
+
+def loss(channels: int, group: int | None, outlier: float) -> float:
+    """The mean square error of a layer with 8-bit inputs, of which one channel is so much wider than the others."""
+    exact, _ = Pipeline([RoundToNearest()]).run(wide_layer(channels))
+    rounded, _ = Pipeline([DynamicActivations(group=group)]).run(exact)
+    x = torch.randn(4, 32, channels, generator=torch.Generator().manual_seed(0))
+    x[..., channels // 2] = outlier
+    return (rounded(x=x)["y"] - exact(x=x)["y"]).square().mean().item()
+
+
+def test_a_group_keeps_what_an_outlier_costs_to_itself():
+    """The fewer channels share its scale, the less is lost; without one, nothing is."""
+    assert loss(512, None, 100.0) > 3.5 * loss(512, 128, 100.0)
+    assert loss(512, None, 100.0) > 7 * loss(512, 64, 100.0)
+    assert loss(512, None, 1.0) > loss(512, 128, 1.0)
+
+
 # -- activations, from data
 
 
@@ -282,6 +323,34 @@ def test_what_integers_cannot_do_is_said():
     grouped = layer(weights=True, inputs="dynamic", group=4)
     assert reasons(IntegerProducts(), grouped) == ["its weights do not have one scale per row"]
     assert reasons(IntegerProducts(), layer()) == ["it is not quantized"]
+
+
+def test_groups_become_sums_that_are_scaled_one_by_one():
+    made = wide_layer(160)
+    decoded, report = Pipeline([RoundToNearest(), DynamicActivations(group=64)]).run(made)
+    assert "a scale per token and 32 channels" in str(report.steps[1].changes[0])
+    integer, report = Pipeline([IntegerProducts()]).run(decoded)
+    assert [change.site for change in report.steps[0].changes] == ["layer"]
+    (product,) = integer.main.calls("grouped_integer_linear")
+    assert product.args[2].meta["value"].shape[-1] == 5 and not integer.main.calls("linear", "dequantize")
+    assert error(decoded, integer) < 1e-6
+    assert error(made, integer) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("point", "points", "reason"),
+    [(117, None, "another zero point than 128"), (128, 3.0, "its weights zero points")],
+)
+def test_groups_that_are_no_symmetric_codes_stay_decoded(point, points, reason):
+    def emit(build, x, mask):
+        scale = build.dynamic_scale(x, group=16)
+        codes = build.quantize(x, scale, point, dtype="uint8", group=16)
+        weight = build.parameter("c", torch.randint(-128, 128, (8, 64), dtype=torch.int8))
+        weight = build.dequantize(weight, build.parameter("ws", torch.ones(8)), points, axis=0)
+        return {"y": build.linear(build.dequantize(codes, scale, point, group=16), weight, site="layer")}
+
+    (said,) = reasons(IntegerProducts(), program(emit, width=64))
+    assert reason in said
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])

@@ -5,35 +5,33 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tersor.errors import UnsupportedOpError
 from tersor.frontends.onnx.export.table import Export, exports
 from tersor.ir.opset.quantization import CODES
-from tersor.ir.verifier import describe
 
 
 @exports("quantize")
 def _quantize(e: Export) -> str:
-    """One scale, or one along an axis; a scale per row is multiplied out.
+    """One scale, or one along an axis; scales per row or group are multiplied out.
 
     QuantizeLinear divides by the scale where `quantize` multiplies by its reciprocal: where that falls on the other
     side of a half, codes differ by 1.
     """
     dtype = e.attribute("dtype")
-    if _in_standard_form(e):
+    if in_standard_form(e.node):
         zero = _zero_point(e, dtype)
         return e.emit("QuantizeLinear", e.operand(0), e.operand(1), zero, axis=e.attribute("axis"))
-    codes = e.emit("Round", e.emit("Mul", e.operand(0), e.emit("Reciprocal", e.operand(1))))
+    codes = e.emit("Round", e.emit("Mul", _in_groups(e, 0), e.emit("Reciprocal", _in_groups(e, 1))))
     if e.given(2):
-        codes = e.emit("Add", codes, e.operand(2, "float32"))
+        codes = e.emit("Add", codes, _in_groups(e, 2))
     low, high = (e.constant(float(limit), "float32") for limit in CODES[dtype])
-    return e.cast(e.emit("Clip", codes, low, high), "float32", dtype)
+    return _in_rows(e, e.cast(e.emit("Clip", codes, low, high), "float32", dtype))
 
 
 @exports("dequantize")
 def _dequantize(e: Export) -> str:
     """Codes that are stored transposed, for products, are decoded to a transposed weight."""
     name, axis = e.operand(0), e.attribute("axis")
-    if _in_standard_form(e):
+    if in_standard_form(e.node):
         turned = name in e.writer.transposed
         axis = 1 - axis % 2 if turned and axis is not None else axis
         zero = _zero_point(e, e.value(0).dtype)
@@ -41,10 +39,10 @@ def _dequantize(e: Export) -> str:
         if turned:
             e.writer.transposed.add(result)
         return result
-    values = e.cast(name, e.value(0).dtype, "float32")
+    values = e.cast(_in_groups(e, 0), e.value(0).dtype, "float32")
     if e.given(2):
-        values = e.emit("Sub", values, e.operand(2, "float32"))
-    return e.emit("Mul", values, e.operand(1))
+        values = e.emit("Sub", values, _in_groups(e, 2))
+    return _in_rows(e, e.emit("Mul", values, _in_groups(e, 1)))
 
 
 def in_standard_form(node: fx.Node) -> bool:
@@ -58,15 +56,20 @@ def in_standard_form(node: fx.Node) -> bool:
     return zero.meta["value"].rank == 0 or not one
 
 
-def _in_standard_form(e: Export) -> bool:
-    if e.attribute("group") is not None:
-        raise UnsupportedOpError(
-            f"scales of {e.attribute('group')} elements each have no ONNX form here",
-            where=describe(e.node),
-            why="QuantizeLinear and DequantizeLinear have one scale, or one per channel",
-            fix="quantize with a scale per row (group=None), or export the program before it is quantized",
-        )
-    return in_standard_form(e.node)
+def _in_groups(e: Export, index: int) -> str:
+    """An operand with a dimension for groups that share a scale, and one for their members, where there are such."""
+    group, operand = e.attribute("group"), e.argument(index)
+    name = e.operand(index, None if index == 0 else "float32")
+    if group is None or not isinstance(operand, fx.Node) or not e.value(index).rank:
+        return name
+    *lead, size = e.value(index).shape
+    return e.reshape(name, (*lead, size), (*lead, size // group, group) if index == 0 else (*lead, size, 1))
+
+
+def _in_rows(e: Export, name: str) -> str:
+    """A result of operands in groups in its own shape."""
+    group, (*lead, size) = e.attribute("group"), e.result.shape
+    return name if group is None else e.reshape(name, (*lead, size // group, group), (*lead, size))
 
 
 def _zero_point(e: Export, dtype: str) -> str:
