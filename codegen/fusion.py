@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from tersor.codegen.kernels.chain import Chain, ChainInput, Const, InputKind, Step
-from tersor.codegen.packing import GROUP
 from tersor.ir.dims import Shape
 from tersor.ir.matching import is_call
+from tersor.ir.opset.quantization import SMALLEST_GROUP
 from tersor.ir.opset.rules import promote
 from tersor.ir.program import Function
 
@@ -129,8 +129,14 @@ def is_elementwise(node: fx.Node) -> bool:
 
 
 def is_anchor(node: fx.Node) -> bool:
-    """A linear layer whose weight is a stored parameter, so that it can be packed ahead of time."""
-    return is_call(node, *PRODUCTS) and stored_weight(node).op == "get_attr"
+    """A linear layer whose weight is a stored parameter, so that it can be packed ahead of time.
+
+    Groups that share a scale are of sizes that products of codes have.
+    """
+    fits = is_call(node, *PRODUCTS) and stored_weight(node).op == "get_attr"
+    if not fits or (scales := scales_of(node)) is None:
+        return fits
+    return node.args[1].meta["value"].shape[1] // scales.meta["value"].shape[-1] % SMALLEST_GROUP == 0
 
 
 def scales_of(product: fx.Node) -> fx.Node | None:
@@ -285,7 +291,7 @@ def is_token_codes(node: fx.Node) -> bool:
         is_call(scale, "dynamic_scale")
         and scale.args[0] is x
         and scale.kwargs.get("group") == (group := node.kwargs.get("group"))
-        and not (group and group % GROUP)
+        and not (group and group % SMALLEST_GROUP)
         and zero == 128
         and node.kwargs["dtype"] == "uint8"
     )

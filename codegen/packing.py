@@ -21,9 +21,6 @@ STORED = {"float32": "float32", "float16": "float16", "bfloat16": "int32", "int8
 """Dtype of the words that such elements make."""
 
 
-GROUP = 16
-"""Elements along K of which parts with a scale of their own consist: as many as the largest words hold."""
-
 OFFSET = 128
 """What is taken from unsigned codes to multiply them as signed ones."""
 

@@ -35,7 +35,7 @@ from tersor.codegen.kernels.inner_product import (
 from tersor.codegen.kernels.math import cast
 from tersor.codegen.kernels.prepare import is_prepared, prepared
 from tersor.codegen.kernels.register_tile import RegisterTile, ScaledSums
-from tersor.codegen.packing import GROUP, Words, packed
+from tersor.codegen.packing import Words, packed
 from tersor.codegen.tiles import (
     BLOCK_ROWS,
     CACHE_LINE,
@@ -47,6 +47,7 @@ from tersor.codegen.tiles import (
 )
 from tersor.codegen.tuning import recorded_tile
 from tersor.ir.dims import Dim, Shape, product
+from tersor.ir.opset.quantization import SMALLEST_GROUP
 from tersor.targets import Target
 
 CHUNK = 16
@@ -67,8 +68,8 @@ class Gemm:
     "float16" (times fp16, accumulators f32 of sums of `PIECE` products in fp16) or "uint8" (times int8, accumulators
     int32, exact modulo 2**32). The outputs have the dtypes of the chain's.
     stored: "float16" for float32 times fp16 weights, products and sums in f32; None for the weights named above.
-    groups: codes (uint8) have a scale for every such equal part of k, of whole `GROUP`s, and stand for the scale times
-    the code less 128. Accumulators are the f32 sums over the parts, each summed in int32 and then scaled.
+    groups: codes (uint8) have a scale for every such equal part of k, of whole `SMALLEST_GROUP`s, and stand for the
+    scale times the code less 128. Accumulators are the f32 sums over the parts, each summed in int32 and then scaled.
 
     ``panel`` is the width of a packed panel: ``tiles.panel_width(target)``. ``weights`` matrices of equal shape are
     packed together (``packing.pack``), and each has an accumulator: the chain's first ``weights`` inputs. So
@@ -103,7 +104,7 @@ class Gemm:
         accumulator = "float32" if self.groups else ACCUMULATORS[self.dtype]
         if any(value.dtype != accumulator for value in self.chain.inputs[: self.weights]):
             raise ValueError(f"the accumulators of a {self.dtype} GEMM are {accumulator}")
-        if self.groups and (self.dtype != "uint8" or self.k % (self.groups * GROUP)):
+        if self.groups and (self.dtype != "uint8" or self.k % (self.groups * SMALLEST_GROUP)):
             raise ValueError(f"{self.k} numbers of {self.dtype} are not {self.groups} groups of codes")
         if self.stored and self.dtype != "float32":
             raise ValueError(f"{self.dtype} is not multiplied by {self.stored}, float32 is")

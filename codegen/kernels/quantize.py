@@ -13,8 +13,8 @@ from tersor.codegen.kernels.arguments import function
 from tersor.codegen.kernels.base import TensorSpec
 from tersor.codegen.kernels.chain import Chain, ChainInput
 from tersor.codegen.kernels.evaluate import evaluate_chain, output_dtypes
-from tersor.codegen.packing import GROUP
 from tersor.ir.dims import Shape
+from tersor.ir.opset.quantization import SMALLEST_GROUP
 from tersor.targets import Target
 
 ZERO_POINT = 128.0
@@ -36,7 +36,7 @@ class DynamicQuantize:
 
     Arguments: the chain's inputs in order ("full" [*lead, size], "column" [size], "row" [*lead, 1], "scalar" ());
     codes uint8 [*lead, size], scale f32 [*lead, scales], then the chain's outputs but the first, which is x.
-    ValueError when x is not f32, or several parts do not consist of whole `GROUP`s.
+    ValueError when x is not f32, or several parts do not consist of whole `SMALLEST_GROUP`s.
     """
 
     lead: Shape
@@ -166,8 +166,8 @@ def check_scales(chain: Chain, size: int, scales: int) -> None:
     """ValueError where rows of what a chain makes first cannot have so many scales."""
     if output_dtypes(chain)[:1] != ("float32",):
         raise ValueError("what is quantized row by row is f32")
-    if scales > 1 and size % (scales * GROUP):
-        raise ValueError(f"{size} numbers are not {scales} parts of whole groups of {GROUP}")
+    if scales > 1 and size % (scales * SMALLEST_GROUP):
+        raise ValueError(f"{size} numbers are not {scales} parts of whole groups of {SMALLEST_GROUP}")
 
 
 def operands(

@@ -27,6 +27,10 @@ from tersor.ir.value import DTYPES, Value
 CODES = {"int8": (-128, 127), "uint8": (0, 255)}
 """Types of codes with their limits."""
 
+SMALLEST_GROUP = 16
+"""Activations whose scales belong to multiples of so many neighbours are multiplied as codes, since some targets'
+instructions add up the products of as many. In other groups they are decoded first."""
+
 
 def quantize(x, scale, zero_point=None, *, dtype: str, axis: int | None = None, group: int | None = None):
     """saturate(round(x * (1 / scale)) + zero_point), halves to even: x f32 [...] -> codes [...] of ``dtype``.

@@ -12,13 +12,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from tersor.ir.opset.quantization import SMALLEST_GROUP
+
 Numbers = TypeVar("Numbers", torch.Tensor, np.ndarray)
 
 GROUP = 128
 """Channels of a token that share a scale: a product of codes takes about 5 % longer than with one scale for all."""
-
-SMALLEST_GROUP = 16
-"""Some targets' instructions add up the products of so many neighbours."""
 
 
 @dataclass(frozen=True)

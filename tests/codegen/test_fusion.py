@@ -160,6 +160,22 @@ def test_integer_projections_are_joined(biases):
     assert [b is None for b in bias] == [not given for given in biases]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_projections_of_groups_are_joined_where_they_have_the_same_scales(shared):
+    function, x = block()
+    b = function.builder()
+    scales = [b.dynamic_scale(x, group=16)] * 3 if shared else [b.dynamic_scale(x, group=16) for _ in "qkv"]
+    codes = b.quantize(x, scales[0], 128, dtype="uint8", group=16)
+    q, k, v = (
+        b.grouped_integer_linear(codes, b.parameter("c", torch.ones(16, 16, dtype=torch.int8)), scale)
+        for scale in scales
+    )
+    y = b.attention(q, k, v, None, heads=2, kv_heads=2, scale=0.5)
+    function.set_outputs({"y": y})
+    joined = plan(function).joined
+    assert (joined[y].anchors == (q, k, v) and not joined[y].feeds) if shared else joined == {}
+
+
 def test_projections_with_other_work_behind_them_stay_apart():
     function, x = block()
     b = function.builder()

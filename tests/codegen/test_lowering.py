@@ -17,6 +17,8 @@ from tersor.targets import resolve
 
 B, T = Dim.symbol("batch"), Dim.symbol("length")
 X = Value("float32", (B, T, 24))
+WIDTH = 64
+WIDE = Value("float32", (B, T, WIDTH))
 LONG = Value("int64", (B, T))
 IMAGE = Value("float32", (B, 6, 8, 12))
 
@@ -92,6 +94,30 @@ def tokens(b, x, keep: bool = False):
     """Codes of x with a scale per token, and the scales."""
     scale = b.dynamic_scale(x)
     return (b.quantize(x, scale, 128, dtype="uint8"), scale, *([x] if keep else []))
+
+
+def grouped(b, x, group: int):
+    """A gated pair of products of codes that have a scale per token and group."""
+    scale = b.dynamic_scale(x, group=group)
+    codes = b.quantize(x, scale, 128, dtype="uint8", group=group)
+    generator = torch.Generator().manual_seed(0)
+
+    def product(name: str):
+        stored = b.parameter(name, torch.randint(-127, 128, (40, WIDTH), generator=generator).to(torch.int8))
+        scales = b.parameter(f"{name}.scale", torch.rand(40, generator=generator) / 99)
+        return b.mul(b.grouped_integer_linear(codes, stored, scale), scales)
+
+    return b.mul(b.silu(product("g")), product("u"))
+
+
+def tied_groups(b, ids):
+    """Rows of a table of codes, and their products, in groups, with that table."""
+    table = b.parameter("c", (torch.arange(50 * WIDTH) % 256 - 128).reshape(50, WIDTH).to(torch.int8))
+    scales = b.index_select(b.parameter("s", torch.linspace(0.01, 0.02, 50).reshape(50, 1)), ids, dim=0)
+    rows = b.dequantize(b.embedding(ids, table), scales)
+    scale = b.dynamic_scale(rows, group=32)
+    codes = b.quantize(rows, scale, 128, dtype="uint8", group=32)
+    return b.grouped_integer_linear(codes, b.read("c"), scale), rows
 
 
 CASES = {
@@ -348,6 +374,10 @@ CASES = {
             b.dynamic_scale(x),
         ),
     ),
+    "products of groups of codes": ((WIDE,), lambda b, x: grouped(b, x, 32)),
+    "products of groups of a norm's codes": ((WIDE,), lambda b, x: grouped(b, b.layer_norm(x), 16)),
+    "groups that no product of codes has": ((WIDE,), lambda b, x: grouped(b, x, 8)),
+    "a tied table of codes in groups": ((LONG,), tied_groups),
     "a norm, its codes and itself": ((X,), lambda b, x: (n := b.layer_norm(x), *coded(b, n, zero=7.0)[:1])),
     "a norm that only codes read": (
         (X,),
@@ -421,8 +451,9 @@ def test_operation(case, tmp_path):
     assert max(errors(program(*inputs, body=body), tmp_path)) <= allowed
 
 
-def test_a_tied_table_of_codes_is_stored_once():
-    made = program(LONG, body=tied_codes)
+@pytest.mark.parametrize("tied", [tied_codes, tied_groups])
+def test_a_tied_table_of_codes_is_stored_once(tied):
+    made = program(LONG, body=tied)
     weights = lower(legalize(made), resolve("native")).weights["main"]
     assert sorted(w.sources for w in weights if "c" in w.sources) == [("c",)]
 
