@@ -2,6 +2,7 @@
 
 One module per theme; each rule says what it does above its definition:
 
+    precision    arithmetic in 16 bits
     cleanup      what computes nothing, or is computed twice
     layout       reshapes and permutes: one normal form, pushed down past what does not mind them
     linear       products with weights; fused projections taken apart
@@ -36,6 +37,7 @@ from tersor.ir.canonicalize import (
     rotary,
 )
 from tersor.ir.canonicalize.constants import fold_constants
+from tersor.ir.canonicalize.precision import widen
 from tersor.ir.canonicalize.sites import assign_sites
 from tersor.ir.canonicalize.states import merge_heads_of_states
 from tersor.ir.matching import Rule, RuleReport, apply_rules
@@ -63,12 +65,12 @@ def canonicalize(program: Program) -> list[str]:
     """
     known = set(program.parameters)
     functions = program.functions.values()
+    notes = widen(program)
     for rules in STAGES:
         for function in functions:
             _settle(function, rules)
         _restore_names(program, known)
     merge_heads_of_states(program, _settle_shapes)
-    notes: list[str] = []
     for function in functions:
         notes += fold_constants(function)
         _settle(function, (*_SHAPED, *convolution.RULES))

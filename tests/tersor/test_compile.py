@@ -17,7 +17,6 @@ from tersor.errors import (
     ArtifactError,
     BudgetError,
     CaptureError,
-    CompileError,
     InputError,
     PipelineError,
     TargetError,
@@ -109,15 +108,20 @@ def test_a_nan_in_a_weight_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", ["fp32", "int8"])
-def test_a_model_in_half_precision_is_told_what_to_do(dtype, recipe):
+@pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", 1e-6), ("int8", 0.05), ("bf16", 0.02)])
+def test_a_model_in_half_precision_is_computed_in_more(dtype, recipe, tolerance):
+    torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
-    )
+    ).to(dtype)
     data = [(torch.randn(2, 8).to(dtype),) for _ in range(4)]
     given = {"calibration": data} if recipe == "int8" else {}
-    with pytest.raises(CompileError, match=r"float16 is not supported(.*\n)*.*model.float\(\)"):
-        tersor.compile(model.to(dtype), data[0], recipe=recipe, **given)
+    compiled = tersor.compile(model, data[0], recipe=recipe, **given)
+    assert next(model.parameters()).dtype == dtype, "the model itself is left alone"
+    x = data[1][0].float()
+    with torch.no_grad():
+        expected = model.float()(x)
+    torch.testing.assert_close(torch.as_tensor(compiled(x)["output"]), expected, rtol=0, atol=tolerance)
 
 
 def test_a_model_in_training_mode_is_compiled_as_it_evaluates_and_left_as_it_is():
