@@ -341,21 +341,12 @@ class Program:
 
     @property
     def main(self) -> Function:
-        """The function called ``main``, or the only one.
-
-        Raises:
-            ProgramError: there are several and none is called ``main``.
-        """
+        """The function called ``main``, or else the first one: what calibration data is for."""
         if "main" in self.functions:
             return self.functions["main"]
-        if len(self.functions) == 1:
-            return next(iter(self.functions.values()))
-        raise ProgramError(
-            "the program has no function called 'main'",
-            why=f"it has {', '.join(self.functions)}",
-            fix=f"take one by name: program.functions[{next(iter(self.functions), 'name')!r}]; data for calibration or "
-            "analysis is run through main: capture the function that it is for with name='main'",
-        )
+        if not self.functions:
+            raise ProgramError("the program has no function", fix="add one: program.add_function('main')")
+        return self.functions.get("main") or next(iter(self.functions.values()))
 
     def add_function(self, name: str, dims: Mapping[str, Range] | None = None) -> Function:
         if name in self.functions:

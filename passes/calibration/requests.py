@@ -33,6 +33,14 @@ class Request:
     of: Literal["input", "output"] = "input"
     split: Split = "fit"
 
+    def operation(self, program: Program) -> fx.Node:
+        """The node of the operation.
+
+        Raises:
+            InputError: the program has no site of that name.
+        """
+        return find_site(program, self.site).node if isinstance(self.site, str) else self.site
+
     def value(self, program: Program) -> tuple[Function, fx.Node]:
         """The function and the node whose value is meant.
 
@@ -40,7 +48,7 @@ class Request:
             InputError: the program has no site of that name.
             PipelineError: the operation reads no value, or is none of this program's.
         """
-        node = find_site(program, self.site).node if isinstance(self.site, str) else self.site
+        node = self.operation(program)
         function = next((f for f in program.functions.values() if f.graph is node.graph), None)
         if function is None:
             raise PipelineError(

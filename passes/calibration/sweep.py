@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx
 from tersor.errors import InputError, TersorError
 from tersor.ir import Function, Program, run
 from tersor.passes.calibration.batches import Batches, Dataset
+from tersor.passes.calibration.counterparts import Counterparts
 from tersor.passes.calibration.padding import Padding, Tokens
 from tersor.passes.calibration.requests import Request, Split, Statistics
 from tersor.passes.calibration.statistics import Statistic
@@ -35,9 +37,10 @@ def calibrate(
 ) -> Statistics:
     """Answers requests by running ``main`` over the data; equal ones share the work.
 
-    Statistics belong to a value, that is to everything that it is computed from: where a cache has one for the same
-    value and data, it is not gathered again, even if the program has changed elsewhere. Values that no data reaches
-    (those of other functions, or all padding) get None.
+    Values of other functions have the statistics of their counterparts in ``main`` (`Counterparts`): a decoder's step
+    those of its prefill. Statistics belong to a value, that is to everything that it is computed from: where a cache
+    has one for the same value and data, it is not gathered again, even if the program has changed elsewhere. Values
+    that no data reaches (without a counterpart, or all padding) get None.
 
     Args:
         seed: fixes which rows are sampled.
@@ -48,7 +51,8 @@ def calibrate(
         InputError: a batch does not run, a value is NaN or infinite, or a site does not exist.
     """
     requests = list(requests)
-    values = {request: request.value(program) for request in requests}
+    counterparts = Counterparts(program.main)
+    values = {request: _measured(request, program, counterparts) for request in requests}
     store = StatisticsStore(cache, dataset.digest, seed) if cache is not None else None
     answers: dict[tuple[fx.Node, Statistic, Split], Statistic] = {}
     wanted: dict[Split, dict[fx.Node, list[Statistic]]] = {
@@ -57,9 +61,9 @@ def calibrate(
     }
     digests = program.main.value_digests() if store is not None else {}
     for request in requests:
-        function, node = values[request]
+        node = values[request]
         key = (node, request.what, request.split)
-        if function is not program.main or key in answers:
+        if node is None or key in answers:
             continue
         kept = store.load(digests[node], request.what, request.split) if store is not None else None
         answers[key] = kept or request.what.fresh()
@@ -80,10 +84,19 @@ def calibrate(
                     store.store(digest, statistic, split)
                 unfinished.drop()
     found = {}
-    for request, (_, node) in values.items():
+    for request, node in values.items():
         answer = answers.get((node, request.what, request.split))
         found[request] = answer if answer is not None and answer.count else None
     return Statistics(found)
+
+
+def _measured(request: Request, program: Program, counterparts: Counterparts) -> fx.Node | None:
+    """The value of ``main`` that answers a request; an operation elsewhere has that of its counterpart, if any."""
+    function, node = request.value(program)
+    if function is program.main:
+        return node
+    counterpart = counterparts.of(function, request.operation(program))
+    return None if counterpart is None else replace(request, site=counterpart).value(program)[1]
 
 
 def _batches(dataset: Dataset, split: Split) -> Batches:

@@ -706,3 +706,36 @@ def test_programs_that_keep_state_are_measured_from_zeros():
     low, high = states[update.args[0].target].flatten(0, 1).aminmax(dim=0)
     torch.testing.assert_close((found.low, found.high), (low, high), check_dtype=False)
     assert len(list(sequential(made, dataset(made, [inputs], held_out=0)))) >= 2
+
+
+# -- several functions
+
+
+def test_other_functions_have_the_statistics_of_their_counterparts():
+    """A prefill and a step: the same sites, and between them what is computed alike; sizes differ."""
+    made = stateful.decoder(functions=("prefill", "decode"))
+    prefill, decode = made.functions.values()
+    data = dataset(made, [{"x": torch.randn(1, 7, stateful.WIDTH), "position": torch.tensor(0)}], held_out=0)
+    for ours in prefill.calls():
+        theirs = next(node for node in decode.calls() if node.name == ours.name)
+        if ours.meta["value"].is_float:
+            requests = [Request(node, MinMax(), of="output") for node in (ours, theirs)]
+            found = calibrate(made, requests, data)
+            assert found.get(requests[1]) is found.get(requests[0]) is not None
+
+
+def test_what_several_places_could_be_has_no_counterpart():
+    """Two layers of one site name each, of which nothing else tells which is which, and a layer that main lacks."""
+    made = Program()
+    for name, sites in {"main": ("a", "b", "b"), "step": ("a", "b", "c")}.items():
+        function = made.add_function(name)
+        x = function.add_input("x", Value("float32", (3, 4)))
+        build = function.builder()
+        layers = [
+            build.emit("linear", x, build.parameter(f"{name}.{i}", torch.randn(4, 4)), site=site)
+            for i, site in enumerate(sites)
+        ]
+        function.set_outputs({f"y{i}": layer for i, layer in enumerate(layers)})
+    requests = [Request(layer, MinMax(), of="output") for layer in made.functions["step"].calls("linear")]
+    found = calibrate(made, requests, dataset(made, [{"x": torch.randn(3, 4)}], held_out=0))
+    assert [found.get(request) is not None for request in requests] == [True, False, False]

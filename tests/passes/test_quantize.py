@@ -19,6 +19,7 @@ from tersor.passes.quantize.integers import IntegerProducts
 from tersor.passes.quantize.ranges import choose_range, rounding_error
 from tersor.passes.quantize.rtn import RoundToNearest
 from tersor.passes.quantize.static import StaticActivations
+from tests.ir import stateful
 from tests.passes.check_pass import apply, check_pass
 from tests.passes.programs import Transformer, Weights, program
 
@@ -302,6 +303,26 @@ def test_what_one_scale_would_lose_too_much_of_is_left_to_scales_per_token(calib
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(PipelineError):
         StaticActivations(**options)
+
+
+def test_a_step_of_a_decoder_has_the_scales_of_its_prefill():
+    """Also behind the factors that smoothing has put into both."""
+    made, generator = stateful.decoder(functions=("prefill", "decode")), torch.Generator().manual_seed(0)
+    spread = torch.logspace(-1, 1, stateful.WIDTH)
+    batches = [
+        {"x": torch.randn(1, 7, stateful.WIDTH, generator=generator) * spread, "position": torch.tensor(0)}
+        for _ in range(5)
+    ]
+    steps = ["smooth.smoothquant", "quantize.rtn", "quantize.static"]
+    after, report = Pipeline(steps).run(made, calibration=batches)
+    prefill, decode = (
+        [after.parameters[quantize.args[1].target].tensor for quantize in function.calls("quantize")]
+        for function in after.functions.values()
+    )
+    assert len(prefill) == len(after.functions["decode"].calls("quantize")) > 1
+    assert all(map(torch.equal, prefill, decode))
+    assert len(report.step("smooth.smoothquant").changes) == 2
+    assert len(report.step("quantize.static").changes) == len(made.functions["prefill"].calls("linear")) * 2
 
 
 # -- integers
