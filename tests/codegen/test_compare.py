@@ -141,8 +141,8 @@ def integers(layers: int = 6, rows: int = 64, width: int = 64, products: str = "
     return program
 
 
-def wrong(share: float, layer: int):
-    """What an observer returns where a kernel's codes are too large by one in a share of places."""
+def wrong(share: float, layer: int, by: int):
+    """What an observer returns where a kernel's codes are too large in a share of places."""
     seen = []
 
     def observe(node, value):
@@ -153,18 +153,18 @@ def wrong(share: float, layer: int):
             return None
         changed = value.clone()
         places = torch.randperm(value.numel(), generator=torch.Generator().manual_seed(1))
-        changed.view(-1)[places[: int(share * value.numel())]] += 1
+        changed.view(-1)[places[: int(share * value.numel())]] += by
         return changed
 
     return observe
 
 
-def observed_with(program: Program, share: float, layer: int = 2):
+def observed_with(program: Program, share: float, layer: int = 2, by: int = 1):
     """The function as compiled code whose kernel is wrong, and the same with its codes."""
     _, observers = with_observers(program)
 
     def of(function: Function):
-        return lambda inputs, states: run(function, inputs, states, observe=wrong(share, layer))
+        return lambda inputs, states: run(function, inputs, states, observe=wrong(share, layer, by))
 
     return of(program.main), Observed(observers["main"], of(observers["main"]))
 
@@ -196,8 +196,11 @@ def test_codes_behind_attention_in_bf16_may_be_what_that_moves():
     compiled, observed = observed_with(program, 0.002, layer=0)
     (found,) = compare(program.main, compiled, observed=observed)
     assert found.codes["moved"] == 8
-    for share, layer in ((0.5, 0), (0.01, 2)):
-        compiled, observed = observed_with(program, share, layer)
+    compiled, observed = observed_with(program, 0.002, layer=0, by=2)  # noise moves some by 1 already
+    (found,) = compare(program.main, compiled, observed=observed)
+    assert found.codes["by"] == 2
+    for share, layer, by in ((0.5, 0, 1), (0.01, 2, 1), (0.002, 0, 5), (0.0005, 2, 2)):
+        compiled, observed = observed_with(program, share, layer, by)
         with pytest.raises(BudgetError, match="codes are others"):
             compare(program.main, compiled, observed=observed)
 

@@ -724,18 +724,57 @@ def test_other_functions_have_the_statistics_of_their_counterparts():
             assert found.get(requests[1]) is found.get(requests[0]) is not None
 
 
-def test_what_several_places_could_be_has_no_counterpart():
-    """Two layers of one site name each, of which nothing else tells which is which, and a layer that main lacks."""
+def second(made: Program, emit) -> list[bool]:
+    """Whether the values that ``emit(build, x)`` makes in a second function have statistics; ``x`` is like main's."""
+    step = made.add_function("step")
+    nodes = emit(step.builder(), step.add_input("x", made.main.inputs["x"]))
+    step.set_outputs({f"y{i}": node for i, node in enumerate(nodes)})
+    requests = [Request(node, MinMax(), of="output") for node in nodes]
+    x = made.main.inputs["x"]
+    found = calibrate(made, requests, dataset(made, [{"x": torch.randn(x.shape)}], held_out=0))
+    return [found.get(request) is not None for request in requests]
+
+
+def first(emit) -> Program:
     made = Program()
-    for name, sites in {"main": ("a", "b", "b"), "step": ("a", "b", "c")}.items():
-        function = made.add_function(name)
-        x = function.add_input("x", Value("float32", (3, 4)))
-        build = function.builder()
-        layers = [
-            build.emit("linear", x, build.parameter(f"{name}.{i}", torch.randn(4, 4)), site=site)
-            for i, site in enumerate(sites)
-        ]
-        function.set_outputs({f"y{i}": layer for i, layer in enumerate(layers)})
-    requests = [Request(layer, MinMax(), of="output") for layer in made.functions["step"].calls("linear")]
-    found = calibrate(made, requests, dataset(made, [{"x": torch.randn(3, 4)}], held_out=0))
-    assert [found.get(request) is not None for request in requests] == [True, False, False]
+    function = made.add_function("main")
+    x = function.add_input("x", Value("float32", (3, 4)))
+    function.set_outputs({f"y{i}": node for i, node in enumerate(emit(function.builder(), x))})
+    return made
+
+
+def test_what_several_places_could_be_has_no_counterpart():
+    """Two layers of one site and one weight, of which nothing tells which is which, and a layer that main lacks."""
+    weights = {name: torch.randn(4, 4) for name in "abc"}
+
+    def layers(build, x, sites: str, known: str = ""):
+        for site in sites:
+            weight = build.read(site) if site in known else build.parameter(site, weights[site])
+            known += site
+            yield build.emit("linear", x, weight, site=site)
+
+    made = first(lambda build, x: list(layers(build, x, "abb")))
+    assert second(made, lambda build, x: list(layers(build, x, "abc", known="ab"))) == [True, False, False]
+
+
+def test_another_model_is_none_whatever_its_sites_are_called():
+    def model(build, x):
+        hidden = build.emit("linear", x, build.parameter("w", torch.randn(4, 4)), site="fc1")
+        return [hidden, build.emit("relu", hidden, site="act"), build.neg(x)]
+
+    made = first(model)
+    assert second(made, model) == [False] * 3
+
+
+def test_what_is_done_with_other_attributes_is_something_else():
+    made = first(lambda build, x: [build.slice(x, dim=1, end=2), build.neg(x)])
+    assert second(made, lambda build, x: [build.slice(x, dim=1, start=2), build.neg(x)]) == [False, True]
+
+
+def test_a_deep_stack_without_sites_takes_no_time():
+    def stack(build, x):
+        for _ in range(60):
+            x = build.add(x, build.relu(x))
+        return [x]
+
+    assert second(first(stack), stack) == [True]
