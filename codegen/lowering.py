@@ -25,6 +25,7 @@ from tersor.codegen.state import StateMemory
 from tersor.codegen.weights import Weight
 from tersor.errors import CompileError
 from tersor.ir.canonicalize.constants import fold_constants
+from tersor.ir.canonicalize.precision import HALF, MOVES
 from tersor.ir.decompose import decompose
 from tersor.ir.dialect import Op
 from tersor.ir.dims import Dim, Shape
@@ -118,10 +119,6 @@ def _depends(node: fx.Node, made: set[fx.Node]) -> bool:
 
 
 SUPPORTED_DTYPES = {"float32", "int64", "int32", "int8", "uint8", "bool"}
-ONLY_STORED = dict.fromkeys(
-    ("float16", "bfloat16"), ("cast", "embedding", "reshape", "permute", "slice", "concat", "expand")
-)
-"""Dtypes that no kernel computes in, and the operations that may make such values, or move them."""
 
 
 def check_supported(program: Program) -> None:
@@ -143,7 +140,7 @@ def check_supported(program: Program) -> None:
         lines = [f"  - {what}: {len(nodes)}x, first at {nodes[0]}" for what, nodes in problems.items()]
         fixes = [
             "give each operation a decomposition (ir.register_op) or a lowering (codegen.register_lowering)",
-            "compile the model in float32: model.float(), with float32 inputs; recipe='bf16' or 'fp16' halves it then",
+            "cast to float32 what is computed with, as captured models are; recipe='bf16' or 'fp16' halves it then",
         ]
         raise CompileError(
             "the program cannot be lowered:\n" + "\n".join(lines),
@@ -153,8 +150,7 @@ def check_supported(program: Program) -> None:
 
 def _is_only_stored(node: fx.Node) -> bool:
     """Whether a node is of a dtype that it may have because nothing is computed there."""
-    moves = ONLY_STORED.get(node.meta["value"].dtype)
-    return moves is not None and (node.op != "call_function" or node.target.name in moves)
+    return node.meta["value"].dtype in HALF and (node.op != "call_function" or node.target.name in MOVES)
 
 
 def _groups(anchor: fx.Node) -> int | None:

@@ -32,7 +32,8 @@ class Words:
     elements: neighbours along K that lie side by side.
     signed: they are multiplied by codes less `OFFSET`.
     sums: of so many equal parts of K each panel has a row of words at its end, the int32 sums of its columns times
-    `OFFSET`: by these, products of codes and of codes less `OFFSET` differ.
+    `OFFSET`: by these, products of codes and of codes less `OFFSET` differ. They are added where signed words stand for
+    products of codes, and taken off where unsigned ones stand for those of codes less `OFFSET` (groups).
     """
 
     elements: int

@@ -341,9 +341,11 @@ class Program:
 
     @property
     def main(self) -> Function:
-        """The function called ``main``, or else the first one: what calibration data is for."""
-        if "main" in self.functions:
-            return self.functions["main"]
+        """The function called ``main``, or else the first one: what calibration data is for.
+
+        Raises:
+            ProgramError: there is none.
+        """
         if not self.functions:
             raise ProgramError("the program has no function", fix="add one: program.add_function('main')")
         return self.functions.get("main") or next(iter(self.functions.values()))

@@ -387,8 +387,8 @@ class _Builder:
             run(first, words)
 
     def _sums(self, panel: Expr, rows: _Rows, group: Expr | int = 0) -> RegisterTile:
-        """The sums of a tile, or of one of its groups, with what is owed to codes that are not as they should be signed
-        or unsigned, and what the chain adds to them first."""
+        """The sums of a tile, or of one of its groups. They start from what the chain adds to them first, and from what
+        words of the other sign than is asked for leave out (`Words.sums`)."""
         each = self.vectors // self.gemm.weights
         owed = self.gemm.words is not None and self.gemm.words.sums > 0
 

@@ -65,6 +65,8 @@ def canonicalize(program: Program) -> list[str]:
     """
     known = set(program.parameters)
     functions = program.functions.values()
+    for function in functions:
+        cleanup.remove_dead(function)
     notes = widen(program)
     for rules in STAGES:
         for function in functions:

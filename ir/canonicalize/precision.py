@@ -8,30 +8,26 @@ from __future__ import annotations
 
 from torch import fx
 
+from tersor.errors import ProgramError
+from tersor.ir.matching import is_call
 from tersor.ir.program import Program, infer
 from tersor.ir.value import Value
 
 HALF = ("float16", "bfloat16")
 
-MOVES = (
-    "cast",
-    "embedding",
-    "reshape",
-    "permute",
-    "slice",
-    "concat",
-    "expand",
-    "index_select",
-    "gather",
-    "pad",
-)
-"""Operations whose results have 16 bits without being computed in them."""
+MOVES = ("cast", "embedding", "reshape", "permute", "slice", "concat", "expand")
+"""Operations whose results may have 16 bits: they compute nothing."""
 
 
 def widen(program: Program) -> list[str]:
-    """Inputs, states, parameters and everything between become float32, where something is computed in 16 bits."""
-    computed = {node.meta["value"].dtype for _, node in program.nodes() if _computes_in_half(node)}
-    if not computed:
+    """Inputs, states, parameters and everything between become float32, where states have 16 bits, what is computed of
+    inputs and states, or what comes in or goes out without a cast.
+
+    Raises:
+        ProgramError: an operation gives 16 bits of operands in float32, and has no attribute ``dtype`` that says so.
+    """
+    found = _dtypes(program)
+    if not found:
         return []
     for name, value in program.states.items():
         program.states[name] = _wide(value)
@@ -41,16 +37,39 @@ def widen(program: Program) -> list[str]:
     for function in program.functions.values():
         for node in function.nodes:
             if node.op == "call_function":
-                if node.kwargs.get("dtype") in HALF:
-                    node.kwargs = {**node.kwargs, "dtype": "float32"}
-                node.meta["value"] = infer(node.target, node.args, node.kwargs)
+                _infer(node)
             elif node.op != "output":
                 node.meta["value"] = _wide(node.meta["value"])
-    return [f"computed in float32, with the weights that the model has in {', '.join(sorted(computed))}"]
+    return [f"computed in float32, not in {' and '.join(sorted(found))}"]
 
 
-def _computes_in_half(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.meta["value"].dtype in HALF and node.target.name not in MOVES
+def _dtypes(program: Program) -> set[str]:
+    """The types of 16 bits that are not only stored, or rounded to."""
+    found = {value.dtype for value in program.states.values()}
+    for function in program.functions.values():
+        ends = [x for x in function.input_nodes if not all(is_call(user, "cast") for user in x.users)]
+        ends += [result for result in function.results if not is_call(result, "cast")]
+        found |= {node.meta["value"].dtype for node in ends}
+        varying: set[fx.Node] = set()
+        for node in function.nodes:
+            if node.op == "placeholder" or varying.intersection(node.all_input_nodes):
+                varying.add(node)
+                if node.op == "call_function" and node.target.name not in MOVES:
+                    found.add(node.meta["value"].dtype)
+    return found.intersection(HALF)
+
+
+def _infer(node: fx.Node) -> None:
+    if node.kwargs.get("dtype") in HALF:
+        node.kwargs = {**node.kwargs, "dtype": "float32"}
+    value = infer(node.target, node.args, node.kwargs)
+    if value.dtype in HALF:
+        raise ProgramError(
+            f"operation {node.target.name!r} gives {value.dtype}, of a model that is computed in float32",
+            why="its attributes other than dtype= are not known to say so",
+            fix="call the attribute dtype, or compile the model in float32: model.float()",
+        )
+    node.meta["value"] = value
 
 
 def _wide(value: Value) -> Value:

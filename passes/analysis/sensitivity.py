@@ -99,7 +99,9 @@ def analyze(
     found = [(f, n) for f, n in chosen.select(program, *_LOOKED_AT)]
     named = names(program)
     sites = [_Site(node, named[node]) for function, node in found if function is program.main]
-    skipped = {named[n]: "only main is run on data" for f, n in found if f is not program.main}
+    skipped = {
+        named[n]: f"only {program.main.name} is run on data" for f, n in found if f is not program.main
+    }
     observed = _observed(program, [n for _, n in found if is_call(n, "linear")], dataset, cache)
     places = {"only": chosen.only, "skip": chosen.skip}
     variants = {

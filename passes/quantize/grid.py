@@ -87,11 +87,12 @@ class Grid:
 def group_size(channels: int, most: int | None) -> int | None:
     """The largest group of whole `SMALLEST_GROUP`s that divides the channels, of at most ``most`` of them.
 
-    None where all channels share a scale: there is no such group, they are no more than that, or ``most`` is None.
+    None where all channels share a scale: they are no more than that, ``most`` is None, or there is no such group of at
+    least a quarter of it (each costs as much as some products).
     """
     if most is None or channels <= most:
         return None
-    sizes = range(most // SMALLEST_GROUP * SMALLEST_GROUP, 0, -SMALLEST_GROUP)
+    sizes = range(most // SMALLEST_GROUP * SMALLEST_GROUP, (most - 1) // 4, -SMALLEST_GROUP)
     return next((size for size in sizes if channels % size == 0), None)
 
 

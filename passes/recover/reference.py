@@ -53,7 +53,8 @@ def correctable(
         bias = bias_of(linear)
         if function is not program.main:
             result.skip(
-                linear, "it is corrected together with the layer of 'main' that has its weights, if any"
+                linear,
+                f"it is corrected together with the layer of {program.main.name!r} that has its weights, if any",
             )
         elif bias is not None and function.parameter(bias) is None:
             result.skip(linear, "its bias is computed")

@@ -361,3 +361,22 @@ def test_a_position_that_no_size_has_is_refused():
     made = model([node("Gather", "x at", "y")], {"at": np.array(9)})
     with pytest.raises(CaptureError, match="Gather.* reads what is not there"):
         frontends.capture(made)
+
+
+def test_a_file_in_fp16_is_a_program_in_float32():
+    """Exact numbers are few: what onnxruntime rounds to fp16 on the way is as far from them."""
+    weight = WEIGHT.astype(np.float16)
+    tensors = {"w": weight, "zero": np.float16(0), "least": np.float16(-65504)}
+    nodes = [
+        node("MatMul", "x w", "a"),
+        node("Less", "a zero", "hidden"),
+        node("Where", "hidden least a", "b"),
+        node("Softmax", "b", "y", axis=-1),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, (2, 4))
+    program = frontends.capture(model(nodes, tensors, [x]))
+    assert {n.meta["value"].dtype for _, n in program.nodes() if n.op != "output"} <= {"float32", "bool"}
+    given = torch.randn(2, 4)
+    product = given @ torch.from_numpy(weight).float()
+    expected = torch.where(product < 0, -65504.0, product).softmax(-1)
+    torch.testing.assert_close(program(x=given)["y"], expected)

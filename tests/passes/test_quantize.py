@@ -163,8 +163,8 @@ def test_layers_of_one_input_share_its_codes():
 @pytest.mark.parametrize(
     ("channels", "most", "size"),
     [
-        (576, 128, 96), (1536, 128, 128), (768, 256, 256), (144, 100, 48), (80, 20, 16),
-        (128, 128, None), (100, 64, None), (576, None, None),
+        (576, 128, 96), (1536, 128, 128), (768, 256, 256), (144, 100, 48), (80, 20, 16), (160, 128, 80),
+        (128, 128, None), (100, 64, None), (576, None, None), (592, 128, None), (64 * 17, 128, 64), (32 * 37, 128, 32),
     ],
 )  # fmt: skip
 def test_groups_divide_the_channels(channels, most, size):

@@ -509,6 +509,18 @@ def test_rounding_error_of_exact_codes_is_nothing():
     assert Trial(observed, grid_points + 0.5, Rounding()).error() > 1e-6
 
 
+def test_scales_of_groups_are_what_a_place_is_judged_by():
+    """Outliers cost their groups digits, not all: what is gained by taking them out is what these lose."""
+    made = normed(outlying())
+    whole, halves, small = (
+        figures(SmoothQuant(activations="token", group=group), made) for group in (None, 128, 32)
+    )
+    assert whole["error_before"] > 1.3 * halves["error_before"] > 1.6 * small["error_before"]
+    assert all(f["error_after"] < f["error_before"] for f in (whole, halves, small))
+    with pytest.raises(PipelineError, match="at least 16"):
+        SmoothQuant(group=8)
+
+
 # -- where data is welcome and not needed
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tersor.ir.costs import cost
+from tersor.passes import Pipeline
 from tersor.passes.cleanup.unread_rows import RemoveUnreadRows
 from tests.passes.check_pass import apply, check_pass
 from tests.passes.programs import Transformer, Weights, program
@@ -48,6 +49,21 @@ def test_masks_with_rows_are_cut_with_the_queries(mask):
     assert attention.meta["value"].shape[1] == 1
     if mask:
         assert attention.args[3].meta["value"].shape[2] == 1
+
+
+def test_scales_of_groups_are_cut_with_their_codes():
+    def emit(build, x, mask):
+        scale = build.dynamic_scale(x, group=16)
+        codes = build.quantize(x, scale, 128, dtype="uint8", group=16)
+        weight = build.parameter("w", torch.randint(-128, 128, (24, 48), dtype=torch.int8))
+        y = build.gelu(build.emit("grouped_integer_linear", codes, weight, scale, site="layer"))
+        return {"y": build.slice(y, dim=1, start=0, end=1)}
+
+    made, x = program(emit, width=48), torch.randn(2, 5, 48)
+    after, _ = Pipeline([RemoveUnreadRows()]).run(made)
+    torch.testing.assert_close(after(x=x)["y"], made(x=x)["y"])
+    (product,) = after.main.calls("grouped_integer_linear")
+    assert [operand.meta["value"].shape[1] for operand in (product.args[0], product.args[2])] == [1, 1]
 
 
 def test_a_cast_that_others_read_is_made_again_for_the_rows():
