@@ -209,7 +209,10 @@ class _Reader:
         try:
             sizes = bind_dims(signature, inputs)
         except InputError as error:
-            raise InputError(error.what, where=where, why=error.why, fix=error.fix) from None
+            fix, ran = error.fix, self.function.name
+            if ran != "main":
+                fix += f"; for another function than {ran!r} capture that one first, or with name='main'"
+            raise InputError(error.what, where=where, why=error.why, fix=fix) from None
         for name, allowed in self.function.dims.items():
             if name in sizes and not allowed.min <= sizes[name] <= allowed.max:
                 raise InputError(

@@ -757,6 +757,14 @@ def test_what_several_places_could_be_has_no_counterpart():
     assert second(made, lambda build, x: list(layers(build, x, "abc", known="ab"))) == [True, False, False]
 
 
+def test_data_for_a_later_function_is_told_which_one_it_is_run_through():
+    made = stateful.decoder(functions=("decode", "prefill"))
+    inputs = {"x": torch.randn(1, 7, stateful.WIDTH), "position": torch.tensor(0)}
+    with pytest.raises(InputError) as caught:
+        dataset(made, [inputs], held_out=0)
+    assert "another function than 'decode'" in caught.value.fix and "name='main'" in caught.value.fix
+
+
 def test_another_model_is_none_whatever_its_sites_are_called():
     def model(build, x):
         hidden = build.emit("linear", x, build.parameter("w", torch.randn(4, 4)), site="fc1")
