@@ -26,7 +26,8 @@ one, and that is a whole step."""
 
 NOISE_FACTOR, MOST_NOISE = 4.0, 0.25
 """Where a program that rounds amplifies, so that its own float32 and float64 evaluations part by more than the
-tolerance, code may be off by this many times that distance, up to a cosine of .97."""
+tolerance, code may be off by this many times that distance, up to a cosine of .97; and codes that these evaluations
+give otherwise may be others by as many times as much."""
 
 NOISE_INPUTS = 3
 """Inputs that the distance is measured on: whether a sum falls on the other side of a code is a matter of luck."""
@@ -266,7 +267,7 @@ def _check_codes(
         if most > step or count > max(1, share * codes[name].numel()):
             moved_by_noise, most_by_noise = noise.of_codes(name)
             share = max(share, min(NOISE_FACTOR * moved_by_noise, MOST_NOISE))
-            step += most_by_noise
+            step = max(step, int(NOISE_FACTOR * most_by_noise))
         if most > step or count > max(1, share * codes[name].numel()):
             raise BudgetError(
                 f"the compiled code disagrees with the program: {count} of {codes[name].numel()} codes are others, "
