@@ -48,7 +48,8 @@ def _dtypes(program: Program) -> set[str]:
     found = {value.dtype for value in program.states.values()}
     for function in program.functions.values():
         ends = [x for x in function.input_nodes if not all(is_call(user, "cast") for user in x.users)]
-        ends += [result for result in function.results if not is_call(result, "cast")]
+        # what a damaged file returns may be nothing; the verifier says so
+        ends += [x for x in function.results if isinstance(x, fx.Node) and not is_call(x, "cast")]
         found |= {node.meta["value"].dtype for node in ends}
         varying: set[fx.Node] = set()
         for node in function.nodes:
