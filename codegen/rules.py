@@ -128,7 +128,7 @@ def _embedding(lowering: Lowering, node: fx.Node) -> relax.Expr:
         return _selection(lowering, node, layout.IndexSelect, table, ids, 0)
     panel = 0
     if table.op == "get_attr":
-        panel = _packed_panel(lowering, _packed_for(lowering, table, "linear"))
+        panel = tiles.panel_width(lowering.target) if _packed_for(lowering, table, "linear") else 0
         stored = lowering.weight(Weight((table.target,), panel or None))
     else:
         stored = lowering.value(table)
@@ -146,7 +146,7 @@ def _decoded_rows(lowering: Lowering, node: fx.Node) -> relax.Expr:
     (count, size), per_row = table.meta["value"].shape, is_call(scale, "index_select")
     codes = Decoding(table.meta["value"].dtype, per_row, float(zero or 0))
     layer = _packed_for(lowering, table, "integer_linear", "grouped_integer_linear")
-    panel, words = _packed_panel(lowering, layer), lowering.words(layer) if layer else None
+    panel, words = (tiles.panel_width(lowering.target), lowering.words(layer)) if layer else (0, None)
     kernel = Embedding(opaque(ids.meta["value"].shape), count, size, panel, codes=codes, words=words)
     stored = lowering.weight(Weight((table.target,), panel or None, words=words))
     args = [lowering.value(ids), stored, lowering.value(scale.args[0] if per_row else scale)]
@@ -157,11 +157,6 @@ def _packed_for(lowering: Lowering, table: fx.Node, *operations: str) -> fx.Node
     """A tied output projection, for which a table is packed, so that its copy is read."""
     layers = lowering.function.calls(*operations)
     return next((layer for layer in layers if layer.args[1].target == table.target), None)
-
-
-def _packed_panel(lowering: Lowering, layer: fx.Node | None) -> int:
-    """The panel that the table is packed into; 0 where no layer wants it."""
-    return tiles.panel_width(lowering.target) if layer else 0
 
 
 @register_lowering("rotary_embedding")

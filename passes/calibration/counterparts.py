@@ -39,15 +39,16 @@ class Counterparts:
         return self._found[function.name].get(node)
 
     def _match(self, function: Function) -> dict[fx.Node, fx.Node]:
-        shared = _sites(self._main) & _sites(function)
-        names = [{site[:2] for site in _sites(f)} for f in (self._main, function)]
-        one_model = names[0] & names[1] == {site[:2] for site in shared}
+        there, here = _sites(self._main), _sites(function)
+        shared = there & here
+        same_names = {site[:2] for site in there} & {site[:2] for site in here}
+        one_model = same_names == {site[:2] for site in shared}
         if not one_model:
             shared = {site for site in shared if site[2]}
         numbers: dict[Hashable, int] = {}
-        there, here = (_places(f, shared, one_model, numbers) for f in (self._main, function))
-        pairs = ((here[key], there[key]) for key in here.keys() & there.keys())
-        return {ours: theirs for ours, theirs in pairs if _alike(ours, theirs)}
+        theirs, ours = (_places(f, shared, one_model, numbers) for f in (self._main, function))
+        pairs = ((ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+        return {node: counterpart for node, counterpart in pairs if _alike(node, counterpart)}
 
 
 def _sites(function: Function) -> Set[Site]:
